@@ -1,0 +1,104 @@
+"""Frozen dataclasses that hold every option; the command line generates its flags from them."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from visgraft.errors import VisgraftError, nearest
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    """Return a dataclass field with a default, a help line and, where the values are names, the allowed ones."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Options:
+    """A frozen set of options that checks the named choices of its fields.
+
+    Raises:
+        VisgraftError: a field with choices holds something else.
+    """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            choices, value = field.metadata.get("choices"), getattr(self, field.name)
+            for item in value if isinstance(value, tuple) else (value,):
+                if choices and item is not None and item not in choices:
+                    known = f"{', '.join(choices)}{nearest(str(item), choices)}"
+                    raise VisgraftError(f"{field.name} is {item!r}, but must be one of {known}")
+
+    def check_positive(self, *names: str) -> None:
+        """Raise a VisgraftError that names the first of the given fields that is set and not above zero."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise VisgraftError(f"{name} is {value}, but must be above 0")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as a dictionary of plain JSON values."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build the options from `to_dict()`'s form.
+
+        Raises:
+            VisgraftError: a name is not an option of this class, or a value has the wrong type.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for name, value in values.items():
+            if name not in fields:
+                raise VisgraftError(f"{cls.__name__} has no option {name!r}{nearest(name, fields)}")
+            if not _fits(value, fields[name].type):
+                raise VisgraftError(f"{cls.__name__}.{name} is {value!r}, which is not of type {fields[name].type}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a JSON value can stand for a field annotated with int, float, str, bool, a tuple, or None."""
+    text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+    if value is None:
+        return "None" in str(annotation)
+    kinds = {"bool": bool, "int": int, "float": (int, float), "str": str, "tuple": (list, tuple)}
+    first = (str(annotation) if "|" in str(annotation) or "tuple" in str(annotation) else text).split("|")[0]
+    kind = kinds[first.split("[")[0].strip()]
+    return isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class MethodConfig(Options):
+    """Base of every method's options. `method` is the registered name, set by the registration."""
+
+    method: ClassVar[str] = ""
+
+
+@dataclass(frozen=True)
+class TrainConfig(Options):
+    """How to train: optimiser, schedule, regularisation, augmentation and precision."""
+
+    epochs: int = option(30, "passes over the training images")
+    warmup_epochs: float = option(3.0, "epochs over which the learning rate rises linearly from a thousandth")
+    batch_size: int = option(32, "images per step")
+    lr: float = option(2e-3, "peak learning rate of AdamW")
+    head_lr: float | None = option(None, "peak learning rate of the head; none: the same as --lr")
+    weight_decay: float = option(1e-4, "decoupled weight decay, on every trained tensor")
+    label_smoothing: float = option(0.0, "label smoothing of the cross-entropy, between 0 and 1")
+    drop_path: float = option(0.0, "stochastic depth: the last block's rate, rising linearly from 0")
+    flip: bool = option(False, "flip training images left to right with probability 0.5")
+    rand_augment: str | None = option(None, "RandAugment in timm's notation, e.g. rand-m9-mstd0.5-inc1")
+    precision: str = option("auto", "auto: bf16 where the hardware computes in it", ("auto", "fp32", "bf16"))
+    select: str = option("last", "keep the last epoch, or the best one on the validation images", ("last", "val"))
+    seed: int = option(0, "seed of initialisation, order, augmentation and dropout")
+    workers: int = option(0, "processes that prepare images; 0: this one, after decoding every image once")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_positive("epochs", "batch_size", "lr", "head_lr")
+        for name in ("label_smoothing", "drop_path"):
+            if not 0 <= getattr(self, name) < 1:
+                raise VisgraftError(f"{name} is {getattr(self, name)}, but must be at least 0 and below 1")
+        for name in ("weight_decay", "warmup_epochs", "workers", "seed"):
+            if getattr(self, name) < 0:
+                raise VisgraftError(f"{name} is {getattr(self, name)}, but must not be negative")

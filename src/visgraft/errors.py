@@ -1,0 +1,42 @@
+"""Errors whose message is one line that names the cause and the remedy; the command line prints them as they are."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class VisgraftError(Exception):
+    """Base of every error that visgraft raises on purpose."""
+
+
+class SiteError(VisgraftError):
+    """A backbone lacks a place that a method needs, or a hook would not sit where its row says."""
+
+
+class MergeError(VisgraftError):
+    """An adapted model cannot be folded exactly into a plain one."""
+
+
+class AdapterError(VisgraftError):
+    """An adapter directory is damaged, foreign, or does not fit the backbone."""
+
+
+class WeightsError(VisgraftError):
+    """Backbone weights are missing or do not fit the architecture."""
+
+
+class DataError(VisgraftError):
+    """A data folder, file or label cannot be used."""
+
+
+class TrainingDiverged(VisgraftError):
+    """The loss stopped being finite; the model holds its last good state."""
+
+    def __init__(self, message: str, last_good_epoch: int) -> None:
+        super().__init__(message)
+        self.last_good_epoch = last_good_epoch
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """Return `"; did you mean a, b?"` for the known names closest to `name`, or an empty string."""
+    matches = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+    return f"; did you mean {', '.join(matches)}?" if matches else ""

@@ -1,0 +1,94 @@
+"""The contract of a method: where it reads, where it adds, what it adds, and how it likes to be trained."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from visgraft.config import MethodConfig, TrainConfig
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+"""Batches of (images [B, 3, H, W], labels [B])."""
+
+
+class Grid(NamedTuple):
+    """How a block's tokens lie: `height` × `width` patches after `prefix_tokens` others (class token, registers)."""
+
+    height: int
+    width: int
+    prefix_tokens: int
+
+
+class Place(NamedTuple):
+    """A pair of site names: the method reads the tensor at `reads` and adds to the one at `adds_to`."""
+
+    reads: str
+    adds_to: str
+
+    @classmethod
+    def at(cls, *names: str) -> tuple["Place", ...]:
+        """Return places that read and rewrite one site each."""
+        return tuple(cls(name, name) for name in names)
+
+
+class Position(NamedTuple):
+    """One place in one block, with the channels of the tensors read and added to."""
+
+    block: int
+    place: Place
+    reads_width: int
+    adds_width: int
+
+    @property
+    def key(self) -> str:
+        """The name under which the module at this position is registered and stored, e.g. `3_attn_in`."""
+        reads, adds_to = (name.replace(".", "_") for name in self.place)
+        return f"{self.block}_{reads}" if reads == adds_to else f"{self.block}_{reads}_to_{adds_to}"
+
+
+class Method(nn.Module):
+    """Base of every method; one instance stands at each position of the backbone.
+
+    A subclass sets `Config` and `recipe`, says its `placements`, and computes `delta`. It knows nothing of timm,
+    files or the command line. Methods that only unfreeze existing parameters list them in `unfrozen` instead.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    Config: ClassVar[type[MethodConfig]]
+    recipe: ClassVar[TrainConfig]
+
+    def __init__(self, config: Any, position: Position, shared: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+
+    @classmethod
+    def placements(cls, config: Any) -> tuple[tuple[Place, ...], ...]:
+        """Return sets of places in order of preference; the first that the backbone has is used. Empty: no module."""
+        return ()
+
+    @classmethod
+    def shared(cls, config: Any, positions: Sequence[Position]) -> dict[str, nn.Module]:
+        """Return modules that all positions share, by name. They are registered, counted and stored once."""
+        return {}
+
+    @classmethod
+    def unfrozen(cls, config: Any, tensor_names: Sequence[str]) -> list[str]:
+        """Return which of the backbone's own tensors (parameters and buffers, by state-dict name) train."""
+        return []
+
+    @classmethod
+    def affine(cls, config: Any) -> bool:
+        """Whether `delta` is an affine map of each token, so that it may fold into a neighbouring linear layer."""
+        return False
+
+    @classmethod
+    def calibrate(cls, config: Any, model: nn.Module, modules: Sequence[Any], batches: Batches | None) -> None:
+        """Set what the modules take from the task's data; called once by `attach`, on the plain frozen model."""
+
+    def delta(self, x: Tensor, grid: Grid) -> Tensor:
+        """Return what is added at `adds_to` for the tensor `x` [..., reads_width] read: [..., adds_width]."""
+        raise TypeError(f"{type(self).__name__} must define delta(x, grid)")
+
+    def forward(self, x: Tensor, onto: Tensor, grid: Grid) -> Tensor:
+        """Return `onto` [..., adds_width] plus `delta(x)`; override where a cheaper way to add exists."""
+        return onto + self.delta(x, grid).to(onto.dtype)
