@@ -155,3 +155,16 @@ def find_grid(model: nn.Module) -> Grid:
     if size is None:
         raise SiteError(f"{type(model).__name__} does not say how its patches lie (patch_embed.grid_size)")
     return Grid(size[0], size[1], getattr(model, "num_prefix_tokens", 0))
+
+
+def find_image_shape(model: nn.Module) -> tuple[int, int, int]:
+    """Return the shape [channels, height, width] of the images that a token model takes.
+
+    Raises:
+        SiteError: the model does not say.
+    """
+    patches: Any = getattr(model, "patch_embed", None)
+    size = getattr(patches, "img_size", None)
+    if size is None:
+        raise SiteError(f"{type(model).__name__} does not say which image size it takes (patch_embed.img_size)")
+    return (patches.proj.in_channels, size[0], size[1])

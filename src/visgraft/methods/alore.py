@@ -1,0 +1,119 @@
+"""ALoRE, Aggregating Low Rank Experts (arXiv:2412.08341): a Kronecker sum of low-rank experts, purely linear."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from visgraft.config import MethodConfig, TrainConfig, option
+from visgraft.errors import SiteError, VisgraftError
+from visgraft.method import Grid, Method, Place, Position
+from visgraft.registry import register
+
+SITES = ("attn.in", "attn.out", "mlp.in", "mlp.out")
+
+
+@dataclass(frozen=True)
+class ALoREConfig(MethodConfig):
+    """Options of ALoRE.
+
+    The number of experts, the places, the scale, the dropout and both initialisations are UNVERIFIED readings of the
+    paper; its formula, the shapes and the published count of 0.15 M on ViT-B fix the rest.
+    """
+
+    rank: int = option(4, "inner width of each expert (r)")
+    experts: int = option(4, "number of experts and order of the Kronecker product (n); must divide the width")
+    places: tuple[str, ...] | None = option(None, "sites to adapt; none: attn.in and mlp.in", SITES)
+    scale: float = option(5.0, "fixed factor s of the adapter: x + s x W'")
+    dropout: float = option(0.1, "dropout on the experts' hidden features while training")
+    bank: str = option("one", "W_s: one bank for the whole model, or one per place", ("one", "per_place"))
+    init: str = option("xavier", "how W_s starts: xavier uniform, or normal with std 0.01", ("xavier", "normal"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_positive("rank", "experts", "scale")
+        if not 0 <= self.dropout < 1:
+            raise VisgraftError(f"dropout is {self.dropout}, but must be at least 0 and below 1")
+        if self.places is not None and not self.places:
+            raise VisgraftError(f"places is empty; name at least one of {', '.join(SITES)}")
+
+
+class Bank(nn.Module):
+    """The experts' shared Kronecker factors W_s: `weight` [n, n, n], expert i's slice being n × n."""
+
+    def __init__(self, experts: int, init: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, experts, experts))
+        for expert in self.weight:
+            if init == "xavier":
+                nn.init.xavier_uniform_(expert)
+            else:
+                nn.init.normal_(expert, std=0.01)
+
+
+@register("alore", paper="arXiv:2412.08341")
+class ALoRE(Method):
+    """x + s x W' with W' = Σ_i W_s^i ⊗ (W_d^i W_u^i), computed by its factors and never formed.
+
+    W_d [n, C/n, r] starts Xavier-uniform and W_u [n, r, C/n] at zero, so the model starts unchanged. There is no
+    bias. The adapter acts on all tokens, the class token included.
+    """
+
+    Config = ALoREConfig
+    recipe = TrainConfig()
+
+    def __init__(self, config: ALoREConfig, position: Position, shared: Mapping[str, nn.Module]) -> None:
+        super().__init__(config, position, shared)
+        n, rank, width = config.experts, config.rank, position.adds_width
+        if width % n:
+            raise SiteError(
+                f"{position.place.reads} has {width} channels, which {n} experts do not divide; change experts"
+            )
+        bank = shared[_bank_name(config, position)]
+        self._bank = (bank,)  # in a tuple, so that the shared module is registered only once, where it belongs
+        self.scale = config.scale
+        self.down = nn.Parameter(torch.empty(n, width // n, rank))
+        self.up = nn.Parameter(torch.zeros(n, rank, width // n))
+        self.dropout = nn.Dropout(config.dropout)
+        for expert in self.down:
+            nn.init.xavier_uniform_(expert)
+
+    @classmethod
+    def placements(cls, config: ALoREConfig) -> tuple[tuple[Place, ...], ...]:
+        if config.places:
+            return (Place.at(*config.places),)
+        return Place.at("attn.in", "mlp.in"), Place.at("mlp.in", "mlp.out")
+
+    @classmethod
+    def shared(cls, config: ALoREConfig, positions: Sequence[Position]) -> dict[str, nn.Module]:
+        names = dict.fromkeys(_bank_name(config, position) for position in positions)
+        return {name: Bank(config.experts, config.init) for name in names}
+
+    @classmethod
+    def affine(cls, config: ALoREConfig) -> bool:
+        return True
+
+    @property
+    def bank(self) -> Tensor:
+        """W_s [n, n, n], shared with all other positions (or with those at the same place)."""
+        return cast(Tensor, self._bank[0].weight)
+
+    def delta(self, x: Tensor, grid: Grid) -> Tensor:
+        """Return s x W' [..., C]: down per expert and block, mix blocks by W_s, up, and sum over the experts."""
+        n, inner, _ = self.down.shape
+        blocks = x.unflatten(-1, (n, inner))
+        hidden = self.dropout(torch.einsum("...ap,ipr->...iar", blocks, self.down))
+        mixed = torch.einsum("...iar,iab->...bir", hidden, self.bank)
+        return self.scale * torch.einsum("...bir,irq->...bq", mixed, self.up).flatten(-2)
+
+    def expert(self, x: Tensor, index: int) -> Tensor:
+        """Return what one expert adds, s x E_i [..., C]; the sum over all experts is `delta` without dropout."""
+        blocks = x.unflatten(-1, self.down.shape[:2])
+        low_rank = blocks @ self.down[index] @ self.up[index]
+        return self.scale * torch.einsum("...ap,ab->...bp", low_rank, self.bank[index]).flatten(-2)
+
+
+def _bank_name(config: ALoREConfig, position: Position) -> str:
+    return "bank" if config.bank == "one" else f"bank_{position.place.reads.replace('.', '_')}"

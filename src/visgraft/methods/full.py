@@ -1,0 +1,25 @@
+"""Full fine-tuning: every tensor of the backbone trains."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from visgraft.config import MethodConfig, TrainConfig
+from visgraft.method import Method
+from visgraft.registry import register
+
+
+@dataclass(frozen=True)
+class FullConfig(MethodConfig):
+    """Full fine-tuning has no options."""
+
+
+@register("full", paper="baseline: full fine-tuning")
+class Full(Method):
+    """All parameters train; the adapter then holds the whole backbone, its buffers included."""
+
+    Config = FullConfig
+    recipe = TrainConfig(lr=1e-4, weight_decay=0.05, drop_path=0.1)
+
+    @classmethod
+    def unfrozen(cls, config: FullConfig, tensor_names: Sequence[str]) -> list[str]:
+        return list(tensor_names)

@@ -1,0 +1,69 @@
+"""LoRA (arXiv:2106.09685): a low-rank branch beside frozen projections."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from visgraft.config import MethodConfig, TrainConfig, option
+from visgraft.errors import VisgraftError
+from visgraft.method import Grid, Method, Place, Position
+from visgraft.registry import register
+
+PROJECTIONS = {
+    "q": Place("attn.in", "attn.q"),
+    "k": Place("attn.in", "attn.k"),
+    "v": Place("attn.in", "attn.v"),
+    "proj": Place("attn.context", "attn.out"),
+    "fc1": Place("mlp.in", "mlp.hidden"),
+    "fc2": Place("mlp.act", "mlp.out"),
+}
+
+
+@dataclass(frozen=True)
+class LoRAConfig(MethodConfig):
+    """Options of LoRA."""
+
+    rank: int = option(8, "inner width of each branch (r)")
+    targets: tuple[str, ...] = option(("q", "v"), "projections that get a branch", tuple(PROJECTIONS))
+    scale: float = option(1.0, "fixed factor of each branch, alpha / r in the paper")
+    dropout: float = option(0.0, "dropout on what each branch reads while training")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_positive("rank", "scale")
+        if not 0 <= self.dropout < 1:
+            raise VisgraftError(f"dropout is {self.dropout}, but must be at least 0 and below 1")
+        if not self.targets:
+            raise VisgraftError(f"targets is empty; name at least one of {', '.join(PROJECTIONS)}")
+
+
+@register("lora", paper="arXiv:2106.09685")
+class LoRA(Method):
+    """s (x A) B beside a frozen projection; A [R, r] starts Kaiming-uniform, B [r, D] at zero."""
+
+    Config = LoRAConfig
+    recipe = TrainConfig()
+
+    def __init__(self, config: LoRAConfig, position: Position, shared: Mapping[str, nn.Module]) -> None:
+        super().__init__(config, position, shared)
+        self.scale = config.scale
+        self.dropout = nn.Dropout(config.dropout)
+        self.down = nn.Parameter(torch.empty(position.reads_width, config.rank))
+        self.up = nn.Parameter(torch.zeros(config.rank, position.adds_width))
+        nn.init.kaiming_uniform_(self.down.T, a=math.sqrt(5))
+
+    @classmethod
+    def placements(cls, config: LoRAConfig) -> tuple[tuple[Place, ...], ...]:
+        return (tuple(PROJECTIONS[target] for target in config.targets),)
+
+    @classmethod
+    def affine(cls, config: LoRAConfig) -> bool:
+        return True
+
+    def delta(self, x: Tensor, grid: Grid) -> Tensor:
+        """Return s (x A) B: [..., R] -> [..., D]."""
+        return cast(Tensor, self.scale * (self.dropout(x) @ self.down @ self.up))
