@@ -91,7 +91,6 @@ class TrainConfig(Options):
     precision: str = option("auto", "auto: bf16 where the hardware computes in it", ("auto", "fp32", "bf16"))
     select: str = option("last", "keep the last epoch, or the best one on the validation images", ("last", "val"))
     seed: int = option(0, "seed of initialisation, order, augmentation and dropout")
-    workers: int = option(0, "processes that prepare images; 0: this one, after decoding every image once")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,6 +98,6 @@ class TrainConfig(Options):
         for name in ("label_smoothing", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise VisgraftError(f"{name} is {getattr(self, name)}, but must be at least 0 and below 1")
-        for name in ("weight_decay", "warmup_epochs", "workers", "seed"):
+        for name in ("weight_decay", "warmup_epochs", "seed"):
             if getattr(self, name) < 0:
                 raise VisgraftError(f"{name} is {getattr(self, name)}, but must not be negative")

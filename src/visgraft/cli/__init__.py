@@ -1,0 +1,5 @@
+"""The command line, `visgraft`."""
+
+from visgraft.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,105 @@
+"""Command-line options generated from the configuration dataclasses, so that no flag is written twice."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import typer
+
+from visgraft.config import MethodConfig, TrainConfig
+from visgraft.errors import VisgraftError
+from visgraft.registry import get_method, method_names
+
+C = TypeVar("C", MethodConfig, TrainConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """One generated option: its field, the type as typed on the command line, its help and its group."""
+
+    field: dataclasses.Field[Any]
+    kind: type
+    help: str
+    panel: str
+
+
+def _kind(field: dataclasses.Field[Any]) -> type:
+    """Type of the value as typed: tuples are written with commas."""
+    text = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", "")
+    name = (str(field.type) if text in ("", "UnionType", "tuple") else text).split("|")[0].split("[")[0].strip()
+    return {"int": int, "float": float, "bool": bool}.get(name, str)
+
+
+def _help(field: dataclasses.Field[Any]) -> str:
+    choices = field.metadata.get("choices")
+    named = f" ({', '.join(choices)})" if choices else ""
+    return f"{field.metadata['help']}{named}"
+
+
+def flags() -> Iterator[Flag]:
+    """Yield the options of training, then those of all methods; one that several methods share appears once."""
+    for field in dataclasses.fields(TrainConfig):
+        yield Flag(field, _kind(field), _help(field), "Training (default: the method's recipe)")
+    owners: dict[str, list[tuple[str, dataclasses.Field[Any]]]] = {}
+    for name in method_names():
+        for field in dataclasses.fields(get_method(name).Config):
+            owners.setdefault(field.name, []).append((name, field))
+    for uses in owners.values():
+        fields = [field for _, field in uses]
+        told = "; ".join(f"{name}: {_help(field)} [{_shown(field.default)}]" for name, field in uses)
+        yield Flag(fields[0], _kind(fields[0]), told, "Method")
+
+
+def _shown(value: Any) -> str:
+    return ",".join(value) if isinstance(value, tuple) else str(value).lower() if value is None else str(value)
+
+
+def with_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the command with the generated options in place of its `**values`."""
+    own = inspect.signature(command)
+    parameters = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    for flag in flags():
+        name = flag.field.name
+        written = f"--{name.replace('_', '-')}"
+        if flag.kind is bool:
+            written = f"{written}/--no-{name.replace('_', '-')}"
+        default = typer.Option(None, written, help=flag.help, rich_help_panel=flag.panel, show_default=False)
+        kind: Any = flag.kind | None
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind))
+    command.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+def method_config(method: str, values: Mapping[str, Any]) -> MethodConfig:
+    """Build a method's options from those given on the command line.
+
+    Raises:
+        VisgraftError: unknown method, or an option that this method does not have.
+    """
+    cls = get_method(method).Config
+    own = {field.name: field for field in dataclasses.fields(cls)}
+    training = {field.name for field in dataclasses.fields(TrainConfig)}
+    given = {name: value for name, value in values.items() if value is not None and name not in training}
+    for name in given:
+        if name not in own:
+            has = ", ".join(f"--{n.replace('_', '-')}" for n in own) or "none of its own"
+            raise VisgraftError(f"{method} has no option --{name.replace('_', '-')}; it has {has}")
+    parsed = {name: _parse(own[name], value) for name, value in given.items()}
+    return cls(**parsed)
+
+
+def _parse(field: dataclasses.Field[Any], value: Any) -> Any:
+    is_tuple = "tuple" in str(field.type)
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if is_tuple else value
+
+
+def train_config(method: str, values: Mapping[str, Any]) -> TrainConfig:
+    """Return the method's recipe with the options given on the command line in place of its own."""
+    own = {field.name for field in dataclasses.fields(TrainConfig)}
+    given = {name: value for name, value in values.items() if value is not None and name in own}
+    recipe = get_method(method).recipe
+    if "epochs" in given and "warmup_epochs" not in given:
+        given["warmup_epochs"] = recipe.warmup_epochs * given["epochs"] / recipe.epochs
+    return dataclasses.replace(recipe, **given)
