@@ -1,1 +1,21 @@
-"""visgraft."""
+"""visgraft adapts a frozen, pretrained vision backbone by training well under 1 % extra parameters.
+
+This is the whole public interface; docs/architecture.md says how the parts fit together.
+"""
+
+# ruff: noqa: F401  (everything imported here is for users)
+from visgraft.adapter import load, save
+from visgraft.attach import ParameterCount, attach, count_parameters, detach
+from visgraft.backbone import Adapted, Backbone, create_backbone, model_data_config
+from visgraft.config import MethodConfig, TrainConfig
+from visgraft.data.folders import read_folder
+from visgraft.data.images import Images, load_images
+from visgraft.errors import VisgraftError
+from visgraft.evaluate import Evaluation, evaluate, predict
+from visgraft.merge import Certificate, merge
+from visgraft.methods import *  # noqa: F403  (the options of every method, so that adding one touches no list)
+from visgraft.registry import methods
+from visgraft.salience import salient_channels
+from visgraft.train import Epoch, Training, train
+
+__version__ = "0.1.0"

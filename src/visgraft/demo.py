@@ -8,7 +8,7 @@ import torch
 from visgraft.adapter import read_config
 from visgraft.attach import detach
 from visgraft.backbone import Backbone
-from visgraft.cli.show import print_table, progress_console, result_console, training_progress
+from visgraft.cli.show import percent, print_table, progress_console, result_console, training_progress
 from visgraft.config import TrainConfig
 from visgraft.data.gauges import draw_gauges
 from visgraft.errors import DataError
@@ -95,30 +95,25 @@ def run_demo(out: Path, epochs: int | None = None) -> dict[str, Any]:
 
 def print_demo(result: dict[str, Any]) -> None:
     """Print the demo's table, the certificate and where the picture lies."""
-    columns = [
-        "method",
-        "trained (no head)",
-        "% of backbone",
-        "test top-1",
-        "95 % interval",
-        "macro-F1",
-        "KB",
-        "train s",
-    ]
+    columns = ["method", "trained", "% of ViT", "test top-1", "95 % interval", "macro-F1", "KB", "seconds"]
     rows = [
         [
             row["method"],
             row["params_adapter"],
             f"{100 * row['params_adapter'] / row['params_backbone']:.2f}",
-            f"{100 * row['top1']:.1f}",
-            f"{100 * row['top1_ci95'][0]:.1f} to {100 * row['top1_ci95'][1]:.1f}",
-            f"{100 * row['macro_f1']:.1f}",
+            percent(row["top1"]),
+            f"{percent(row['top1_ci95'][0])}–{percent(row['top1_ci95'][1])}",
+            percent(row["macro_f1"]),
             round(row["adapter_bytes"] / 1000),
-            f"{row['seconds']:.0f}",
+            round(row["seconds"]),
         ]
         for row in result["methods"]
     ]
-    print_table(f"{result['methods'][0]['images']} test images of gauges, 16 positions", columns, rows)
+    print_table(
+        f"{result['methods'][0]['images']} test images of gauges, 16 positions; parameters without the head",
+        columns,
+        rows,
+    )
     c = result["certificate"]
     result_console.print(
         f"merged: largest logit difference {c['max_abs_difference']:.1e} (allowed {c['tolerance']:.1e}) and top-1 "

@@ -31,21 +31,25 @@ def register(name: str, *, paper: str) -> "Callable[[type[M]], type[M]]":
     return enter
 
 
+def methods() -> dict[str, type["Method"]]:
+    """Return all methods by name, in order of registration; `.Config`, `.recipe` and `.paper` tell about each."""
+    import visgraft.methods  # noqa: F401  (the import registers the methods that ship with the package)
+
+    return dict(METHODS)
+
+
 def get_method(name: str) -> type["Method"]:
     """Return the method class registered under `name`.
 
     Raises:
         VisgraftError: no such method; the message lists the nearest names and all of them.
     """
-    import visgraft.methods  # noqa: F401  (the import registers the methods that ship with the package)
-
-    if name not in METHODS:
-        raise VisgraftError(f"unknown method {name!r}{nearest(name, METHODS)} (methods: {', '.join(METHODS)})")
-    return METHODS[name]
+    known = methods()
+    if name not in known:
+        raise VisgraftError(f"unknown method {name!r}{nearest(name, known)} (methods: {', '.join(known)})")
+    return known[name]
 
 
 def method_names() -> list[str]:
     """Return the registered names in order of registration."""
-    import visgraft.methods  # noqa: F401
-
-    return list(METHODS)
+    return list(methods())

@@ -22,7 +22,7 @@ from visgraft.errors import AdapterError, SiteError, TrainingDiverged, VisgraftE
 from visgraft.evaluate import Evaluation, evaluate
 from visgraft.files import check_target
 from visgraft.merge import merge, mergeable
-from visgraft.registry import METHODS, get_method, method_names
+from visgraft.registry import methods
 from visgraft.sites import find_sites
 from visgraft.train import Epoch, train
 
@@ -205,13 +205,13 @@ def describe_methods(backbone: str, num_classes: int = 0) -> list[dict[str, Any]
     with torch.device("meta"):
         create_backbone(Backbone(backbone, "none"))
     rows = []
-    for name in method_names():
-        config = get_method(name).Config()
+    for name, method in methods().items():
+        config = method.Config()
         with torch.device("meta"):
             model = create_backbone(Backbone(backbone, "none"), num_classes or 1)
-        row: dict[str, Any] = {"name": name, "paper": METHODS[name].paper}
+        row: dict[str, Any] = {"name": name, "paper": method.paper}
         try:
-            blocks = find_sites(model) if get_method(name).placements(config) else []
+            blocks = find_sites(model) if method.placements(config) else []
             places = choose_places(config, blocks, backbone) if blocks else ()
             row["places"] = [p.reads if p.reads == p.adds_to else f"{p.reads} -> {p.adds_to}" for p in places]
             row["mergeable"] = mergeable(config, blocks)

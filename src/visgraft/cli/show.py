@@ -13,6 +13,7 @@ from rich.table import Table
 from visgraft.train import Epoch
 
 progress_console = Console(stderr=True, highlight=False, soft_wrap=True)
+PLAIN_LINES = 30
 result_console = Console(highlight=False, soft_wrap=True)
 
 
@@ -36,9 +37,15 @@ def describe(epoch: Epoch, epochs: int) -> str:
 
 @contextmanager
 def training_progress(epochs: int) -> Iterator[Callable[[Epoch], None]]:
-    """Yield a callback for `train`: a live bar on a terminal, otherwise a plain line per epoch."""
+    """Yield a callback for `train`: a live bar on a terminal, otherwise at most `PLAIN_LINES` plain lines."""
     if not progress_console.is_terminal:
-        yield lambda epoch: progress_console.print(describe(epoch, epochs)) if epoch.complete else None
+        every = -(-epochs // PLAIN_LINES)
+
+        def tell(epoch: Epoch) -> None:
+            if epoch.complete and (epoch.epoch % every == 0 or epoch.epoch == epochs):
+                progress_console.print(describe(epoch, epochs))
+
+        yield tell
         return
     columns = (BarColumn(bar_width=24), TextColumn("{task.description}"))
     with Progress(*columns, console=progress_console, transient=False) as bar:
@@ -81,7 +88,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     table = Table(title=title or None)
     for i, column in enumerate(columns):
         numbers = all(isinstance(row[i], int | float) or str(row[i])[:1].isdigit() for row in rows)
-        table.add_column(column, justify="right" if numbers else "left", overflow="fold")
+        table.add_column(column, justify="right" if numbers else "left", no_wrap=numbers, overflow="fold")
     for row in rows:
         table.add_row(*(f"{v:,}" if isinstance(v, int) and not isinstance(v, bool) else str(v) for v in row))
     result_console.print(table)

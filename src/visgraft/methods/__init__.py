@@ -1,20 +1,9 @@
-"""The methods that ship with visgraft, one file each; importing this package registers them."""
+"""The methods that ship with visgraft, one file each; importing a file registers its method, in this order."""
 
-from visgraft.methods.sct import SCT, SCTConfig  # isort: skip
-from visgraft.methods.alore import ALoRE, ALoREConfig  # isort: skip
-from visgraft.methods.lora import LoRA, LoRAConfig  # isort: skip
-from visgraft.methods.linear import Linear, LinearConfig  # isort: skip
-from visgraft.methods.full import Full, FullConfig  # isort: skip
+from visgraft.methods.sct import SCTConfig as SCTConfig  # isort: skip
+from visgraft.methods.alore import ALoREConfig as ALoREConfig  # isort: skip
+from visgraft.methods.lora import LoRAConfig as LoRAConfig  # isort: skip
+from visgraft.methods.linear import LinearConfig as LinearConfig  # isort: skip
+from visgraft.methods.full import FullConfig as FullConfig  # isort: skip
 
-__all__ = [
-    "SCT",
-    "ALoRE",
-    "ALoREConfig",
-    "Full",
-    "FullConfig",
-    "Linear",
-    "LinearConfig",
-    "LoRA",
-    "LoRAConfig",
-    "SCTConfig",
-]
+__all__ = [name for name in dir() if name.endswith("Config")]
