@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
@@ -85,7 +86,7 @@ def print_figures(figures: Mapping[str, Any]) -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print a table; numbers stand on the right."""
-    table = Table(title=title or None)
+    table = Table(title=title or None, box=SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(columns):
         numbers = all(isinstance(row[i], int | float) or str(row[i])[:1].isdigit() for row in rows)
         table.add_column(column, justify="right" if numbers else "left", no_wrap=numbers, overflow="fold")
