@@ -86,10 +86,11 @@ def print_figures(figures: Mapping[str, Any]) -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print a table; numbers stand on the right."""
-    table = Table(title=title or None, box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title or None, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for i, column in enumerate(columns):
         numbers = all(isinstance(row[i], int | float) or str(row[i])[:1].isdigit() for row in rows)
-        table.add_column(column, justify="right" if numbers else "left", no_wrap=numbers, overflow="fold")
+        short = all(len(str(row[i])) < 16 for row in rows)
+        table.add_column(column, justify="right" if numbers else "left", no_wrap=short, overflow="fold")
     for row in rows:
         table.add_row(*(f"{v:,}" if isinstance(v, int) and not isinstance(v, bool) else str(v) for v in row))
     result_console.print(table)
