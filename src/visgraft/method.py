@@ -82,6 +82,11 @@ class Method(nn.Module):
         return False
 
     @classmethod
+    def starts_as_identity(cls, config: Any) -> bool:
+        """Whether the model answers exactly as before right after `attach`."""
+        return True
+
+    @classmethod
     def calibrate(cls, config: Any, model: nn.Module, modules: Sequence[Any], batches: Batches | None) -> None:
         """Set what the modules take from the task's data; called once by `attach`, on the plain frozen model."""
 

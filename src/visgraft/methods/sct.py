@@ -68,6 +68,10 @@ class SCT(Method):
         return True
 
     @classmethod
+    def starts_as_identity(cls, config: SCTConfig) -> bool:
+        return False  # W starts at random, as in the reference
+
+    @classmethod
     def calibrate(cls, config: SCTConfig, model: nn.Module, modules: Sequence["SCT"], batches: Batches | None) -> None:
         site, channels = SCORED_AT[modules[0].site], len(modules[0].index)
         chosen = salient_channels(model, batches, channels, site, config.score)
