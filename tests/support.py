@@ -66,7 +66,7 @@ def enliven(model: nn.Module, seed: int = 1) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter)
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter))
     return model
 
 

@@ -101,8 +101,14 @@ def prove_sites(model: nn.Module, sites: Sequence[Site]) -> None:
         seen.inputs(path)
     parameter = next(model.parameters())
     images = torch.empty(2, *find_image_shape(model), device="meta", dtype=parameter.dtype)
-    with torch.no_grad(), _Sums() as sums:
-        model(images)
+    try:
+        with torch.no_grad(), _Sums() as sums:
+            model(images)
+    except (RuntimeError, NotImplementedError) as error:
+        raise SiteError(
+            f"{type(model).__name__} does not run on the meta device ({str(error).strip().splitlines()[0]}), so the "
+            "places of its sites cannot be proven; use timm's own model, without a replaced forward"
+        ) from error
     for site, recorder in zip(sites, recorders, strict=True):
         _check(model, site, recorder, seen, sums)
 
