@@ -88,7 +88,7 @@ def _compare(model: nn.Module, plain: nn.Module, images: Any, method: str) -> Ce
     batches = _noise(plain) if images is None else [images] if isinstance(images, Tensor) else images
     with torch.no_grad():
         for batch in batches:
-            x = batch.to(like.device, like.dtype)
+            x = (batch if isinstance(batch, Tensor) else batch[0]).to(like.device, like.dtype)
             before, after = model(x).double(), plain(x).double()
             largest = max(largest, (before - after).abs().max().item())
             scale = max(scale, before.abs().max().item())
@@ -106,7 +106,7 @@ def merge(model: nn.Module, images: Any = None) -> tuple[nn.Module, Certificate]
 
     Args:
         model: a model with something attached, in float32 or float64; it is left as it is.
-        images: a tensor [B, 3, H, W] or an iterable of such, preprocessed; None: seeded noise.
+        images: preprocessed images [B, 3, H, W], or an iterable of such or of (images, labels); None: seeded noise.
 
     Raises:
         MergeError: the method cannot be folded exactly here, or the measured difference is above the tolerance.

@@ -33,8 +33,6 @@ def register(name: str, *, paper: str) -> "Callable[[type[M]], type[M]]":
 
 def methods() -> dict[str, type["Method"]]:
     """Return all methods by name, in order of registration; `.Config`, `.recipe` and `.paper` tell about each."""
-    import visgraft.methods  # noqa: F401  (the import registers the methods that ship with the package)
-
     return dict(METHODS)
 
 

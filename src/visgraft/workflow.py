@@ -192,7 +192,7 @@ def merge_adapter(adapter: Path, out: Path, *, data: Path | None = None, weights
     images = None
     if data is not None:
         examples = adapter_data(adapter, data, "val")[1][:CERTIFICATE_IMAGES]
-        images = [x for x, _ in load_images(examples, config["data_config"]).batches()]
+        images = load_images(examples, config["data_config"]).batches()
     adapted = _load(adapter, weights)
     plain, certificate = merge(adapted.model, images)
     save_plain(plain, out, adapted.classes, config["data_config"], certificate)

@@ -195,6 +195,7 @@ def build() -> typer.Typer:
     """Return the app with the generated options of `train`."""
     from visgraft.cli.options import with_flags
 
+    app.registered_commands = [known for known in app.registered_commands if known.name != "train"]
     app.command("train")(with_flags(train))
     return app
 

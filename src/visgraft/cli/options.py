@@ -1,6 +1,7 @@
 """Command-line options generated from the configuration dataclasses, so that no flag is written twice."""
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -67,9 +68,14 @@ def with_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         default = typer.Option(None, written, help=flag.help, rich_help_panel=flag.panel, show_default=False)
         kind: Any = flag.kind | None
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind))
-    command.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
-    return command
+
+    @functools.wraps(command)
+    def flagged(**values: Any) -> Any:
+        return command(**values)
+
+    flagged.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    flagged.__annotations__ = {p.name: p.annotation for p in parameters}
+    return flagged
 
 
 def method_config(method: str, values: Mapping[str, Any]) -> MethodConfig:

@@ -46,7 +46,7 @@ class SCT(Method):
     """
 
     Config = SCTConfig
-    recipe = TrainConfig()
+    recipe = TrainConfig(lr=5e-3)
 
     index: Tensor
 
