@@ -1,0 +1,98 @@
+"""The documentation's Python blocks run, and what they promise holds."""
+
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import images, logits, vit
+
+import visgraft
+from visgraft import count_parameters, load, merge, methods, read_folder, save
+from visgraft.attach import attach
+from visgraft.cli.options import flags
+from visgraft.data.gauges import draw_gauges
+from visgraft.registry import METHODS
+from visgraft.sites import BLOCKS
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(page: str) -> list[str]:
+    """The Python blocks of a page."""
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+@pytest.fixture
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty working directory; what a block registers is forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    known, rows = dict(METHODS), dict(BLOCKS)
+    yield tmp_path
+    for table, before in ((METHODS, known), (BLOCKS, rows)):
+        table.clear()
+        table.update(before)
+
+
+def run(page: str, number: int) -> dict[str, Any]:
+    names: dict[str, Any] = {"__name__": "documentation"}
+    exec(compile(blocks(page)[number], f"{page}, block {number}", "exec", dont_inherit=True), names)
+    return names
+
+
+def test_the_worked_example_of_a_method_gets_everything_by_its_registration(scratch: Path) -> None:
+    config = run("CONTRIBUTING.md", 0)["ShiftConfig"](strength=0.5)
+    assert "shift" in methods() and "strength" in {flag.field.name for flag in flags()}
+    before = logits(vit())
+    model = attach(vit(), config)
+    assert torch.equal(logits(model), before)
+    assert count_parameters(model).adapter == 3 * 32
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith("visgraft."):
+                parameter.normal_()
+    save(model, scratch / "adapter")
+    assert torch.equal(logits(load(scratch / "adapter", backbone=vit()).model), logits(model))
+    plain, certificate = merge(model, images())
+    assert certificate.max_abs_difference <= certificate.tolerance
+    assert (logits(plain) - before).abs().max() > 1e-2
+
+
+def test_the_worked_example_of_a_family_attaches(scratch: Path) -> None:
+    names = run("CONTRIBUTING.md", 1)
+    assert count_parameters(names["model"]).adapter > 0
+    assert type(names["model"].blocks[0]) is names["MyBlock"]
+
+
+def test_the_worked_example_of_a_data_set_reads_back(scratch: Path) -> None:
+    folder = run("CONTRIBUTING.md", 2)["folder"]
+    assert len(folder.classes) == 10
+    assert len(folder.train) + len(folder.val) + len(folder.test) == 200
+
+
+def test_the_readmes_example_runs(scratch: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw_gauges(scratch / "gauges", train=32, val=16, test=16)
+    assert len(read_folder(scratch / "gauges").classes) == 16
+    (example,) = blocks("README.md")
+    assert len([line for line in example.splitlines() if line.strip()]) <= 12
+    names = run("README.md", 0)
+    assert "adapter=73792" in capsys.readouterr().out
+    assert names["certificate"].max_abs_difference <= names["certificate"].tolerance
+    assert (scratch / "gauges-alore" / "adapter_model.safetensors").is_file()
+
+
+def test_pages_link_only_to_files_that_exist() -> None:
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")]
+    assert len(pages) >= 6
+    for page in pages:
+        for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_version_is_one_and_the_changelog_knows_it() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert visgraft.__version__ == version
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
