@@ -184,7 +184,7 @@ def _optimizer(model: nn.Module, config: TrainConfig, images: int) -> tuple[torc
         optimizer,
         t_initial=config.epochs * per_epoch - warmup,
         warmup_t=warmup,
-        warmup_lr_init=config.lr * 1e-3,
+        warmup_lr_init=min(config.lr, config.head_lr or config.lr) * 1e-3,  # one start for both groups; both rise
         warmup_prefix=True,
         t_in_epochs=False,
     )

@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -12,7 +12,6 @@ from visgraft.errors import VisgraftError
 app = typer.Typer(
     name="visgraft",
     help="Adapt a frozen, pretrained vision backbone with well under 1 % extra parameters.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -201,13 +200,25 @@ def build() -> typer.Typer:
 
 
 def main() -> None:
-    """Run the command line; errors made on purpose are one line on standard error and exit code 1."""
+    """Run the command line; errors made on purpose, and wrong usage, are one line on standard error."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if not sys.stderr.isatty() else "0")
     try:
-        build()()
+        if len(sys.argv) == 1:
+            sys.argv.append("--help")
+        code = build()(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
     except VisgraftError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        _fail(str(error), 1)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", 130)
+    except Exception as error:
+        # Wrong usage is click's UsageError; typer has moved that class, so it is known by what it offers.
+        if not hasattr(error, "format_message"):
+            raise
+        command = getattr(getattr(error, "ctx", None), "command_path", "visgraft")
+        _fail(f"{error.format_message().rstrip('.')}; see {command} --help", 2)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)

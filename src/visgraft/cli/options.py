@@ -48,12 +48,14 @@ def flags() -> Iterator[Flag]:
             owners.setdefault(field.name, []).append((name, field))
     for uses in owners.values():
         fields = [field for _, field in uses]
-        told = "; ".join(f"{name}: {_help(field)} [{_shown(field.default)}]" for name, field in uses)
+        told = " | ".join(f"{name}: {_help(field)}; default {_shown(field.default)}" for name, field in uses)
         yield Flag(fields[0], _kind(fields[0]), told, "Method")
 
 
 def _shown(value: Any) -> str:
-    return ",".join(value) if isinstance(value, tuple) else str(value).lower() if value is None else str(value)
+    if value is None:
+        return "none"
+    return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
 def with_flags(command: Callable[..., Any]) -> Callable[..., Any]:

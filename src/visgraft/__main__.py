@@ -1,0 +1,5 @@
+"""`python -m visgraft`."""
+
+from visgraft.cli import main
+
+main()
