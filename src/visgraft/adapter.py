@@ -148,7 +148,7 @@ def load(path: str | Path, *, weights: str | None = None, backbone: nn.Module | 
     try:
         method_config = get_method(config["method"]).Config.from_dict(config["method_config"])
     except VisgraftError as error:
-        raise AdapterError(f"{path / CONFIG} is damaged: {error}") from error
+        raise AdapterError(f"{path / CONFIG} is damaged: {error}; restore it or train again") from error
     tensors = _read_tensors(path / TENSORS)
     model = _make_backbone(path, config, weights) if backbone is None else backbone
     if getattr(model, "num_classes", 0) != config["backbone"].get("num_classes"):

@@ -94,6 +94,15 @@ def _create(name: str, **arguments: Any) -> Any:
         raise VisgraftError(
             f"{name} cannot be created with {', '.join(arguments)}: {error}; leave that option out"
         ) from error
+    except (RuntimeError, OSError) as error:  # an unknown tag, or a folder or repository without a timm config
+        if arguments.get("pretrained"):
+            raise
+        raise VisgraftError(f"{name} cannot be created ({_first_line(error)}); check the name") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__
 
 
 def _from_hub(name: str, num_classes: int, arguments: dict[str, Any]) -> Any:
@@ -103,9 +112,8 @@ def _from_hub(name: str, num_classes: int, arguments: dict[str, Any]) -> Any:
     except VisgraftError:
         raise
     except Exception as error:  # the hub's client raises many kinds, from offline to a missing tag
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise WeightsError(
-            f"the pretrained weights of {name} could not be had from the hub ({reason}); "
+            f"the pretrained weights of {name} could not be had from the hub ({_first_line(error)}); "
             "check the name and the connection, or pass --weights FILE"
         ) from error
     finally:
@@ -115,7 +123,8 @@ def _from_hub(name: str, num_classes: int, arguments: dict[str, Any]) -> Any:
 def _check_image_size(backbone: Backbone) -> None:
     """Raise unless the model takes an image size and its patches divide the one asked for."""
     with torch.device("meta"):
-        model = _create(backbone.name.removeprefix("timm/").split(".")[0], **backbone.arguments)
+        name = backbone.name if ":" in backbone.name else backbone.name.removeprefix("timm/").split(".")[0]
+        model = _create(name, **backbone.arguments)
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     size = backbone.image_size or 0
     if patch is not None and (size <= 0 or size % patch[0]):
@@ -143,7 +152,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
         state = convert(state, model) if convert else state
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        reason = _first_line(error)
         raise WeightsError(f"{path} cannot be read as weights of {name} ({reason}); pass another file") from error
     inside = tuple(f"{head}." for head in (*head_paths(model), "head", "fc_norm.head"))
     own = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(inside)}
@@ -151,7 +160,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
     wrong = sorted(set(own) ^ set(state)) + [k for k in own if k in state and own[k].shape != state[k].shape]
     if wrong:
         listed = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-        raise WeightsError(f"{path} does not fit {name}: {listed} missing, unknown or of another shape")
+        reason = "missing, unknown or of another shape"
+        raise WeightsError(f"{path} does not fit {name}: {listed} {reason}; pass another file or backbone")
     model.load_state_dict(state, strict=False)
 
 

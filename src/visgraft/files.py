@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from visgraft.errors import VisgraftError
 
 
@@ -47,13 +49,23 @@ def new_directory(path: Path, marker: str) -> Iterator[Path]:
         for file in temporary.iterdir():
             file.chmod(0o644)  # some writers leave files that only their owner can read
         if path.is_dir():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-            os.rename(path, old / "old")
-            os.rename(temporary, path)
-            shutil.rmtree(old)
+            _exchange(path, temporary)
         else:
             os.rename(temporary, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter is how safetensors reports a full disk
         raise VisgraftError(f"{path} cannot be written ({error}); nothing was changed there") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchange(path: Path, new: Path) -> None:
+    """Put the folder `new` in the place of `path` and remove what was there; on failure `path` is as it was."""
+    prefix = f".{path.name}.old."
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent, ignore_cleanup_errors=True) as folder:
+        old = Path(folder) / "old"
+        os.rename(path, old)
+        try:
+            os.rename(new, path)
+        except BaseException:
+            os.rename(old, path)
+            raise

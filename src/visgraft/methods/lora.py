@@ -29,7 +29,7 @@ class LoRAConfig(MethodConfig):
 
     rank: int = option(8, "inner width of each branch (r)")
     targets: tuple[str, ...] = option(("q", "v"), "projections that get a branch", tuple(PROJECTIONS))
-    scale: float = option(1.0, "fixed factor of each branch, alpha / r in the paper")
+    scale: float = option(5.0, "fixed factor of each branch, alpha / r in the paper")
     dropout: float = option(0.0, "dropout on what each branch reads while training")
 
     def __post_init__(self) -> None:
