@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from visgraft.attach import CHILD, assemble, count_parameters, detach, get_attached
 from visgraft.backbone import Adapted, Backbone, create_backbone, image_transform, model_data_config
-from visgraft.errors import AdapterError, VisgraftError
+from visgraft.errors import AdapterError
 from visgraft.files import new_directory, write_json
 from visgraft.registry import get_method
 
@@ -128,6 +128,11 @@ def read_config(path: str | Path) -> dict[str, Any]:
             raise AdapterError(
                 f"{file} is damaged: {key!r} is missing or no {kind.__name__}; restore it or train again"
             )
+    outputs, names = config["backbone"].get("num_classes"), config["classes"]
+    if not isinstance(outputs, int) or len(names) not in (0, outputs):
+        raise AdapterError(
+            f"{file} is damaged: {len(names)} class names for a head of {outputs} outputs; restore it or train again"
+        )
     return config
 
 
@@ -147,7 +152,8 @@ def load(path: str | Path, *, weights: str | None = None, backbone: nn.Module | 
     config = read_config(path)
     try:
         method_config = get_method(config["method"]).Config.from_dict(config["method_config"])
-    except VisgraftError as error:
+        transform = image_transform(config["data_config"])
+    except Exception as error:  # timm's transform raises whatever comes of a wrong fact
         raise AdapterError(f"{path / CONFIG} is damaged: {error}; restore it or train again") from error
     tensors = _read_tensors(path / TENSORS)
     model = _make_backbone(path, config, weights) if backbone is None else backbone
@@ -162,7 +168,7 @@ def load(path: str | Path, *, weights: str | None = None, backbone: nn.Module | 
     except AdapterError:
         detach(model)
         raise
-    return Adapted(model.eval(), image_transform(config["data_config"]), tuple(config["classes"]))
+    return Adapted(model.eval(), transform, tuple(config["classes"]))
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
@@ -179,8 +185,11 @@ def _make_backbone(path: Path, config: Mapping[str, Any], weights: str | None) -
     facts.pop("digest", None)
     if weights is None and facts.get("weights") == "file":
         raise AdapterError(f"{path} was trained on the weights file {file}; pass it again: --weights PATH/{file}")
+    kinds = {"name": str, "weights": str, "image_size": int | None, "seed": int, "arguments": dict}
     try:
         origin = Backbone(**{**facts, "weights": weights or facts["weights"]})
+        if wrong := [key for key, kind in kinds.items() if not isinstance(getattr(origin, key), kind)]:
+            raise TypeError(f"{wrong[0]} is {getattr(origin, wrong[0])!r}")
     except (TypeError, KeyError) as error:
         raise AdapterError(f"{path / CONFIG} is damaged: backbone: {error}; restore it or train again") from error
     return create_backbone(origin, classes)
@@ -191,7 +200,7 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Path, digest: s
     found = get_attached(model).digest
     if digest is not None and found != digest:
         raise AdapterError(
-            f"{path} was trained on another backbone (sha256 {digest[:12]}…, this one is {str(found)[:12]}…); "
+            f"{path} was trained on another backbone (sha256 {str(digest)[:12]}…, this one is {str(found)[:12]}…); "
             "pass the same weights with --weights (weights= or backbone= in Python)"
         )
     own = adapter_tensors(model)

@@ -1,5 +1,6 @@
 """Create a timm model from a name, a source of weights and an image size."""
 
+import copy
 import dataclasses
 import logging
 import sys
@@ -8,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import timm
 import torch
 from timm.data import create_transform, resolve_model_data_config
-from torch import nn
+from torch import Tensor, nn
 
 from visgraft.attach import head_paths
 from visgraft.errors import VisgraftError, WeightsError, nearest
@@ -146,23 +148,38 @@ def load_weights(model: nn.Module, path: Path) -> None:
     name = getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
     try:
         if path.suffix == ".npz":
-            model.load_pretrained(str(path))  # type: ignore[operator]
-            return
-        state = timm.models.load_state_dict(str(path), use_ema=False, weights_only=True)
-        convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-        state = convert(state, model) if convert else state
+            state = _read_npz(model, path)
+        else:
+            state = timm.models.load_state_dict(str(path), use_ema=False, weights_only=True)
+            convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+            state = convert(state, model) if convert else state
     except Exception as error:
         reason = _first_line(error)
         raise WeightsError(f"{path} cannot be read as weights of {name} ({reason}); pass another file") from error
     inside = tuple(f"{head}." for head in (*head_paths(model), "head", "fc_norm.head"))
     own = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(inside)}
     state = {key: tensor for key, tensor in state.items() if not key.startswith(inside)}
-    wrong = sorted(set(own) ^ set(state)) + [k for k in own if k in state and own[k].shape != state[k].shape]
+    wrong = sorted(set(own) ^ set(state)) + [
+        key for key in own if key in state and own[key].shape != getattr(state[key], "shape", None)
+    ]
     if wrong:
         listed = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
         reason = "missing, unknown or of another shape"
         raise WeightsError(f"{path} does not fit {name}: {listed} {reason}; pass another file or backbone")
     model.load_state_dict(state, strict=False)
+
+
+def _read_npz(model: nn.Module, path: Path) -> dict[str, Tensor]:
+    """Return weights in Google's JAX layout under timm's names: timm fills a copy, where NaN marks what is missing."""
+    filled: Any = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in filled.parameters():
+            parameter.fill_(torch.nan)
+    filled.load_pretrained(str(path))
+    with np.load(path, allow_pickle=False) as arrays:
+        if any(f"encoderblock_{len(filled.blocks)}/" in name for name in arrays.files):
+            raise ValueError(f"it has more than {len(filled.blocks)} blocks")
+    return {name: tensor for name, tensor in filled.state_dict().items() if not bool(tensor.isnan().all())}
 
 
 def model_data_config(model: nn.Module) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def _make_task(model: nn.Module, images: Images, val: Images | None, config: Tra
     augment = augmentation(images, config.flip, config.rand_augment, config.seed)
     val_labels = None if val is None else val.labels.to(device)
     frozen_features = not (attached.where or attached.unfrozen or augment or config.drop_path)
-    if frozen_features:
+    if frozen_features and len(attached.head) == 1:  # a distilled model's head has two parts, which see two tokens
         features = _features(model, images, accelerator)
         val_features = None if val is None else _features(model, val, accelerator)
         return _Task(
