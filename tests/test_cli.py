@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,11 +16,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file
 
-from visgraft import load, methods, read_folder
+from visgraft import Epoch, load, methods, read_folder
 from visgraft.adapter import TENSORS
-from visgraft.cli import main
+from visgraft.cli import main, show
+from visgraft.cli.show import describe
 from visgraft.data.folders import open_image
 
 PROGRAM = Path(sys.executable).parent / "visgraft"
@@ -123,6 +126,7 @@ def test_the_verbs_follow_each_other_and_print_one_json_document_each(flat: Path
         assert figures["adapter_bytes"] == sum(file.stat().st_size for file in out.iterdir())
         assert figures["params_head"] == 64 * 3 + 3
     assert trained["params_adapter"] == measured["params_adapter"]
+    assert trained["precision"] in ("fp32", "bf16")
     assert (trained["split"], measured["split"], measured["images"]) == ("val", "test", 6)
     assert measured["top1"] > 0.6
 
@@ -188,6 +192,15 @@ def test_15_every_method_trains_from_the_command_line(method: str, flat: Path, t
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+def test_the_seed_is_that_of_the_new_head_too(flat: Path, tmp_path: Path) -> None:
+    heads = []
+    for seed in (0, 1):
+        options = ["--method", "linear", "--epochs", 1, "--lr", "1e-9", "--seed", seed]
+        succeed("train", flat, "--out", tmp_path / "a", *options, *SMALL)
+        heads.append(load_file(tmp_path / "a" / TENSORS)["head.weight"])
+    assert (heads[0] - heads[1]).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -205,6 +218,18 @@ def test_without_json_people_are_told(
     code, out, err = run(*placed(arguments, DATA=flat, ADAPTER=adapter, OUT=tmp_path / "out"))
     assert (code, [text for text in says if text not in out]) == (0, [])
     assert not err or arguments[0] == "train"
+
+
+def test_on_a_terminal_the_last_validation_accuracy_stays_in_sight(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.StringIO()
+    monkeypatch.setattr(show, "progress_console", Console(file=written, force_terminal=True, width=80))
+    during = Epoch(8, 2.5, 0.25, 1e-3, images_per_second=52.0, seconds_left=95.0)
+    with show.training_progress(30) as tell:
+        tell(replace(during, epoch=7, complete=True, val_top1=0.125))
+        tell(during)
+    last = written.getvalue().splitlines()[-2]  # the last line only shows the cursor again
+    assert "epoch  8/30 loss  2.500 train  25.0% val  12.5%   52 images/s 2 min left" in last
+    assert not describe(during, 30).count("val")
 
 
 def test_sct_in_mode_mlp_merges_and_in_mode_attn_names_that_remedy(flat: Path, tmp_path: Path) -> None:

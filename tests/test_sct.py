@@ -113,13 +113,20 @@ def test_random_channels_need_no_images_and_lowest_is_the_other_end() -> None:
     assert all(sorted(torch.cat(pair).tolist()) == list(range(32)) for pair in zip(high, low, strict=True))
 
 
+def test_images_are_brought_to_the_models_precision() -> None:
+    expected = salient_channels(vit().double(), [(x.double(), y) for x, y in batches()], 6)
+    found = salient_channels(vit().double(), batches(), 6)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"channels": 33}, "channels is 33"),
         ({"channels": 0}, "channels is 0"),
         ({"channels": 4, "score": "best"}, "unknown score"),
-        ({"channels": 4, "site": "nowhere"}, "nowhere"),
+        ({"channels": 4, "site": "nowhere"}, "cannot be scored at 'nowhere'; this backbone has attn.in"),
+        ({"channels": 4, "site": "nowhere", "score": "random"}, "cannot be scored at 'nowhere'"),
     ],
 )
 def test_bad_scoring_options_are_refused(options: dict, message: str) -> None:

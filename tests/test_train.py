@@ -25,7 +25,7 @@ from visgraft.backbone import image_transform, model_data_config
 from visgraft.data.folders import Example
 from visgraft.data.images import Images, augmentation
 from visgraft.errors import TrainingDiverged
-from visgraft.evaluate import confusion, predict, score
+from visgraft.evaluate import confusion, predict, resolve_precision, score
 
 training: Any = importlib.import_module("visgraft.train")  # the attribute of that name is the function
 HALF = (0.5, 0.5, 0.5)
@@ -347,3 +347,14 @@ def test_a_wrong_option_is_refused_with_its_name(values: dict[str, Any], message
     with pytest.raises(VisgraftError) as caught:
         TrainConfig.from_dict(values)
     assert str(caught.value).startswith(message)
+
+
+def test_the_automatic_precision_is_one_of_both_and_the_others_are_taken_as_they_are() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    training_precision = resolve_precision("auto")
+    assert training_precision in ("fp32", "bf16")
+    assert {resolve_precision("auto") for _ in range(3)} == {training_precision}
+    assert torch.equal(torch.rand(2), expected), "the measurement leaves the random state alone"
+    assert (resolve_precision("fp32"), resolve_precision("bf16")) == ("fp32", "bf16")

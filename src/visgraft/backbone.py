@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import logging
 import sys
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,7 +105,7 @@ def _create(name: str, **arguments: Any) -> Any:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__
+    return textwrap.shorten(lines[0], 160, placeholder=" …") if lines else type(error).__name__
 
 
 def _from_hub(name: str, num_classes: int, arguments: dict[str, Any]) -> Any:

@@ -88,7 +88,7 @@ class TrainConfig(Options):
     drop_path: float = option(0.0, "stochastic depth: the last block's rate, rising linearly from 0")
     flip: bool = option(False, "flip training images left to right with probability 0.5")
     rand_augment: str | None = option(None, "RandAugment in timm's notation, e.g. rand-m9-mstd0.5-inc1")
-    precision: str = option("auto", "auto: bf16 where the hardware computes in it", ("auto", "fp32", "bf16"))
+    precision: str = option("auto", "auto: bf16 where this machine computes faster in it", ("auto", "fp32", "bf16"))
     select: str = option("last", "keep the last epoch, or the best one on the validation images", ("last", "val"))
     seed: int = option(0, "seed of initialisation, order, augmentation and dropout")
 

@@ -37,20 +37,18 @@ def channel_squares(model: nn.Module, batches: Batches, site: str) -> list[dict[
     depend on how the caller batches. Prefix tokens (class token, registers) are left out.
     """
     blocks = find_sites(model)
-    if site not in blocks[0]:
-        raise VisgraftError(f"channels cannot be scored at {site!r}; this backbone has {', '.join(blocks[0])}")
     prefix = find_grid(model).prefix_tokens
     acts = [_SquareSums(prefix) for _ in blocks]
     handles = [handle for sites, act in zip(blocks, acts, strict=True) for handle in tap(model, sites[site], act)]
     modes = {module: module.training for module in model.modules()}
-    device = next(model.parameters()).device
+    like = next(model.parameters())
     try:
         model.eval()
         with torch.no_grad():
             for images, labels in _rebatch(batches):
                 for act in acts:
                     act.labels = labels.tolist()
-                model(images.to(device))
+                model(images.to(like.device, like.dtype))
     finally:
         for handle in handles:
             handle.remove()
@@ -117,11 +115,13 @@ def salient_channels(
     """
     if score not in SCORES:
         raise VisgraftError(f"unknown score {score!r}; choose one of {', '.join(SCORES)}")
-    width = find_sites(model)[0].get(site)
-    if width is not None and not 0 < channels <= width.width:
-        raise VisgraftError(f"channels is {channels}, but {site} has 1 to {width.width}; choose fewer")
+    blocks = find_sites(model)
+    if site not in blocks[0]:
+        raise VisgraftError(f"channels cannot be scored at {site!r}; this backbone has {', '.join(blocks[0])}")
+    if not 0 < channels <= blocks[0][site].width:
+        raise VisgraftError(f"channels is {channels}, but {site} has 1 to {blocks[0][site].width}; choose fewer")
     if score == "random":
-        return [torch.randperm(sites[site].width)[:channels].sort().values for sites in find_sites(model)]
+        return [torch.randperm(sites[site].width)[:channels].sort().values for sites in blocks]
     if batches is None:
         raise VisgraftError(
             f"the score {score!r} looks at the task's images: pass `batches` of (images, labels), or use score 'random'"

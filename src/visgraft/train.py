@@ -81,6 +81,7 @@ def train(
         VisgraftError: an option would have no effect, or nothing is attached.
     """
     _check(model, config, val)
+    begin = time.perf_counter()
     accelerator = make_accelerator(config.precision)
     model.to(accelerator.device)
     task = _make_task(model, images, val, config, accelerator)
@@ -113,7 +114,7 @@ def train(
     if config.select == "val":
         kept = best[1]
         _restore(model, best[2])
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - begin
     model.eval()
     return Training(tuple(history), kept, seconds, config.epochs * len(images) / seconds, peak_memory_bytes())
 

@@ -4,6 +4,7 @@ Each returns a dictionary of plain JSON values.
 """
 
 import dataclasses
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from visgraft.config import MethodConfig, TrainConfig
 from visgraft.data.folders import Folder, read_folder
 from visgraft.data.images import Images, load_images
 from visgraft.errors import AdapterError, SiteError, TrainingDiverged, VisgraftError
-from visgraft.evaluate import Evaluation, evaluate
+from visgraft.evaluate import Evaluation, evaluate, peak_memory_bytes, resolve_precision
 from visgraft.files import check_target
 from visgraft.merge import merge, mergeable
 from visgraft.registry import methods
@@ -66,6 +67,9 @@ def train_folder(
 ) -> dict[str, Any]:
     """Train a method on an image folder and write the adapter to `out`; the test images are never read.
 
+    The figures are those on the validation images; `seconds` are those of attaching (with the look at the images that
+    some methods take first) and training.
+
     Raises:
         TrainingDiverged: after writing the last good state, where an epoch was completed.
         VisgraftError: the data, the backbone, an option or `out` cannot be used.
@@ -78,9 +82,11 @@ def train_folder(
     val = load_images(folder.val, data_config) if folder.val else None
     plain = count_parameters(model)
     torch.manual_seed(train_config.seed)
+    begin = time.perf_counter()
     attach(model, method_config, images.batches())
     record: dict[str, Any] = {
         "train": train_config.to_dict(),
+        "precision": resolve_precision(train_config.precision),
         "data": {"fingerprint": folder.fingerprint, "layout": folder.layout, **dataclasses.asdict(split)},
     }
     try:
@@ -91,11 +97,12 @@ def train_folder(
         record["diverged_after_epoch"] = error.last_good_epoch
         save(model, out, classes=folder.classes, data_config=data_config, record=record)
         raise TrainingDiverged(f"{error}; it is written to {out}", error.last_good_epoch) from None
+    seconds = time.perf_counter() - begin
     evaluation = None if val is None else evaluate(model, val, train_config.precision)
     figures = _figures(evaluation)
     record |= {"metrics": {f"val_{name}": value for name, value in figures.items()}}
     record |= {"history": [dataclasses.asdict(e) for e in training.history], "kept_epoch": training.kept_epoch}
-    record |= {"seconds": training.seconds}
+    record |= {"seconds": seconds}
     save(model, out, classes=folder.classes, data_config=data_config, record=record)
     counts = count_parameters(model)
     return {
@@ -108,9 +115,10 @@ def train_folder(
         "params_head": counts.head,
         "params_backbone": plain.total - plain.head,
         "adapter_bytes": adapter_bytes(out),
-        "seconds": training.seconds,
+        "seconds": seconds,
         "images_per_second": training.images_per_second,
         "peak_memory_bytes": training.peak_memory_bytes,
+        "precision": record["precision"],
         "epochs": train_config.epochs,
         "kept_epoch": training.kept_epoch,
     }
@@ -157,8 +165,6 @@ def measure_adapter(
     adapter: Path, data: Path, *, weights: str | None = None, part: str = "test"
 ) -> tuple[dict[str, Any], Evaluation, Images, Adapted]:
     """`eval_adapter` with all that it was computed from, for reports."""
-    from visgraft.evaluate import peak_memory_bytes
-
     _, examples, which = adapter_data(adapter, data, part)
     config = read_config(adapter)
     adapted = _load(adapter, weights)

@@ -49,7 +49,7 @@ def train(
         figures = train_folder(
             data,
             out,
-            backbone=Backbone(backbone, weights, image_size),
+            backbone=Backbone(backbone, weights, image_size, recipe.seed),  # the seed of the new head
             method_config=config,
             train_config=recipe,
             split=Split(val_fraction, test_fraction, recipe.seed),
@@ -157,7 +157,7 @@ def methods(
     json: Json = False,
 ) -> None:
     """List the methods with their places, mergeability and parameters on a backbone (no weights are needed)."""
-    from visgraft.cli.show import emit, print_table
+    from visgraft.cli.show import emit, print_table, result_console
     from visgraft.workflow import describe_methods
 
     rows = describe_methods(backbone)
@@ -166,14 +166,20 @@ def methods(
         [
             row["name"],
             row["paper"],
-            row.get("refused") or ", ".join(row["places"]) or "–",
+            "refused" if "refused" in row else ", ".join(row["places"]) or "–",
             yes[row["mergeable"]],
-            f"{row['params_adapter'] or 0:,}",
+            "–" if "refused" in row else f"{row['params_adapter']:,}",
         ]
         for row in rows
     ]
     columns = ["method", "source", "places per block", "merges", "parameters"]
-    emit(rows, json, lambda: print_table(f"on {backbone}, default options, head excluded", columns, shown))
+
+    def text() -> None:
+        print_table(f"on {backbone}, default options, head excluded", columns, shown)
+        for reason in dict.fromkeys(row["refused"] for row in rows if "refused" in row):
+            result_console.print(f"refused: {reason}")
+
+    emit(rows, json, text)
 
 
 @app.command()
@@ -183,8 +189,8 @@ def demo(
     json: Json = False,
 ) -> None:
     """Draw gauges, train linear, sct and alore on a real pretrained ViT, merge, and paint a picture."""
+    from visgraft.cli.demo import print_demo, run_demo
     from visgraft.cli.show import emit
-    from visgraft.demo import print_demo, run_demo
 
     result = run_demo(out, epochs)
     emit(result, json, lambda: print_demo(result))

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -28,11 +29,11 @@ def emit(value: Any, as_json: bool, text: Callable[[], None]) -> None:
 
 def describe(epoch: Epoch, epochs: int) -> str:
     """One line on an epoch."""
-    val = "" if epoch.val_top1 is None else f"  val {epoch.val_top1:6.1%}"
+    val = "" if epoch.val_top1 is None else f" val {epoch.val_top1:6.1%}"
     left = f"{epoch.seconds_left / 60:.0f} min" if epoch.seconds_left >= 90 else f"{epoch.seconds_left:.0f} s"
     return (
-        f"epoch {epoch.epoch:>3}/{epochs}  loss {epoch.loss:7.4f}  train {epoch.top1:6.1%}{val}  "
-        f"{epoch.images_per_second:6.1f} images/s  {left} left"
+        f"epoch {epoch.epoch:>{len(str(epochs))}}/{epochs} loss {epoch.loss:6.3f} train {epoch.top1:6.1%}{val} "
+        f"{epoch.images_per_second:4.0f} images/s {left} left"
     )
 
 
@@ -48,13 +49,16 @@ def training_progress(epochs: int) -> Iterator[Callable[[Epoch], None]]:
 
         yield tell
         return
-    columns = (BarColumn(bar_width=24), TextColumn("{task.description}"))
+    columns = (BarColumn(bar_width=10), TextColumn("{task.description}"))
     with Progress(*columns, console=progress_console, transient=False) as bar:
         task = bar.add_task("starting", total=epochs)
+        val: float | None = None
 
         def show(epoch: Epoch) -> None:
+            nonlocal val
+            val = epoch.val_top1 if epoch.complete else val  # stays in sight during the next epoch
             bar.update(task, completed=epoch.epoch if epoch.complete else epoch.epoch - 1)
-            bar.update(task, description=describe(epoch, epochs))
+            bar.update(task, description=describe(replace(epoch, val_top1=val), epochs))
 
         yield show
 

