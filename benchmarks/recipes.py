@@ -1,6 +1,6 @@
 """Which learning rate and scale should be a method's default? Measured on validation images of several tasks.
 
-    python benchmarks/recipes.py --out recipes.json
+    python benchmarks/recipes.py --out recipes.json --precision bf16
 
 Three tasks, all offline: drawn gauges, scikit-learn's handwritten digits, and the simulated textile surfaces of the
 package conformal-clip-data. Every method trains on every task with each learning rate of `LRS` and, where it has
@@ -75,14 +75,14 @@ def textile(root: Path) -> Path:
 TASKS = {"gauges": (gauges, 98), "digits": (digits, 98), "textile": (textile, 112)}
 
 
-def settings(method: str, epochs: int) -> Iterator[tuple[MethodConfig, TrainConfig]]:
+def settings(method: str, epochs: int, precision: str) -> Iterator[tuple[MethodConfig, TrainConfig]]:
     """Yield what to try of a method."""
     kind, recipe = get_method(method).Config, get_method(method).recipe
     scales = SCALES if "scale" in {field.name for field in dataclasses.fields(kind)} else (None,)
     warmup = recipe.warmup_epochs * epochs / recipe.epochs
     for lr in LRS:
         for scale in scales:
-            chosen = dataclasses.replace(recipe, epochs=epochs, warmup_epochs=warmup, lr=lr)
+            chosen = dataclasses.replace(recipe, epochs=epochs, warmup_epochs=warmup, lr=lr, precision=precision)
             yield kind() if scale is None else kind.from_dict({"scale": scale}), chosen
 
 
@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--methods", default="sct,alore,lora")
     parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
     for task in arguments.tasks.split(","):
@@ -111,9 +112,9 @@ def main() -> None:
             facts = model_data_config(create_backbone(Backbone(MODEL_NAME, "none", size)))
             data = load_images(folder.train, facts), load_images(folder.val, facts)
         for method in arguments.methods.split(","):
-            for config, recipe in settings(method, arguments.epochs):
+            for config, recipe in settings(method, arguments.epochs, arguments.precision):
                 key = {"task": task, "method": method, "lr": recipe.lr, "epochs": recipe.epochs}
-                key |= {"scale": getattr(config, "scale", None)}
+                key |= {"scale": getattr(config, "scale", None), "precision": recipe.precision}
                 if any(all(row[name] == value for name, value in key.items()) for row in rows):
                     continue
                 rows.append({**key, "val_top1": measure(config, recipe, size, data, len(folder.classes))})

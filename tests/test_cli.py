@@ -268,14 +268,26 @@ def test_unreadable_test_images_do_not_hinder_training_but_are_named_when_measur
     assert "remove it or replace it" in line
 
 
-def test_an_earlier_adapter_is_replaced_and_a_foreign_data_folder_counts_as_a_whole(flat: Path, tmp_path: Path) -> None:
-    out, other = tmp_path / "adapter", draw(tmp_path / "other", 3)
+def test_an_earlier_adapter_is_replaced(flat: Path, tmp_path: Path) -> None:
     for method in ("sct", "linear"):
-        succeed("train", flat, "--out", out, "--method", method, "--epochs", 1, *SMALL)
-    measured = succeed("eval", out, other)
-    assert measured["method"] == "linear"
-    assert (measured["images"], measured["split"]) == (9, "all images of another folder")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "other"]
+        succeed("train", flat, "--out", tmp_path / "adapter", "--method", method, "--epochs", 1, *SMALL)
+    assert succeed("eval", tmp_path / "adapter", flat)["method"] == "linear"
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_flat_folder_that_changed_is_not_measured_as_if_its_images_were_new(
+    flat: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """One image more and the draw is another: what was trained on would count as a test image."""
+    grown = shutil.copytree(flat, tmp_path / "grown")
+    assert succeed("eval", adapter, grown)["images"] == 6, "where the folder lies does not matter"
+    shutil.copy(flat / "red" / "00.png", grown / "red" / "99.png")
+    for data in (grown, draw(tmp_path / "other", 3)):
+        assert "pass --split all if it learned none of them" in fail("eval", adapter, data)
+    measured = succeed("eval", adapter, tmp_path / "other", "--split", "all")
+    assert (measured["images"], measured["split"]) == (9, "all")
+    merged = succeed("merge", adapter, "--out", tmp_path / "plain", "--data", tmp_path / "other")
+    assert merged["source"] == "images"
 
 
 @pytest.mark.parametrize(("batch_size", "completed"), [(64, True), (4, False)])
@@ -350,7 +362,7 @@ def test_train_options_that_cannot_be_used(arguments: list[str], says: list[str]
         (["info", "nowhere"], ["nowhere is not an adapter"]),
         (["info", "{HERE}/damaged"], ["adapter_config.json is damaged", "restore it or train again"]),
         (["eval", "{ADAPTER}", "{HERE}/shapes"], ["unknown: disc", "missing: blue, green", "use the data"]),
-        (["eval", "{ADAPTER}", "{DATA}", "--split", "tests"], ["'tests'", "test, val or train"]),
+        (["eval", "{ADAPTER}", "{DATA}", "--split", "tests"], ["'tests'", "test, val, train or all"]),
         (["predict", "{ADAPTER}", "{HERE}/lost.png"], ["lost.png", "No such file"]),
         (["predict", "{ADAPTER}", "{DATA}/red/00.png", "{HERE}/note.txt"], ["note.txt is not a readable image"]),
         (["merge", "{ADAPTER}", "--out", "{HERE}/shapes"], ["shapes exists", "choose another --out"]),

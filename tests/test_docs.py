@@ -1,6 +1,9 @@
 """The documentation's Python blocks run, and what they promise holds."""
 
+import json
 import re
+import runpy
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,6 +85,31 @@ def test_the_readmes_example_runs(scratch: Path, capsys: pytest.CaptureFixture[s
     assert "adapter=73792" in capsys.readouterr().out
     assert names["certificate"].max_abs_difference <= names["certificate"].tolerance
     assert (scratch / "gauges-alore" / "adapter_model.safetensors").is_file()
+
+
+def test_the_textile_example_chooses_on_validation_images_and_goes_on_where_it_stopped(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = runpy.run_path(str(ROOT / "examples" / "textile.py"))
+    names = example["main"].__globals__
+    setting, eval_adapter, measured = example["Setting"], names["eval_adapter"], []
+    monkeypatch.setitem(names, "PARTS", {"train": 6, "val": 3, "test": 5})
+    monkeypatch.setitem(names, "SETTINGS", (setting("linear", 28), setting("sct", 28), setting("sct", 28, 0.5, True)))
+    monkeypatch.setitem(
+        names, "eval_adapter", lambda out, data: (measured.append(out.name), eval_adapter(out, data))[1]
+    )
+    monkeypatch.setattr(sys, "argv", ["textile.py", "--out", "textile", "--epochs", "1"])
+    example["main"]()
+    rows = json.loads(Path("textile/results-1.json").read_text(encoding="utf-8"))
+    assert list(rows) == ["linear-28", "sct-28", "sct-28-scale0.5-flip"]
+    assert {row["images"] for row in rows.values()} == {9}
+    better = max(("sct-28", "sct-28-scale0.5-flip"), key=lambda name: rows[name]["top1"])
+    assert sorted(measured) == ["linear-28", better]
+    written = capsys.readouterr().out
+    assert written.count("| linear-28 |") == 2
+    Path("textile/results-1.json").write_text(json.dumps({k: {**v, "top1": 1.0} for k, v in rows.items()}))
+    example["main"]()
+    assert "| linear-28 | 100.0 |" in capsys.readouterr().out, "what is measured already is not measured again"
 
 
 def test_pages_link_only_to_files_that_exist() -> None:

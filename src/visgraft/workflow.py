@@ -17,9 +17,9 @@ from visgraft.adapter import CONFIG, load, read_config, save, save_plain
 from visgraft.attach import assemble, attach, choose_places, count_parameters
 from visgraft.backbone import Adapted, Backbone, create_backbone, model_data_config
 from visgraft.config import MethodConfig, TrainConfig
-from visgraft.data.folders import Folder, read_folder
+from visgraft.data.folders import Example, Folder, read_folder
 from visgraft.data.images import Images, load_images
-from visgraft.errors import AdapterError, SiteError, TrainingDiverged, VisgraftError
+from visgraft.errors import AdapterError, DataError, SiteError, TrainingDiverged, VisgraftError
 from visgraft.evaluate import Evaluation, evaluate, peak_memory_bytes, resolve_precision
 from visgraft.files import check_target
 from visgraft.merge import merge, mergeable
@@ -124,14 +124,12 @@ def train_folder(
     }
 
 
-def adapter_data(adapter: Path, data: Path, part: str = "test") -> tuple[Folder, tuple[Any, ...], str]:
-    """Return a folder, the examples to measure an adapter on, and a word on which they are.
-
-    A flat folder that the adapter was trained on is split as it was then; any other flat folder counts as a whole.
+def _adapter_folder(adapter: Path, data: Path) -> tuple[Folder, bool]:
+    """Return a folder, divided as it was for this adapter, and whether it is the one that the adapter was trained on.
 
     Raises:
         AdapterError: the classes of adapter and data differ.
-        DataError: the folder cannot be used, or has no such part.
+        DataError: the folder cannot be used.
     """
     config = read_config(adapter)
     kept = {field.name for field in dataclasses.fields(Split)}
@@ -146,18 +144,28 @@ def adapter_data(adapter: Path, data: Path, part: str = "test") -> tuple[Folder,
             if names
         )
         raise AdapterError(f"the classes of {data} are not those of {adapter} ({differ}); use the data it was made for")
-    if folder.layout == "flat" and stored.get("fingerprint") != folder.fingerprint:
-        whole = (*folder.train, *folder.val, *folder.test)
-        return folder, whole, "all images of another folder"
-    return folder, folder.part(part), part
+    return folder, stored.get("fingerprint") == folder.fingerprint
 
 
-def _load(adapter: Path, weights: str | None) -> Adapted:
-    return load(adapter, weights=weights)
+def _examples(adapter: Path, data: Path, part: str) -> tuple[Example, ...]:
+    """Return the examples to measure an adapter on.
+
+    Raises:
+        DataError: no such part; or a flat folder other than the one trained on, so that nothing tells its parts apart.
+    """
+    folder, same = _adapter_folder(adapter, data)
+    if part == "all":
+        return (*folder.train, *folder.val, *folder.test)
+    if folder.layout == "flat" and not same:
+        raise DataError(
+            f"{data} is not, or no longer, the folder that {adapter} was trained on, so its {part} images cannot be "
+            "told from those it may have learned; pass --split all if it learned none of them"
+        )
+    return folder.part(part)
 
 
 def eval_adapter(adapter: Path, data: Path, *, weights: str | None = None, part: str = "test") -> dict[str, Any]:
-    """Measure an adapter on a folder's test images (or another part)."""
+    """Measure an adapter on a folder's test images, or on `val`, `train` or `all`."""
     return measure_adapter(adapter, data, weights=weights, part=part)[0]
 
 
@@ -165,9 +173,8 @@ def measure_adapter(
     adapter: Path, data: Path, *, weights: str | None = None, part: str = "test"
 ) -> tuple[dict[str, Any], Evaluation, Images, Adapted]:
     """`eval_adapter` with all that it was computed from, for reports."""
-    _, examples, which = adapter_data(adapter, data, part)
-    config = read_config(adapter)
-    adapted = _load(adapter, weights)
+    examples, config = _examples(adapter, data, part), read_config(adapter)
+    adapted = load(adapter, weights=weights)
     images = load_images(examples, config["data_config"])
     evaluation = evaluate(adapted.model, images, config["record"].get("train", {}).get("precision", "auto"))
     counts = count_parameters(adapted.model)
@@ -175,7 +182,7 @@ def measure_adapter(
         "adapter": str(adapter),
         "method": config["method"],
         "backbone": config["backbone"]["name"],
-        "split": which,
+        "split": part,
         **_figures(evaluation),
         "params_adapter": counts.adapter,
         "params_head": counts.head,
@@ -197,9 +204,10 @@ def merge_adapter(adapter: Path, out: Path, *, data: Path | None = None, weights
     config = read_config(adapter)
     images = None
     if data is not None:
-        examples = adapter_data(adapter, data, "val")[1][:CERTIFICATE_IMAGES]
+        folder, _ = _adapter_folder(adapter, data)
+        examples = (folder.val or folder.train)[:CERTIFICATE_IMAGES]
         images = load_images(examples, config["data_config"]).batches()
-    adapted = _load(adapter, weights)
+    adapted = load(adapter, weights=weights)
     plain, certificate = merge(adapted.model, images)
     save_plain(plain, out, adapted.classes, config["data_config"], certificate)
     reopen = f'timm.create_model("local-dir:{out}", pretrained=True)'

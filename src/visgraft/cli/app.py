@@ -63,15 +63,15 @@ def eval_(
     adapter: Adapter,
     data: DataFolder,
     weights: Weights = None,
-    split: Annotated[str, typer.Option(help="test, val or train")] = "test",
+    split: Annotated[str, typer.Option(help="test, val, train or all")] = "test",
     json: Json = False,
 ) -> None:
     """Measure an adapter on the test images of a folder."""
     from visgraft.cli.show import emit, print_figures
     from visgraft.workflow import eval_adapter
 
-    if split not in ("test", "val", "train"):
-        raise VisgraftError(f"--split is {split!r}, but must be test, val or train")
+    if split not in ("test", "val", "train", "all"):
+        raise VisgraftError(f"--split is {split!r}, but must be test, val, train or all")
     figures = eval_adapter(adapter, data, weights=weights, part=split)
     emit(figures, json, lambda: print_figures(figures))
 
