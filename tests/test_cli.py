@@ -126,7 +126,7 @@ def test_the_verbs_follow_each_other_and_print_one_json_document_each(flat: Path
         assert figures["adapter_bytes"] == sum(file.stat().st_size for file in out.iterdir())
         assert figures["params_head"] == 64 * 3 + 3
     assert trained["params_adapter"] == measured["params_adapter"]
-    assert trained["precision"] in ("fp32", "bf16")
+    assert trained["precision"] == measured["precision"] in ("fp32", "bf16")
     assert (trained["split"], measured["split"], measured["images"]) == ("val", "test", 6)
     assert measured["top1"] > 0.6
 
@@ -199,6 +199,13 @@ def test_the_seed_is_that_of_the_new_head_too(flat: Path, tmp_path: Path) -> Non
         succeed("train", flat, "--out", tmp_path / "a", *options, *SMALL)
         heads.append(load_file(tmp_path / "a" / TENSORS)["head.weight"])
     assert (heads[0] - heads[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_adapter_is_measured_in_the_precision_it_was_trained_in(precision: str, flat: Path, tmp_path: Path) -> None:
+    options = ["--method", "linear", "--epochs", 1, "--precision", precision]
+    assert succeed("train", flat, "--out", tmp_path / "a", *options, *SMALL)["precision"] == precision
+    assert succeed("eval", tmp_path / "a", flat)["precision"] == precision
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Accuracy with its interval, macro-F1, and what a run costs."""
 
-import math
 import resource
 import sys
 import time
@@ -63,15 +62,21 @@ def _faster_precision() -> str:
     if torch.accelerator.is_available():
         cuda = torch.cuda.is_available()
         return "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
-    for _ in range(5):
-        for dtype in (torch.float32, torch.bfloat16):
-            x, weight = torch.ones(512, 384, dtype=dtype), torch.ones(1536, 384, dtype=dtype)
-            start = time.perf_counter()
-            F.linear(x, weight)
-            seconds[dtype] = min(seconds[dtype], time.perf_counter() - start)
-    # A clear lead only, so that a run repeated on the same machine takes the same precision.
-    return "bf16" if 1.2 * seconds[torch.bfloat16] < seconds[torch.float32] else "fp32"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # beside other busy processes, several threads would time how they wait for each other
+    try:
+        fp32, bf16 = (min(_linear_seconds(dtype) for _ in range(20)) for dtype in (torch.float32, torch.bfloat16))
+    finally:
+        torch.set_num_threads(threads)
+    return "bf16" if 1.2 * bf16 < fp32 else "fp32"  # a clear lead only, so that the next run decides alike
+
+
+def _linear_seconds(dtype: torch.dtype) -> float:
+    """Time one small linear layer: less than what a scheduler gives to a process at once."""
+    x, weight = torch.ones(256, 384, dtype=dtype), torch.ones(1152, 384, dtype=dtype)
+    start = time.perf_counter()
+    F.linear(x, weight)
+    return time.perf_counter() - start
 
 
 def logits_of(model: nn.Module, images: Images, accelerator: Accelerator, batch_size: int = 64) -> Tensor:

@@ -176,7 +176,8 @@ def measure_adapter(
     examples, config = _examples(adapter, data, part), read_config(adapter)
     adapted = load(adapter, weights=weights)
     images = load_images(examples, config["data_config"])
-    evaluation = evaluate(adapted.model, images, config["record"].get("train", {}).get("precision", "auto"))
+    precision = config["record"].get("precision", "fp32")  # as in training, so that figures compare
+    evaluation = evaluate(adapted.model, images, precision)
     counts = count_parameters(adapted.model)
     figures = {
         "adapter": str(adapter),
@@ -184,6 +185,7 @@ def measure_adapter(
         "backbone": config["backbone"]["name"],
         "split": part,
         **_figures(evaluation),
+        "precision": precision,
         "params_adapter": counts.adapter,
         "params_head": counts.head,
         "adapter_bytes": adapter_bytes(adapter),

@@ -80,7 +80,7 @@ def print_figures(figures: Mapping[str, Any]) -> None:
         "images": str(figures["images"]),
         "trained parameters": f"{figures['params_adapter']:,} + {figures['params_head']:,} of the head",
         "adapter": f"{figures['adapter']}, {figures['adapter_bytes'] / 1000:.0f} KB",
-        "time": f"{figures['seconds']:.1f} s, {figures['images_per_second']:.1f} images/s",
+        "time": f"{figures['seconds']:.1f} s, {figures['images_per_second']:.1f} images/s in {figures['precision']}",
         "peak memory": f"{figures['peak_memory_bytes'] / 1e9:.2f} GB",
     }
     for name, value in rows.items():
