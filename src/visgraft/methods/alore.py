@@ -106,7 +106,8 @@ class ALoRE(Method):
         blocks = x.unflatten(-1, (n, inner))
         hidden = self.dropout(torch.einsum("...ap,ipr->...iar", blocks, self.down))
         mixed = torch.einsum("...iar,iab->...bir", hidden, self.bank)
-        return self.scale * torch.einsum("...bir,irq->...bq", mixed, self.up).flatten(-2)
+        # The scale goes to the small factor: on the result it would cost a pass over a tensor of the features' size.
+        return torch.einsum("...bir,irq->...bq", mixed, self.scale * self.up).flatten(-2)
 
     def expert(self, x: Tensor, index: int) -> Tensor:
         """Return what one expert adds, s x E_i [..., C]; the sum over all experts is `delta` without dropout."""

@@ -65,5 +65,5 @@ class LoRA(Method):
         return True
 
     def delta(self, x: Tensor, grid: Grid) -> Tensor:
-        """Return s (x A) B: [..., R] -> [..., D]."""
-        return cast(Tensor, self.scale * (self.dropout(x) @ self.down @ self.up))
+        """Return (x A) (s B): [..., R] -> [..., D]."""
+        return cast(Tensor, self.dropout(x) @ self.down @ (self.scale * self.up))
