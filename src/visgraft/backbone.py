@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import logging
 import sys
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,7 +104,9 @@ def _create(name: str, **arguments: Any) -> Any:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return textwrap.shorten(lines[0], 160, placeholder=" …") if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return lines[0] if len(lines[0]) <= 160 else f"{lines[0][:160]}…"
 
 
 def _from_hub(name: str, num_classes: int, arguments: dict[str, Any]) -> Any:

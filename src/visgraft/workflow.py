@@ -7,11 +7,13 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from torch import nn
 
 from visgraft.adapter import CONFIG, load, read_config, save, save_plain
 from visgraft.attach import assemble, attach, choose_places, count_parameters
@@ -55,6 +57,15 @@ def _figures(evaluation: Evaluation | None) -> dict[str, Any]:
     }
 
 
+def _sizes(model: nn.Module, adapter: Path) -> dict[str, int]:
+    counts = count_parameters(model)
+    return {
+        "params_adapter": counts.adapter,
+        "params_head": counts.head,
+        "adapter_bytes": adapter_bytes(adapter),
+    }
+
+
 def train_folder(
     data: Path,
     out: Path,
@@ -89,32 +100,25 @@ def train_folder(
         "precision": resolve_precision(train_config.precision),
         "data": {"fingerprint": folder.fingerprint, "layout": folder.layout, **dataclasses.asdict(split)},
     }
+    write = partial(save, model, out, classes=folder.classes, data_config=data_config, record=record)
     try:
         training = train(model, images, train_config, val, on_progress)
     except TrainingDiverged as error:
-        if not error.last_good_epoch:
-            raise TrainingDiverged(f"{error}; nothing was written, as no epoch was completed", 0) from None
         record["diverged_after_epoch"] = error.last_good_epoch
-        save(model, out, classes=folder.classes, data_config=data_config, record=record)
-        raise TrainingDiverged(f"{error}; it is written to {out}", error.last_good_epoch) from None
+        raise _keep_last_good(error, out, write) from None
     seconds = time.perf_counter() - begin
-    evaluation = None if val is None else evaluate(model, val, train_config.precision)
-    figures = _figures(evaluation)
+    figures = _figures(None if val is None else evaluate(model, val, train_config.precision))
     record |= {"metrics": {f"val_{name}": value for name, value in figures.items()}}
-    record |= {"history": [dataclasses.asdict(e) for e in training.history], "kept_epoch": training.kept_epoch}
-    record |= {"seconds": seconds}
-    save(model, out, classes=folder.classes, data_config=data_config, record=record)
-    counts = count_parameters(model)
+    record |= {**dataclasses.asdict(training), "seconds": seconds}
+    write()
     return {
         "adapter": str(out),
         "method": method_config.method,
         "backbone": backbone.name,
         "split": "val" if val else None,
         **figures,
-        "params_adapter": counts.adapter,
-        "params_head": counts.head,
+        **_sizes(model, out),
         "params_backbone": plain.total - plain.head,
-        "adapter_bytes": adapter_bytes(out),
         "seconds": seconds,
         "images_per_second": training.images_per_second,
         "peak_memory_bytes": training.peak_memory_bytes,
@@ -122,6 +126,14 @@ def train_folder(
         "epochs": train_config.epochs,
         "kept_epoch": training.kept_epoch,
     }
+
+
+def _keep_last_good(error: TrainingDiverged, out: Path, write: Callable[[], Path]) -> TrainingDiverged:
+    """Write the last good state, where an epoch was completed, and return the error that says so."""
+    if not error.last_good_epoch:
+        return TrainingDiverged(f"{error}; nothing was written, as no epoch was completed", 0)
+    write()
+    return TrainingDiverged(f"{error}; it is written to {out}", error.last_good_epoch)
 
 
 def _adapter_folder(adapter: Path, data: Path) -> tuple[Folder, bool]:
@@ -178,7 +190,6 @@ def measure_adapter(
     images = load_images(examples, config["data_config"])
     precision = config["record"].get("precision", "fp32")  # as in training, so that figures compare
     evaluation = evaluate(adapted.model, images, precision)
-    counts = count_parameters(adapted.model)
     figures = {
         "adapter": str(adapter),
         "method": config["method"],
@@ -186,9 +197,7 @@ def measure_adapter(
         "split": part,
         **_figures(evaluation),
         "precision": precision,
-        "params_adapter": counts.adapter,
-        "params_head": counts.head,
-        "adapter_bytes": adapter_bytes(adapter),
+        **_sizes(adapted.model, adapter),
         "seconds": evaluation.seconds,
         "images_per_second": evaluation.images / evaluation.seconds,
         "peak_memory_bytes": peak_memory_bytes(),
@@ -238,7 +247,7 @@ def describe_methods(backbone: str, num_classes: int = 0) -> list[dict[str, Any]
     return rows
 
 
-def reopen_plain(path: Path) -> torch.nn.Module:
+def reopen_plain(path: Path) -> nn.Module:
     """Open a merged model with timm alone."""
     try:
         return timm.create_model(f"local-dir:{path}", pretrained=True).eval()
