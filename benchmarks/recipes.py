@@ -1,6 +1,6 @@
 """Which learning rate and scale should be a method's default? Measured on validation images of several tasks.
 
-    python benchmarks/recipes.py --out recipes.json --precision bf16
+    python benchmarks/recipes.py --out recipes.json
 
 Three tasks, all offline: drawn gauges, scikit-learn's handwritten digits, and the simulated textile surfaces of the
 package conformal-clip-data. Every method trains on every task with each learning rate of `LRS` and, where it has
