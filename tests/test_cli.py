@@ -24,7 +24,7 @@ from visgraft import Epoch, load, methods, read_folder
 from visgraft.adapter import TENSORS
 from visgraft.cli import main, show
 from visgraft.cli.show import describe
-from visgraft.data.folders import open_image
+from visgraft.data.decode import open_image
 from visgraft.data.gauges import draw_gauges
 
 PROGRAM = Path(sys.executable).parent / "visgraft"

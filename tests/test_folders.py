@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from visgraft.data.folders import Example, Folder, image_extensions, open_image, read_folder
+from visgraft.data.dataset import Dataset, Example, Split
+from visgraft.data.decode import image_extensions, open_image
+from visgraft.data.folders import read_folder
 from visgraft.errors import DataError
 
 
@@ -28,7 +30,7 @@ def write_flat(root: Path, **counts: int) -> Path:
     return root
 
 
-def names(folder: Folder, part: str) -> list[str]:
+def names(folder: Dataset, part: str) -> list[str]:
     return [example.path.relative_to(folder.root).as_posix() for example in getattr(folder, part)]
 
 
@@ -57,7 +59,7 @@ def test_flat_folder_is_divided_class_by_class(tmp_path: Path) -> None:
     assert folder.root == tmp_path
     assert folder.layout == "flat"
     assert folder.classes == ("cat", "dog")
-    assert folder.split == (0.25, 0.1, 3)
+    assert folder.split == Split(0.25, 0.1, 3)
     assert per_class(folder.train) == [26, 13]
     assert per_class(folder.val) == [10, 5]
     assert per_class(folder.test) == [4, 2]
@@ -160,7 +162,7 @@ def test_draw_is_reproducible_and_follows_the_seed(tmp_path: Path) -> None:
 
 def test_draw_differs_between_classes(tmp_path: Path) -> None:
     folder = read_folder(write_flat(tmp_path, a=20, b=20))
-    chosen = [{path.name for path, label in folder.test if label == wanted} for wanted in (0, 1)]
+    chosen = [{path.name for path, label, *_ in folder.test if label == wanted} for wanted in (0, 1)]
     assert chosen[0] != chosen[1]
 
 

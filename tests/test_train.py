@@ -22,7 +22,7 @@ from visgraft import Adapted, Epoch, MethodConfig, TrainConfig, Training, Visgra
 from visgraft.adapter import adapter_tensors
 from visgraft.attach import attach
 from visgraft.backbone import image_transform, model_data_config
-from visgraft.data.folders import Example
+from visgraft.data.dataset import Example
 from visgraft.data.images import Images, augmentation
 from visgraft.errors import TrainingDiverged
 from visgraft.evaluate import confusion, predict, resolve_precision, score

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visgraft.backbone import Adapted
-from visgraft.data.folders import open_image
+from visgraft.data.decode import open_image
 from visgraft.data.images import Images
 
 

@@ -6,7 +6,6 @@ Each returns a dictionary of plain JSON values.
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from visgraft.adapter import CONFIG, load, read_config, save, save_plain
 from visgraft.attach import assemble, attach, choose_places, count_parameters
 from visgraft.backbone import Adapted, Backbone, create_backbone, model_data_config
 from visgraft.config import MethodConfig, TrainConfig
-from visgraft.data.folders import Example, Folder, read_folder
+from visgraft.data.dataset import Dataset, Example, Split
+from visgraft.data.folders import read_folder
 from visgraft.data.images import Images, load_images
 from visgraft.errors import AdapterError, DataError, SiteError, TrainingDiverged, VisgraftError
 from visgraft.evaluate import Evaluation, evaluate, peak_memory_bytes, resolve_precision
@@ -30,15 +30,7 @@ from visgraft.sites import find_sites
 from visgraft.train import Epoch, train
 
 CERTIFICATE_IMAGES = 64
-
-
-@dataclass(frozen=True)
-class Split:
-    """How a flat folder is divided: shares of validation and test images, and the seed of the draw."""
-
-    val_fraction: float = 0.15
-    test_fraction: float = 0.2
-    seed: int = 0
+DEFAULT_SPLIT = Split()
 
 
 def adapter_bytes(path: Path) -> int:
@@ -73,7 +65,7 @@ def train_folder(
     backbone: Backbone,
     method_config: MethodConfig,
     train_config: TrainConfig,
-    split: Split = Split(),
+    split: Split = DEFAULT_SPLIT,
     on_progress: Callable[[Epoch], None] | None = None,
 ) -> dict[str, Any]:
     """Train a method on an image folder and write the adapter to `out`; the test images are never read.
@@ -136,7 +128,7 @@ def _keep_last_good(error: TrainingDiverged, out: Path, write: Callable[[], Path
     return TrainingDiverged(f"{error}; it is written to {out}", error.last_good_epoch)
 
 
-def _adapter_folder(adapter: Path, data: Path) -> tuple[Folder, bool]:
+def _adapter_folder(adapter: Path, data: Path) -> tuple[Dataset, bool]:
     """Return a folder, divided as it was for this adapter, and whether it is the one that the adapter was trained on.
 
     Raises:

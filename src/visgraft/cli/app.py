@@ -40,7 +40,8 @@ def train(
     from visgraft.backbone import Backbone
     from visgraft.cli.options import method_config, train_config
     from visgraft.cli.show import emit, print_figures, progress_console, training_progress
-    from visgraft.workflow import Split, train_folder
+    from visgraft.data.dataset import Split
+    from visgraft.workflow import train_folder
 
     config, recipe = method_config(method, values), train_config(method, values)
     if weights == "none":
@@ -87,7 +88,7 @@ def predict(
     """Name the class of each image."""
     from visgraft.adapter import load
     from visgraft.cli.show import emit, result_console
-    from visgraft.data.folders import open_image
+    from visgraft.data.decode import open_image
     from visgraft.evaluate import predict as predict_images
 
     for image in images:

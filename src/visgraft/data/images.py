@@ -15,7 +15,8 @@ from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 
 from visgraft.backbone import image_transform
-from visgraft.data.folders import Example, open_image
+from visgraft.data.dataset import Example
+from visgraft.data.decode import open_image
 from visgraft.errors import DataError, VisgraftError
 
 

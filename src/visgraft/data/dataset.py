@@ -1,0 +1,213 @@
+"""Labelled images in three parts, wherever they come from, and how those parts are drawn.
+
+The parts are drawn class by class, so that rare classes are in each part too; images of one group (one patient, one
+camera, one film) are kept together. The draw depends on the seed and the order of the images alone.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from sklearn.model_selection import StratifiedGroupKFold
+
+from visgraft.errors import DataError, nearest
+
+PARTS = ("train", "val", "test")
+Label = int | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Split:
+    """How images are divided where their source does not say: shares of validation and test images, and a seed.
+
+    Raises:
+        DataError: a share below 0, no image left to train on, or a negative seed.
+    """
+
+    val_fraction: float = 0.15
+    test_fraction: float = 0.2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (self.val_fraction >= 0 and self.test_fraction >= 0 and self.val_fraction + self.test_fraction < 1):
+            both = f"val_fraction ({self.val_fraction}) and test_fraction ({self.test_fraction})"
+            raise DataError(f"{both} must each be at least 0, and their sum must be below 1")
+        if self.seed < 0:
+            raise DataError(f"seed is {self.seed}, but must not be negative")
+
+
+class Example(NamedTuple):
+    """One image and what is known of it.
+
+    `path` is its file, or, where `content` reads its bytes from inside a data set, a name that tells which it is.
+    `label` is the index of its class; in a multi-label data set, the indices of all classes it has, in order.
+    `group` names what it shares with others that must stay in one part.
+    """
+
+    path: Path
+    label: Label
+    group: str | None = None
+    content: Callable[[], bytes] | None = None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Labelled images in three parts, each ordered by class and then by name.
+
+    `root` is the folder, table or data set they come from. `layout` is "split" where the source says which image is in
+    which part, "flat" where the parts were drawn; `split` then says how. `fingerprint` is a SHA-256 of the images'
+    names and sizes, and of the labels where a table holds them. With `multi_label`, an image may have several classes
+    or none.
+    """
+
+    root: Path
+    classes: tuple[str, ...]
+    train: tuple[Example, ...]
+    val: tuple[Example, ...]
+    test: tuple[Example, ...]
+    layout: Literal["split", "flat"]
+    fingerprint: str
+    split: Split | None
+    multi_label: bool = False
+
+    @property
+    def all(self) -> tuple[Example, ...]:
+        """The examples of all parts."""
+        return (*self.train, *self.val, *self.test)
+
+    def part(self, name: str) -> tuple[Example, ...]:
+        """Return the examples of "train", "val" or "test".
+
+        Raises:
+            DataError: the part is empty, or there is no part of this name.
+        """
+        parts = {"train": self.train, "val": self.val, "test": self.test}
+        if name not in parts:
+            raise DataError(f"{name!r} is not a part of {self.root}; use {', '.join(PARTS)}{nearest(name, PARTS)}")
+        if not parts[name]:
+            remedies = [f"set {name}_fraction above 0"] if self.layout == "flat" or name == "val" else []
+            if self.layout == "split":
+                folder = self.root.is_dir()
+                remedies += [f"add {self.root / name}/<class>/<images>" if folder else f"mark images as {name}"]
+            raise DataError(f"{self.root} has no {name} images; {' or '.join(remedies)}")
+        return parts[name]
+
+
+def divide(
+    examples: Sequence[Example],
+    classes: Sequence[str],
+    split: Split,
+    where: str,
+) -> dict[str, tuple[Example, ...]]:
+    """Draw {"train", "val", "test"} from examples ordered by class; each keeps that order.
+
+    Raises:
+        DataError: too few images of a class, or too few groups, for every part whose fraction is above zero.
+    """
+    grouped = any(example.group is not None for example in examples)
+    draw = _draw_groups if grouped else _draw_images
+    parts = draw(examples, classes, split, where)
+    return {part: tuple(examples[i] for i in sorted(chosen)) for part, chosen in parts.items()}
+
+
+def stratum(label: Label) -> int:
+    """What a draw keeps the shares of: the class; images with any number of classes are all drawn alike."""
+    return label if isinstance(label, int) else 0
+
+
+def _draw_images(
+    examples: Sequence[Example],
+    classes: Sequence[str],
+    split: Split,
+    where: str,
+) -> dict[str, list[int]]:
+    """Divide each class on its own, with at least one image in every part whose fraction is above zero.
+
+    One stratified draw over all images would fail on rare classes, and change every part when one class grows.
+    """
+    strata: dict[int, list[int]] = {}
+    for position, example in enumerate(examples):
+        strata.setdefault(stratum(example.label), []).append(position)
+    asked = [
+        name
+        for name, value in (("val_fraction", split.val_fraction), ("test_fraction", split.test_fraction))
+        if value > 0
+    ]
+    small = [f"{classes[i]} ({len(members)})" for i, members in strata.items() if len(members) <= len(asked)]
+    if asked and small:
+        remedy = f"give each at least {len(asked) + 1}, or set {' or '.join(asked)} to 0"
+        raise DataError(f"{where} has classes with too few images to divide: {listed(small)}; {remedy}")
+    parts: dict[str, list[int]] = {part: [] for part in PARTS}
+    for index, members in sorted(strata.items()):
+        val, test = _counts(len(members), split.val_fraction, split.test_fraction)
+        order = np.random.default_rng((split.seed, index)).permutation(len(members))
+        for part, chosen in zip(("test", "val", "train"), np.split(order, [test, test + val]), strict=True):
+            parts[part] += [members[i] for i in chosen]
+    return parts
+
+
+def _counts(count: int, *fractions: float) -> list[int]:
+    """Return how many of a class's images go to each part with a fraction, leaving at least one to train on."""
+    counts = [max(1, round(count * fraction)) if fraction > 0 else 0 for fraction in fractions]
+    while sum(counts) >= count:
+        counts[counts.index(max(counts))] -= 1
+    return counts
+
+
+def _draw_groups(
+    examples: Sequence[Example],
+    classes: Sequence[str],
+    split: Split,
+    where: str,
+) -> dict[str, list[int]]:
+    """Take whole groups out for the test part, then for the validation part, keeping the classes' shares if possible.
+
+    An image without a group is a group of its own.
+    """
+    labels = np.array([stratum(example.label) for example in examples])
+    names = [example.group if example.group is not None else f"\0{i}" for i, example in enumerate(examples)]
+    groups = np.unique(names, return_inverse=True)[1]
+    left, parts = np.arange(len(examples)), dict[str, list[int]]()
+    for part, fraction in (("test", split.test_fraction), ("val", split.val_fraction)):
+        parts[part] = []
+        if fraction > 0:
+            share = fraction * len(examples) / max(len(left), 1)
+            folds = max(2, round(1 / share))
+            if len(np.unique(groups[left])) < folds:
+                raise DataError(
+                    f"{where} has too few groups ({len(set(groups.tolist()))}) to draw {part} images; "
+                    f"add groups, or set {part}_fraction to 0"
+                )
+            cutter = StratifiedGroupKFold(folds, shuffle=True, random_state=split.seed)
+            rest, chosen = next(cutter.split(left, _known_shares(labels[left], folds), groups[left]))
+            parts[part], left = left[chosen].tolist(), left[rest]
+    parts["train"] = left.tolist()
+    missing = listed(classes[i] for i in set(labels.tolist()) - set(labels[left].tolist()))
+    if missing:
+        raise DataError(
+            f"{where}: drawing whole groups left no training image of {missing}; add groups, or take another seed"
+        )
+    return parts
+
+
+def _known_shares(labels: np.ndarray, folds: int) -> np.ndarray:
+    """Put classes too rare to be in every fold together: scikit-learn refuses to stratify by them."""
+    counts = Counter(labels.tolist())
+    rare = min(counts)
+    return np.array([label if counts[label] >= folds else rare for label in labels.tolist()])
+
+
+def fingerprint(names: Iterable[tuple[str, int]], labels: Iterable[str] = ()) -> str:
+    """Return the SHA-256 of images' names with sizes in bytes, and of labels where file names do not hold them."""
+    text = "".join(f"{name}\0{size}\n" for name, size in sorted(names)) + "".join(f"{label}\n" for label in labels)
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """Return the names in order, with the number of those beyond the first few."""
+    ordered = sorted(names)
+    return ", ".join(ordered[:most]) + (f" and {len(ordered) - most} more" if len(ordered) > most else "")
