@@ -29,7 +29,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 # Further options to try of the methods that ship; the defaults of every registered method are always among the laws'.
 EXTRAS: dict[str, list[dict[str, Any]]] = {
-    "sct": [{"mode": "mlp", "scale": 0.5}, {"form": "B", "scale": 0.7}, {"mode": "mlp", "form": "B", "scale": 1.2}],
+    "sct": [
+        {"mode": "mlp", "scale": 0.5},
+        {"form": "B", "scale": 0.7},
+        {"mode": "mlp", "form": "B", "scale": 1.2},
+        {"mode": "qkv"},
+    ],
     "alore": [{"bank": "per_place", "places": ["attn.in", "attn.out", "mlp.in", "mlp.out"]}, {"rank": 1, "experts": 2}],
     "lora": [{"targets": ["q", "k", "v", "proj", "fc2"], "rank": 2, "scale": 2.0, "dropout": 0.1}],
 }

@@ -273,7 +273,9 @@ def test_sct_in_mode_mlp_merges_and_in_mode_attn_names_that_remedy(flat: Path, t
 
 def test_training_never_opens_a_test_image(flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = list[Path]()
-    monkeypatch.setattr("visgraft.data.images.open_image", lambda path: (opened.append(path), open_image(path))[1])
+    monkeypatch.setattr(
+        "visgraft.data.images.open_image", lambda e, colour: (opened.append(e.path), open_image(e, colour))[1]
+    )
     succeed("train", flat, "--out", tmp_path / "adapter", "--method", "sct", "--epochs", 1, *SMALL)
     folder = read_folder(flat)
     assert set(opened) == {example.path for example in (*folder.train, *folder.val)}

@@ -1,14 +1,17 @@
 """SCT: the scores against a naive computation, what they depend on, the two forms, and the published counts."""
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
 from support import batches, fitted, images, logits, vit
 from torch import Tensor
 
-from visgraft import SCTConfig, attach, count_parameters, salient_channels
+from visgraft import SCTConfig, attach, count_parameters, load, merge, salient_channels, save
 from visgraft.attach import assemble, get_attached
 from visgraft.errors import VisgraftError
+from visgraft.methods.sct import SCT
 from visgraft.salience import _class_agnostic, _class_aware, channel_squares
 
 COUNTS = [
@@ -18,18 +21,21 @@ COUNTS = [
     ("vit_large_patch16_224", SCTConfig(channels=96), 223_488),
     ("vit_large_patch16_224", SCTConfig(), 396_288),
     ("vit_huge_patch14_224", SCTConfig(), 824_320),
+    ("vit_base_patch16_224", SCTConfig(channels=96, mode="qkv"), 223_488),
+    ("vit_base_patch16_224", SCTConfig(mode="qkv"), 223_488),
 ]
 
 
 def features(model: torch.nn.Module, x: Tensor, site: str) -> list[Tensor]:
-    """The residual stream of every block, written out from timm's block: [images, tokens, channels] in float64."""
+    """A site's tensor in every block, written out from timm's block: [images, tokens, channels] in float64."""
     found = []
     with torch.no_grad():
         stream = model.norm_pre(model._pos_embed(model.patch_embed(x)))
         for block in model.blocks:
+            q, _, v = block.attn.qkv(block.norm1(stream)).chunk(3, dim=-1)
             middle = stream + block.ls1(block.attn(block.norm1(stream)))
             stream = middle + block.ls2(block.mlp(block.norm2(middle)))
-            found.append(middle if site == "stream.mid" else stream)
+            found.append({"stream.mid": middle, "stream.out": stream, "attn.q": q, "attn.v": v}[site])
     return found
 
 
@@ -47,7 +53,7 @@ def naive_scores(model: torch.nn.Module, task: list[tuple[Tensor, Tensor]], site
     return scores
 
 
-@pytest.mark.parametrize("site", ["stream.mid", "stream.out"])
+@pytest.mark.parametrize("site", ["stream.mid", "stream.out", "attn.q", "attn.v"])
 @pytest.mark.parametrize("score", ["class_aware", "class_agnostic", "lowest"])
 @pytest.mark.parametrize("variant", ["plain", "registers", "no_class_token", "layer_scale"])
 def test_scores_are_those_of_a_naive_float64_computation(variant: str, score: str, site: str) -> None:
@@ -170,6 +176,88 @@ def test_the_forms_are_the_papers(form: str, scale: float, mode: str) -> None:
     torch.testing.assert_close(logits(model, x), expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("variant", ["plain", "qk_norm", "registers"])
+def test_mode_qkv_adds_to_queries_and_values(variant: str) -> None:
+    """Against a plain model whose qkv projection is wrapped: z + Wz + b on K channels of q, and others of v."""
+    model, plain = fitted(SCTConfig(mode="qkv"), variant).double(), vit(variant).double()
+    plain.head.load_state_dict(model.head.state_dict())
+    places = get_attached(model).positions
+    for number, block in enumerate(plain.blocks):
+        pair = [places[f"{number}_attn_q"], places[f"{number}_attn_v"]]
+
+        def tuned(layer: torch.nn.Module, args: tuple, output: Tensor, pair: list = pair) -> Tensor:
+            parts = list(output.clone().chunk(3, dim=-1))
+            for which, module in zip((0, 2), pair, strict=True):
+                z = parts[which][..., module.index]
+                parts[which][..., module.index] = z + z @ module.linear.weight.T + module.linear.bias
+            return torch.cat(parts, dim=-1)
+
+        block.attn.qkv.register_forward_hook(tuned)
+    x = images(dtype=torch.float64)
+    torch.testing.assert_close(logits(model, x), logits(plain, x), rtol=1e-10, atol=1e-10)
+
+
+def test_mode_qkv_chooses_queries_and_values_apart_in_one_pass() -> None:
+    task, plain = batches(), vit()
+    model = attach(vit(), SCTConfig(mode="qkv"), iter(task))  # an iterator can be gone through once only
+    for site in ("attn.q", "attn.v"):
+        expected = salient_channels(plain, task, 4, site)
+        for number, index in enumerate(expected):
+            key = f"{number}_{site.replace('.', '_')}"
+            assert torch.equal(get_attached(model).positions[key].index, index)
+    assert not torch.equal(torch.stack(salient_channels(plain, task, 4, "attn.q")), torch.stack(expected))
+
+
+def test_mode_qkv_folds_into_the_projection() -> None:
+    model, plain = fitted(SCTConfig(mode="qkv")).double(), vit().double()
+    merged, certificate = merge(model, images(dtype=torch.float64))
+    assert certificate.max_abs_difference <= certificate.tolerance
+    changed = {
+        name for name, tensor in merged.state_dict().items() if not torch.equal(tensor, plain.state_dict()[name])
+    }
+    assert {name.split(".", 2)[2] for name in changed if "head" not in name} == {"attn.qkv.weight", "attn.qkv.bias"}
+    k = slice(32, 64)  # the rows of the keys
+    assert torch.equal(merged.blocks[0].attn.qkv.weight[k], plain.blocks[0].attn.qkv.weight[k])
+
+
+@pytest.mark.parametrize("given", [{"scale": 1.0}, {"scale": 0.5}, {"form": "A"}, {"form": "B"}])
+def test_mode_qkv_refuses_what_it_does_not_have(given: dict) -> None:
+    (name, value) = next(iter(given.items()))
+    with pytest.raises(VisgraftError, match=f"{name} is {value}, but mode qkv"):
+        SCTConfig(mode="qkv", **given)
+
+
+def test_earlier_adapters_load_and_defaults_are_stored_as_before(tmp_path: Path) -> None:
+    for stored in ({"channels": None, "mode": None, "form": "A", "scale": 1.0, "score": "class_aware"}, {}):
+        config = SCTConfig.from_dict(stored)
+        assert (config.form, config.scale) == ("A", 1.0)
+    assert SCTConfig().to_dict() == SCTConfig(form="A", scale=1.0).to_dict()
+    model = fitted(SCTConfig(mode="qkv"))
+    save(model, tmp_path / "adapter")
+    again = load(tmp_path / "adapter", backbone=vit()).model
+    assert get_attached(again).config == SCTConfig(mode="qkv")
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_without_the_place_of_mode_attn_the_mlps_output_is_taken_but_never_qkv() -> None:
+    alone = [SCT.placements(SCTConfig(mode=mode)) for mode in ("attn", "mlp")]
+    assert SCT.placements(SCTConfig()) == alone[0] + alone[1]
+
+
+def test_where_images_have_several_classes_each_counts_for_all_of_its_classes() -> None:
+    model = vit()
+    x, labels = images(5), torch.tensor([[1, 0, 0], [1, 0, 1], [0, 0, 1], [0, 0, 0], [0, 0, 1]]).float()
+    sums = channel_squares(model, [(x, labels)], "stream.mid")[1]
+    whole = channel_squares(model, [(x, torch.zeros(5, dtype=torch.long))], "stream.mid")[1]
+    each = channel_squares(model, [(x, torch.arange(5))], "stream.mid")[1]  # one class per image
+    torch.testing.assert_close(_class_agnostic(sums), _class_agnostic(whole))
+    expected = ((each[0] + each[1]).sqrt() + (each[1] + each[2] + each[4]).sqrt()) / 2
+    torch.testing.assert_close(_class_aware(sums), expected)
+    with pytest.raises(VisgraftError, match="none of the images has a class"):
+        salient_channels(model, [(x, torch.zeros(5, 3))], 4)
+    assert len(salient_channels(model, [(x, torch.zeros(5, 3))], 4, score="class_agnostic")) == 3
+
+
 @pytest.mark.parametrize("mode", ["attn", "mlp"])
 def test_with_w_zero_the_model_answers_bit_for_bit_as_before(mode: str) -> None:
     model = attach(vit(), SCTConfig(mode=mode), batches())
@@ -186,7 +274,7 @@ def test_channels_come_from_the_plain_network_in_ascending_order() -> None:
         assert torch.equal(module.index, index) and torch.equal(index, index.sort().values)
 
 
-@pytest.mark.parametrize(("name", "config", "count"), COUNTS, ids=[f"{n}-{c.channels}" for n, c, _ in COUNTS])
+@pytest.mark.parametrize(("name", "config", "count"), COUNTS, ids=[f"{n}-{c.channels}-{c.mode}" for n, c, _ in COUNTS])
 def test_counts_are_the_published_ones(name: str, config: SCTConfig, count: int) -> None:
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=0)

@@ -22,10 +22,12 @@ from visgraft import Adapted, Epoch, MethodConfig, TrainConfig, Training, Visgra
 from visgraft.adapter import adapter_tensors
 from visgraft.attach import attach
 from visgraft.backbone import image_transform, model_data_config
+from visgraft.data.augment import augmentation
 from visgraft.data.dataset import Example
-from visgraft.data.images import Images, augmentation
+from visgraft.data.images import Images
 from visgraft.errors import TrainingDiverged
-from visgraft.evaluate import confusion, predict, resolve_precision, score
+from visgraft.evaluate import confusion, resolve_precision, score
+from visgraft.predict import predict
 
 training: Any = importlib.import_module("visgraft.train")  # the attribute of that name is the function
 HALF = (0.5, 0.5, 0.5)
@@ -91,7 +93,7 @@ def test_training_on_cached_features_equals_training_through_the_model(monkeypat
     for cached in (True, False):
         if not cached:
             plain = lambda images, *_: lambda indices, epoch: images.pixels[indices]  # noqa: E731
-            monkeypatch.setattr(training, "augmentation", plain)
+            monkeypatch.setattr("visgraft.objective.augmentation", plain)
         model: Any = ready(DEFAULTS["linear"])
         model.patch_embed.register_forward_hook(lambda *_: passes.append(1))
         figures.append(fit(model, val=task(10, seed=1)))

@@ -155,8 +155,10 @@ def load(path: str | Path, *, weights: str | None = None, backbone: nn.Module | 
         transform = image_transform(config["data_config"])
     except Exception as error:  # timm's transform raises whatever comes of a wrong fact
         raise AdapterError(f"{path / CONFIG} is damaged: {error}; restore it or train again") from error
-    tensors = _read_tensors(path / TENSORS)
-    model = _make_backbone(path, config, weights) if backbone is None else backbone
+    tensors = read_tensors(path / TENSORS)
+    model = backbone
+    if model is None:
+        model = create_backbone(read_backbone(path, config, weights), config["backbone"].get("num_classes", 0))
     if getattr(model, "num_classes", 0) != config["backbone"].get("num_classes"):
         expected = config["backbone"].get("num_classes")
         raise AdapterError(
@@ -171,18 +173,23 @@ def load(path: str | Path, *, weights: str | None = None, backbone: nn.Module | 
     return Adapted(model.eval(), transform, tuple(config["classes"]))
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
+def read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(file)
     except (OSError, safetensors.SafetensorError) as error:
         raise AdapterError(f"{file} is missing or damaged ({error}); restore it or train again") from error
 
 
-def _make_backbone(path: Path, config: Mapping[str, Any], weights: str | None) -> nn.Module:
-    """Create the backbone as the adapter describes it, `weights` overriding its source."""
+def read_backbone(path: Path, config: Mapping[str, Any], weights: str | None = None) -> Backbone:
+    """Return the backbone that an adapter's config describes, `weights` overriding its source.
+
+    Raises:
+        AdapterError: it is damaged, or the weights came from a file, which must be passed again.
+    """
     facts = dict(config["backbone"])
-    file, classes = facts.pop("file", None), facts.pop("num_classes", 0)
-    facts.pop("digest", None)
+    file = facts.pop("file", None)
+    for name in ("num_classes", "digest"):
+        facts.pop(name, None)
     if weights is None and facts.get("weights") == "file":
         raise AdapterError(f"{path} was trained on the weights file {file}; pass it again: --weights PATH/{file}")
     kinds = {"name": str, "weights": str, "image_size": int | None, "seed": int, "arguments": dict}
@@ -192,7 +199,7 @@ def _make_backbone(path: Path, config: Mapping[str, Any], weights: str | None) -
             raise TypeError(f"{wrong[0]} is {getattr(origin, wrong[0])!r}")
     except (TypeError, KeyError) as error:
         raise AdapterError(f"{path / CONFIG} is damaged: backbone: {error}; restore it or train again") from error
-    return create_backbone(origin, classes)
+    return origin
 
 
 def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Path, digest: str | None) -> None:

@@ -74,6 +74,10 @@ class MethodConfig(Options):
     method: ClassVar[str] = ""
 
 
+WEIGHTINGS = ("none", "balanced", "sqrt")
+SAMPLERS = ("shuffle", "balanced")
+
+
 @dataclass(frozen=True)
 class TrainConfig(Options):
     """How to train: optimiser, schedule, regularisation, augmentation and precision."""
@@ -85,6 +89,10 @@ class TrainConfig(Options):
     head_lr: float | None = option(None, "peak learning rate of the head; none: the same as --lr")
     weight_decay: float = option(1e-4, "decoupled weight decay, on every trained tensor")
     label_smoothing: float = option(0.0, "label smoothing of the cross-entropy, between 0 and 1")
+    class_weights: str = option(
+        "none", "factor per class in the loss: balanced, inverse to its images, or its square root", WEIGHTINGS
+    )
+    sampler: str = option("shuffle", "every image once, or drawn so that classes come equally often", SAMPLERS)
     drop_path: float = option(0.0, "stochastic depth: the last block's rate, rising linearly from 0")
     flip: bool = option(False, "flip training images left to right with probability 0.5")
     rand_augment: str | None = option(None, "RandAugment in timm's notation, e.g. rand-m9-mstd0.5-inc1")

@@ -28,6 +28,10 @@ class DataError(VisgraftError):
     """A data folder, file or label cannot be used."""
 
 
+class Interrupted(VisgraftError):
+    """The user stopped a run; its message says what was kept and how to go on."""
+
+
 class TrainingDiverged(VisgraftError):
     """The loss stopped being finite; the model holds its last good state."""
 

@@ -3,10 +3,8 @@
 import resource
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,30 +12,43 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from scipy.stats import binomtest
-from sklearn.metrics import f1_score
+from sklearn.metrics import average_precision_score, f1_score, recall_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visgraft.backbone import Adapted
-from visgraft.data.decode import open_image
 from visgraft.data.images import Images
+from visgraft.errors import DataError
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """What a model reaches on a set of images.
 
-    `top1` and `macro_f1` lie between 0 and 1, `top1_ci95` is Wilson's 95 % interval of top-1 (images, not seeds),
-    `probabilities` [N, classes] and `labels` [N] allow everything else to be computed.
+    All rates lie between 0 and 1. `top1_ci95` is Wilson's 95 % interval of top-1 (over images, not seeds),
+    `balanced_accuracy` the mean over the classes of the share of their images that is right. `probabilities` is
+    [N, classes] and `labels` int64 [N].
+
+    Where an image may have several classes, `probabilities` are those of each class alone, `labels` float32
+    [N, classes] of 0 and 1, `macro_f1` takes a class as answered from 0.5 on, and `mean_average_precision` (over the
+    classes that occur) stands in place of `top1`, `top1_ci95` and `balanced_accuracy`, which are None.
     """
 
-    top1: float
-    top1_ci95: tuple[float, float]
+    top1: float | None
+    top1_ci95: tuple[float, float] | None
     macro_f1: float
+    balanced_accuracy: float | None
+    mean_average_precision: float | None
     images: int
     seconds: float
     probabilities: Tensor
     labels: Tensor
+
+    @property
+    def figure(self) -> float:
+        """What settings are chosen by: mean average precision where images have several classes, otherwise top-1."""
+        figure = self.top1 if self.mean_average_precision is None else self.mean_average_precision
+        assert figure is not None
+        return figure
 
 
 def make_accelerator(precision: str) -> Accelerator:
@@ -91,38 +102,38 @@ def logits_of(model: nn.Module, images: Images, accelerator: Accelerator, batch_
     return torch.cat(outputs).clone()
 
 
+def probabilities_of(logits: Tensor, multi_label: bool) -> Tensor:
+    """Return probabilities [N, classes]: over all classes, or of each class alone where an image may have several."""
+    return logits.sigmoid() if multi_label else logits.softmax(-1)
+
+
 def evaluate(model: nn.Module, images: Images, precision: str = "auto") -> Evaluation:
     """Measure a model on images with labels."""
     start = time.perf_counter()
-    probabilities = logits_of(model, images, make_accelerator(precision)).softmax(-1)
+    probabilities = probabilities_of(logits_of(model, images, make_accelerator(precision)), images.multi_label)
     return score(probabilities, images.labels, time.perf_counter() - start)
 
 
 def score(probabilities: Tensor, labels: Tensor, seconds: float = 0.0) -> Evaluation:
-    """Return the figures of predicted probabilities [N, classes] against labels [N]."""
-    predicted = probabilities.argmax(-1)
-    right = int((predicted == labels).sum())
-    interval = binomtest(right, len(labels)).proportion_ci(0.95, method="wilson")
-    macro = f1_score(labels.numpy(), predicted.numpy(), average="macro", zero_division=0)
+    """Return the figures of probabilities [N, classes] against labels: int64 [N], or [N, classes] of 0 and 1."""
+    if labels.ndim == 2:
+        return _score_multi_label(probabilities, labels, seconds)
+    predicted, truth = probabilities.argmax(-1).numpy(), labels.numpy()
+    right = int((predicted == truth).sum())
+    interval = binomtest(right, len(truth)).proportion_ci(0.95, method="wilson")
+    macro = float(f1_score(truth, predicted, average="macro", zero_division=0))
+    balanced = float(recall_score(truth, predicted, labels=np.unique(truth), average="macro", zero_division=0))
     limits = (float(interval.low), float(interval.high))
-    return Evaluation(right / len(labels), limits, float(macro), len(labels), seconds, probabilities, labels)
+    return Evaluation(right / len(truth), limits, macro, balanced, None, len(truth), seconds, probabilities, labels)
 
 
-def predict(adapted: Adapted, paths: Sequence[str | Path], top: int = 1) -> list[list[tuple[str, float]]]:
-    """Return per image the `top` most probable classes with their probabilities, most probable first.
-
-    Raises:
-        DataError: a file is no image.
-    """
-    device = next(adapted.model.parameters()).device
-    classes = adapted.classes or tuple(str(i) for i in range(int(getattr(adapted.model, "num_classes", 0))))
-    found = []
-    with torch.inference_mode():
-        for path in paths:
-            x = adapted.transform(open_image(Path(path)))[None].to(device)
-            best = adapted.model(x)[0].float().softmax(-1).topk(min(top, len(classes)))
-            found.append([(classes[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)])
-    return found
+def _score_multi_label(probabilities: Tensor, labels: Tensor, seconds: float) -> Evaluation:
+    present = labels.sum(0) > 0
+    if not bool(present.any()):
+        raise DataError("none of the images has a class, so average precision has no meaning; add labelled images")
+    precision = average_precision_score(labels[:, present].numpy(), probabilities[:, present].numpy(), average="macro")
+    macro = float(f1_score(labels.numpy(), (probabilities >= 0.5).numpy(), average="macro", zero_division=0))
+    return Evaluation(None, None, macro, None, float(precision), len(labels), seconds, probabilities, labels)
 
 
 def peak_memory_bytes() -> int:

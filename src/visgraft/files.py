@@ -1,24 +1,45 @@
 """Writing files and folders so that nothing is ever lost or half-written: a temporary name first, then a rename."""
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
 from visgraft.errors import VisgraftError
 
 
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[IO[bytes]]:
+    """Yield a temporary file, open for writing, that becomes `path` on success and vanishes on failure."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # so that not even a power cut leaves an empty file under the final name
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        text = json.dumps(value, indent=2, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # a file name that is not UTF-8, which JSON can still hold as escapes
+        text = json.dumps(value, indent=2).encode()
+    with new_file(path) as file:
+        file.write(text + b"\n")
 
 
 def check_target(path: Path, marker: str) -> None:
@@ -60,6 +81,8 @@ def new_directory(path: Path, marker: str) -> Iterator[Path]:
 
 def _exchange(path: Path, new: Path) -> None:
     """Put the folder `new` in the place of `path` and remove what was there; on failure `path` is as it was."""
+    if _swap(new, path):
+        return  # the earlier result now lies under the temporary name, which the caller removes
     prefix = f".{path.name}.old."
     with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent, ignore_cleanup_errors=True) as folder:
         old = Path(folder) / "old"
@@ -69,3 +92,12 @@ def _exchange(path: Path, new: Path) -> None:
         except BaseException:
             os.rename(old, path)
             raise
+
+
+def _swap(first: Path, second: Path) -> bool:
+    """Exchange two folders in one step, so that a killed process leaves one of them; False where Linux cannot."""
+    call = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    if call is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of <fcntl.h> and <stdio.h>
+    return bool(call(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0)

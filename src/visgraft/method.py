@@ -1,6 +1,6 @@
 """The contract of a method: where it reads, where it adds, what it adds, and how it likes to be trained."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -57,6 +57,9 @@ class Method(nn.Module):
     paper: ClassVar[str]
     Config: ClassVar[type[MethodConfig]]
     recipe: ClassVar[TrainConfig]
+    knobs: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """What a search may change: a field of `Config` or of the recipe -> the values to try, the default among them."""
+    part_name: ClassVar[str] = "part"
 
     def __init__(self, config: Any, position: Position, shared: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -89,6 +92,28 @@ class Method(nn.Module):
     @classmethod
     def calibrate(cls, config: Any, model: nn.Module, modules: Sequence[Any], batches: Batches | None) -> None:
         """Set what the modules take from the task's data; called once by `attach`, on the plain frozen model."""
+
+    @classmethod
+    def channel_score(cls, config: Any) -> str | None:
+        """Return the salience score that chose the channels which the modules work on; None: they work on all."""
+        return None
+
+    def chosen_channels(self) -> tuple[str, Tensor]:
+        """Return the site where this module's channels were scored, and the chosen ones: int64 [K]."""
+        raise TypeError(f"{type(self).__name__} must define chosen_channels()")
+
+    @classmethod
+    def parts(cls, config: Any) -> int:
+        """Return of how many parts, each called a `part_name`, `delta` is the sum; 0: it is not made of parts."""
+        return 0
+
+    def part_delta(self, x: Tensor, index: int) -> Tensor:
+        """Return what one part adds, like `delta`; the sum over all parts is `delta` in eval mode."""
+        raise TypeError(f"{type(self).__name__} must define part_delta(x, index)")
+
+    def keep_parts(self, kept: Collection[int]) -> None:
+        """Set the parameters in place so that all parts but those in `kept` add nothing."""
+        raise TypeError(f"{type(self).__name__} must define keep_parts(kept)")
 
     def delta(self, x: Tensor, grid: Grid) -> Tensor:
         """Return what is added at `adds_to` for the tensor `x` [..., reads_width] read: [..., adds_width]."""

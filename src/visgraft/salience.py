@@ -1,6 +1,7 @@
 """Salient channels: which channels of a frozen backbone answer most strongly to a task's images (SCT, section 1a)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from visgraft.sites import find_grid, find_sites
 from visgraft.taps import tap
 
 SCORES = ("class_aware", "class_agnostic", "random", "lowest")
+EVERY = -1  # in place of a class: all images
 SCORING_BATCH = 32  # fixed, because the batch size changes the rounding of the features
 
 
@@ -19,44 +21,68 @@ class _SquareSums:
 
     def __init__(self, prefix_tokens: int) -> None:
         self.prefix_tokens = prefix_tokens
-        self.labels: list[int] = []
+        self.members: dict[int, list[int]] = {}
         self.sums: dict[int, Tensor] = {}
 
     def __call__(self, value: Tensor, onto: Tensor) -> Tensor:
         squares = value[:, self.prefix_tokens :].double().square().sum(dim=1)
-        for label in set(self.labels):
-            rows = [i for i, other in enumerate(self.labels) if other == label]
+        for label, rows in self.members.items():
             self.sums[label] = self.sums.get(label, 0) + squares[rows].sum(dim=0)
         return onto
+
+
+def _members(labels: Tensor) -> dict[int, list[int]]:
+    """Return which images of a batch have each class; where they may have several, `EVERY` leads to all of them."""
+    if labels.ndim == 2:
+        having = {label: column.nonzero()[:, 0].tolist() for label, column in enumerate(labels.T)}
+        return {EVERY: list(range(len(labels)))} | {label: rows for label, rows in having.items() if rows}
+    members: dict[int, list[int]] = {}
+    for row, label in enumerate(labels.tolist()):
+        members.setdefault(label, []).append(row)
+    return members
 
 
 def channel_squares(model: nn.Module, batches: Batches, site: str) -> list[dict[int, Tensor]]:
     """Return per block the fp64 sums over images and patch tokens of a site's squared channels: {label: [channels]}.
 
     The model runs plain, in eval mode and without gradient, in batches of a fixed size, so the result does not
-    depend on how the caller batches. Prefix tokens (class token, registers) are left out.
+    depend on how the caller batches. Prefix tokens (class token, registers) are left out. Where images may have
+    several classes (labels [B, classes] of 0 and 1), each counts for all of its classes, and `EVERY` holds the sum
+    over all images.
     """
+    return _squares_at(model, batches, [site])[site]
+
+
+def _squares_at(model: nn.Module, batches: Batches, names: Sequence[str]) -> dict[str, list[dict[int, Tensor]]]:
+    """`channel_squares` of several sites in one pass over the images."""
     blocks = find_sites(model)
     prefix = find_grid(model).prefix_tokens
-    acts = [_SquareSums(prefix) for _ in blocks]
-    handles = [handle for sites, act in zip(blocks, acts, strict=True) for handle in tap(model, sites[site], act)]
+    acts = {name: [_SquareSums(prefix) for _ in blocks] for name in names}
+    handles = [
+        handle
+        for name in acts
+        for sites, act in zip(blocks, acts[name], strict=True)
+        for handle in tap(model, sites[name], act)
+    ]
     modes = {module: module.training for module in model.modules()}
     like = next(model.parameters())
     try:
         model.eval()
         with torch.no_grad():
             for images, labels in _rebatch(batches):
-                for act in acts:
-                    act.labels = labels.tolist()
+                members = _members(labels)
+                for act in chain.from_iterable(acts.values()):
+                    act.members = members
                 model(images.to(like.device, like.dtype))
     finally:
         for handle in handles:
             handle.remove()
         for module, mode in modes.items():
             module.training = mode
-    if not acts[0].sums:
+    sums = {name: [act.sums for act in found] for name, found in acts.items()}
+    if not sums[names[0]][0]:
         raise VisgraftError("no images to score channels with: `batches` is empty; pass (images, labels) of the task")
-    return [act.sums for act in acts]
+    return sums
 
 
 def _rebatch(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
@@ -64,7 +90,7 @@ def _rebatch(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
     images, labels = torch.empty(0), torch.empty(0, dtype=torch.long)
     for more_images, more_labels in batches:
         images = torch.cat([images, more_images]) if len(images) else more_images
-        labels = torch.cat([labels, more_labels.cpu()])
+        labels = torch.cat([labels, more_labels.cpu()]) if len(labels) else more_labels.cpu()
         while len(labels) >= SCORING_BATCH:
             yield images[:SCORING_BATCH], labels[:SCORING_BATCH]
             images, labels = images[SCORING_BATCH:], labels[SCORING_BATCH:]
@@ -74,12 +100,16 @@ def _rebatch(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _class_aware(sums: dict[int, Tensor]) -> Tensor:
     """Mean over the classes of each channel's norm: S[k] = mean_c sqrt(sum h[i, t, k]²)."""
-    return torch.stack([sums[label].sqrt() for label in sorted(sums)]).mean(dim=0)
+    classes = sorted(sums.keys() - {EVERY})
+    if not classes:
+        raise VisgraftError("none of the images has a class to score channels by; use the score class_agnostic")
+    return torch.stack([sums[label].sqrt() for label in classes]).mean(dim=0)
 
 
 def _class_agnostic(sums: dict[int, Tensor]) -> Tensor:
     """One norm over all images."""
-    return torch.stack([sums[label] for label in sorted(sums)]).sum(dim=0).sqrt()
+    total = sums[EVERY] if EVERY in sums else torch.stack([sums[label] for label in sorted(sums)]).sum(dim=0)
+    return total.sqrt()
 
 
 def _lowest(sums: dict[int, Tensor]) -> Tensor:
@@ -105,26 +135,39 @@ def salient_channels(
 
     Args:
         model: the plain backbone, nothing attached.
-        batches: the task's training images [B, 3, H, W] without augmentation, and labels [B]; not needed for `random`.
+        batches: the task's training images [B, 3, H, W] without augmentation, and labels (int64 [B], or [B, classes]
+            of 0 and 1 where images may have several classes); not needed for `random`.
         channels: how many to choose per block.
-        site: where the features are read: `stream.mid` for SCT's mode attn, `stream.out` for its mode mlp.
+        site: where the features are read: `stream.mid` for SCT's mode attn, `stream.out` for its mode mlp, `attn.q`
+            and `attn.v` for its mode qkv.
         score: `class_aware` (the paper's), `class_agnostic`, `lowest` (its opposite) or `random` (torch's generator).
 
     Raises:
         VisgraftError: an unknown score or site, more channels than there are, or no images where they are needed.
     """
+    return salient_channels_at(model, batches, channels, [site], score)[site]
+
+
+def salient_channels_at(
+    model: nn.Module, batches: Batches | None, channels: int, names: Sequence[str], score: str
+) -> dict[str, list[Tensor]]:
+    """`salient_channels` of several sites, each scored on its own, in one pass over the images: {site: per block}."""
     if score not in SCORES:
         raise VisgraftError(f"unknown score {score!r}; choose one of {', '.join(SCORES)}")
     blocks = find_sites(model)
-    if site not in blocks[0]:
-        raise VisgraftError(f"channels cannot be scored at {site!r}; this backbone has {', '.join(blocks[0])}")
-    if not 0 < channels <= blocks[0][site].width:
-        raise VisgraftError(f"channels is {channels}, but {site} has 1 to {blocks[0][site].width}; choose fewer")
+    for name in names:
+        if name not in blocks[0]:
+            raise VisgraftError(f"channels cannot be scored at {name!r}; this backbone has {', '.join(blocks[0])}")
+        if not 0 < channels <= blocks[0][name].width:
+            raise VisgraftError(f"channels is {channels}, but {name} has 1 to {blocks[0][name].width}; choose fewer")
     if score == "random":
-        return [torch.randperm(sites[site].width)[:channels].sort().values for sites in blocks]
+        return {n: [torch.randperm(sites[n].width)[:channels].sort().values for sites in blocks] for n in names}
     if batches is None:
         raise VisgraftError(
             f"the score {score!r} looks at the task's images: pass `batches` of (images, labels), or use score 'random'"
         )
-    scores = [_SCORES[score](sums) for sums in channel_squares(model, batches, site)]
-    return [s.topk(channels).indices.sort().values.cpu() for s in scores]
+    squares = _squares_at(model, batches, names)
+    return {
+        name: [_SCORES[score](sums).topk(channels).indices.sort().values.cpu() for sums in squares[name]]
+        for name in names
+    }

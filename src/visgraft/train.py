@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,46 +16,50 @@ from torch.nn import functional as F
 from visgraft.adapter import adapter_tensors
 from visgraft.attach import get_attached
 from visgraft.config import TrainConfig
-from visgraft.data.images import Images, augmentation
+from visgraft.data.images import Images
 from visgraft.errors import TrainingDiverged, VisgraftError
-from visgraft.evaluate import make_accelerator, peak_memory_bytes, score
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """Figures of one epoch; during it, those so far. Rates lie between 0 and 1."""
-
-    epoch: int
-    loss: float
-    top1: float
-    lr: float
-    images_per_second: float
-    seconds_left: float
-    complete: bool = False
-    val_loss: float | None = None
-    val_top1: float | None = None
+from visgraft.evaluate import make_accelerator, peak_memory_bytes, probabilities_of, score
+from visgraft.objective import Features, Objective, draw_order, make_objective
+from visgraft.resume import Epoch, TrainState, optimizer_tensors, restore_optimizer
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a training run did: its completed epochs, the epoch that was kept, and its costs."""
+    """What a training run did: its completed epochs, the epoch that was kept, and its costs.
+
+    `waiting_share` is the part of the time spent in steps that passed in waiting for images. A resumed run counts its
+    seconds from where it went on.
+    """
 
     history: tuple[Epoch, ...]
     kept_epoch: int
     seconds: float
     images_per_second: float
     peak_memory_bytes: int
+    waiting_share: float
+
+
+@dataclass
+class _Clock:
+    """Seconds of training so far: when it began, how many images were seen since, and how long steps waited."""
+
+    start: float
+    seen: int = 0
+    waiting: float = 0.0
+    stepping: float = 0.0
 
 
 @dataclass(frozen=True)
-class _Task:
-    """What a step needs: the network that trains and its inputs, which are images or cached features."""
+class _Loop:
+    """What every step of a run uses."""
 
-    network: nn.Module
-    inputs: Callable[[Tensor, int], Tensor]
-    labels: Tensor
-    val_inputs: Callable[[Tensor], Tensor] | None
-    val_labels: Tensor | None
+    task: Objective
+    config: TrainConfig
+    optimizer: torch.optim.Optimizer
+    schedule: Any
+    accelerator: Any
+    clock: _Clock
+    loader: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
 
 def train(
@@ -63,11 +68,15 @@ def train(
     config: TrainConfig,
     val: Images | None = None,
     on_progress: Callable[[Epoch], None] | None = None,
+    *,
+    features: Features | None = None,
+    resume: TrainState | None = None,
+    on_state: Callable[[TrainState], None] | None = None,
 ) -> Training:
     """Train what `attach` left trainable: AdamW, linear warm-up, cosine to zero, cross-entropy.
 
-    Order, augmentation and dropout depend on (seed, epoch, index) alone. Where only the head trains and images are
-    not augmented, it trains on features computed once.
+    Where images may have several classes, the loss is binary cross-entropy. Chance depends on (seed, epoch, index)
+    alone. A head that trains alone on images without augmentation sees features computed once.
 
     Args:
         model: a model with something attached, in place.
@@ -75,48 +84,64 @@ def train(
         config: how to train.
         val: validation images, measured after every epoch; needed for `select="val"`.
         on_progress: called after every step and, with `complete` set, after every epoch.
+        features: a dictionary that keeps those features for further calls with the same backbone and images.
+        resume: the state to go on from, for a run with the same arguments.
+        on_state: called after every epoch with the state to go on from.
 
     Raises:
         TrainingDiverged: the loss stopped being finite; the model holds the last good epoch's state.
         VisgraftError: an option would have no effect, or nothing is attached.
     """
     _check(model, config, val)
-    begin = time.perf_counter()
-    accelerator = make_accelerator(config.precision)
+    begin, accelerator = time.perf_counter(), make_accelerator(config.precision)
     model.to(accelerator.device)
-    task = _make_task(model, images, val, config, accelerator)
+    task = make_objective(model, images, val, config, accelerator, features)
     optimizer, schedule = _optimizer(model, config, len(images))
-    start, history, good = time.perf_counter(), list[Epoch](), _state(model)
-    best = (-1.0, 0, good)
-    parts = {"optimizer": optimizer, "schedule": schedule, "accelerator": accelerator, "start": start}
-    for number in range(1, config.epochs + 1):
+    state = resume or TrainState(0, _tensors(model))
+    if resume:
+        restore(model, state.tensors)
+        restore_optimizer(optimizer, state.optimizer)
+    loop, first = _Loop(task, config, optimizer, schedule, accelerator, _Clock(time.perf_counter())), state.epoch
+    for number in range(first + 1, config.epochs + 1):
         torch.manual_seed(int(np.random.SeedSequence((config.seed, number)).generate_state(1)[0]))
         model.train()
-        for epoch in _steps(task, config, number, **parts):
-            finite = np.isfinite(epoch.loss)
-            if not finite:
-                break
-            if on_progress:
-                on_progress(epoch)
-        state = _state(model)
-        if not (finite and all(bool(tensor.isfinite().all()) for tensor in state.values())):
-            _restore(model, good)
-            message = f"the loss is no longer finite in epoch {number}; the state after epoch {number - 1} is kept; "
-            raise TrainingDiverged(f"{message}lower --lr (it was {config.lr})", number - 1)
-        good = state
+        epoch = _one_epoch(loop, number, on_progress)
+        tensors = _tensors(model)
+        if epoch is None or not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+            restore(model, state.tensors)
+            raise _diverged(number, config)
         epoch = replace(epoch, complete=True, **_validate(model, task, accelerator))
-        history.append(epoch)
-        if epoch.val_top1 is not None and epoch.val_top1 > best[0]:
-            best = (epoch.val_top1, number, good)
+        state = state.after(epoch, tensors, optimizer_tensors(optimizer))
+        if on_state:
+            on_state(state)
         if on_progress:
             on_progress(epoch)
-    kept = config.epochs
+    kept = state.best_epoch if config.select == "val" else config.epochs
     if config.select == "val":
-        kept = best[1]
-        _restore(model, best[2])
-    seconds = time.perf_counter() - begin
+        restore(model, state.best)
     model.eval()
-    return Training(tuple(history), kept, seconds, config.epochs * len(images) / seconds, peak_memory_bytes())
+    seconds, seen = time.perf_counter() - begin, (config.epochs - first) * len(images)
+    waiting = loop.clock.waiting / max(loop.clock.stepping, 1e-9)
+    return Training(state.history, kept, seconds, seen / seconds, peak_memory_bytes(), waiting)
+
+
+def _one_epoch(loop: _Loop, number: int, on_progress: Callable[[Epoch], None] | None) -> Epoch | None:
+    """Make one pass over the images; None where the loss stopped being finite."""
+    epoch = None
+    for epoch in _steps(loop, number):
+        if not np.isfinite(epoch.loss):
+            return None
+        if on_progress:
+            on_progress(epoch)
+    return epoch
+
+
+def _diverged(epoch: int, config: TrainConfig) -> TrainingDiverged:
+    return TrainingDiverged(
+        f"the loss is no longer finite in epoch {epoch}; the state after epoch {epoch - 1} is kept; "
+        f"lower --lr (it was {config.lr})",
+        epoch - 1,
+    )
 
 
 def _check(model: nn.Module, config: TrainConfig, val: Images | None) -> None:
@@ -130,45 +155,6 @@ def _check(model: nn.Module, config: TrainConfig, val: Images | None) -> None:
             f"drop_path is {config.drop_path}, but the model was created without; "
             "pass drop_path_rate to timm.create_model, or set drop_path=0"
         )
-
-
-def _make_task(model: nn.Module, images: Images, val: Images | None, config: TrainConfig, accelerator: Any) -> _Task:
-    """Train the whole model on images, or only its head on features that never change."""
-    attached, device = get_attached(model), accelerator.device
-    augment = augmentation(images, config.flip, config.rand_augment, config.seed)
-    val_labels = None if val is None else val.labels.to(device)
-    frozen_features = not (attached.where or attached.unfrozen or augment or config.drop_path)
-    if frozen_features and len(attached.head) == 1:  # a distilled model's head has two parts, which see two tokens
-        features = _features(model, images, accelerator)
-        val_features = None if val is None else _features(model, val, accelerator)
-        return _Task(
-            model.get_classifier(),  # type: ignore[operator]
-            lambda indices, epoch: features[indices],
-            images.labels.to(device),
-            None if val_features is None else lambda indices: val_features[indices],
-            val_labels,
-        )
-
-    def inputs(indices: Tensor, epoch: int) -> Tensor:
-        pixels = augment(indices, epoch) if augment else images.pixels[indices]
-        return images.normalised(pixels, device)
-
-    def val_inputs(indices: Tensor) -> Tensor:
-        assert val is not None
-        return val.normalised(val.pixels[indices], device)
-
-    return _Task(model, inputs, images.labels.to(device), None if val is None else val_inputs, val_labels)
-
-
-def _features(model: Any, images: Images, accelerator: Any, batch_size: int = 64) -> Tensor:
-    """Return what enters the head, [N, width] in float32."""
-    model.eval()
-    with torch.no_grad(), accelerator.autocast():
-        parts = [
-            model.forward_head(model.forward_features(x.to(accelerator.device)), pre_logits=True).float()
-            for x, _ in images.batches(batch_size)
-        ]
-    return torch.cat(parts)
 
 
 def _optimizer(model: nn.Module, config: TrainConfig, images: int) -> tuple[torch.optim.Optimizer, Any]:
@@ -192,53 +178,75 @@ def _optimizer(model: nn.Module, config: TrainConfig, images: int) -> tuple[torc
     return optimizer, schedule
 
 
-def _steps(
-    task: _Task, config: TrainConfig, number: int, *, optimizer: Any, schedule: Any, accelerator: Any, start: float
-) -> Iterator[Epoch]:
+def _batches(loop: _Loop, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (inputs, labels) of an epoch's batches; the next one is made ready while the model computes."""
+    task = loop.task
+    parts = draw_order(task.labels, loop.config, number).split(loop.config.batch_size)
+    ready: Future[Tensor] = loop.loader.submit(task.inputs, parts[0], number)
+    for indices, following in zip(parts, (*parts[1:], None), strict=True):
+        begin = time.perf_counter()
+        inputs = ready.result()
+        loop.clock.waiting += time.perf_counter() - begin
+        if following is not None:
+            ready = loop.loader.submit(task.inputs, following, number)
+        yield inputs, task.labels[indices.to(task.labels.device)]
+        loop.clock.stepping += time.perf_counter() - begin
+
+
+def _steps(loop: _Loop, number: int) -> Iterator[Epoch]:
     """Make one pass over the images and yield the figures so far after every step."""
+    task, config, optimizer, clock = loop.task, loop.config, loop.optimizer, loop.clock
     count = len(task.labels)
-    order = torch.from_numpy(np.random.default_rng((config.seed, number)).permutation(count))
-    parts = order.split(config.batch_size)
-    loss_sum = torch.zeros((), device=accelerator.device)
+    steps = -(-count // config.batch_size)
+    loss_sum = torch.zeros((), device=loop.accelerator.device)
     right, seen = torch.zeros_like(loss_sum), 0
-    for step, indices in enumerate(parts):
-        schedule.step_update((number - 1) * len(parts) + step)
-        x, y = task.inputs(indices, number), task.labels[indices.to(task.labels.device)]
-        with accelerator.autocast():
+    for step, (x, y) in enumerate(_batches(loop, number)):
+        loop.schedule.step_update((number - 1) * steps + step)
+        with loop.accelerator.autocast():
             logits = task.network(x)
-        loss = F.cross_entropy(logits.float(), y, label_smoothing=config.label_smoothing)
+        loss = task.loss(logits.float(), y)
         optimizer.zero_grad(set_to_none=True)
-        accelerator.backward(loss)
+        loop.accelerator.backward(loss)
         if torch.isfinite(loss):
             optimizer.step()
         loss_sum += loss.detach() * len(y)
-        right += (logits.detach().argmax(-1) == y).sum()
+        if y.ndim == 1:
+            right += (logits.detach().argmax(-1) == y).sum()
         seen += len(y)
-        elapsed = time.perf_counter() - start
-        done = (number - 1) * count + seen
-        left = elapsed / done * (config.epochs * count - done)
+        clock.seen += len(y)
+        elapsed = time.perf_counter() - clock.start
+        left = elapsed / clock.seen * (config.epochs * count - (number - 1) * count - seen)
+        top1 = float(right / seen) if y.ndim == 1 else None
         lr = optimizer.param_groups[0]["lr"]
-        yield Epoch(number, float(loss_sum / seen), float(right / seen), lr, done / elapsed, left)
+        yield Epoch(number, float(loss_sum / seen), top1, lr, clock.seen / elapsed, left)
 
 
-def _validate(model: nn.Module, task: _Task, accelerator: Any, batch_size: int = 64) -> dict[str, Any]:
-    """Return loss and accuracy on the validation images, nothing where there are none."""
+def _validate(model: nn.Module, task: Objective, accelerator: Any, batch_size: int = 64) -> dict[str, Any]:
+    """Return loss and figures on the validation images, nothing where there are none."""
     if task.val_inputs is None or task.val_labels is None:
         return {}
     model.eval()
     with torch.no_grad(), accelerator.autocast():
         parts = torch.arange(len(task.val_labels)).split(batch_size)
         logits = torch.cat([task.network(task.val_inputs(indices)).float() for indices in parts])
-    loss = F.cross_entropy(logits, task.val_labels)
-    return {"val_loss": float(loss), "val_top1": score(logits.softmax(-1).cpu(), task.val_labels.cpu()).top1}
+    several = task.val_labels.ndim == 2
+    plain_loss = F.binary_cross_entropy_with_logits if several else F.cross_entropy
+    found = score(probabilities_of(logits, several).cpu(), task.val_labels.cpu())
+    return {
+        "val_loss": float(plain_loss(logits, task.val_labels)),
+        "val_top1": found.top1,
+        "val_macro_f1": found.macro_f1,
+        "val_map": found.mean_average_precision,
+    }
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in adapter_tensors(model).items()}
 
 
-def _restore(model: nn.Module, state: dict[str, Tensor]) -> None:
+def restore(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Copy an adapter's tensors back into a model that has its method attached."""
     own = model.state_dict()
     with torch.no_grad():
-        for name, tensor in state.items():
+        for name, tensor in tensors.items():
             own[name].copy_(tensor)

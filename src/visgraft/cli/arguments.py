@@ -1,7 +1,7 @@
 """Arguments and options that several verbs share."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,3 +19,35 @@ Csv = Annotated[
     typer.Option(help="table with the columns image_path, label[, split][, group]; DATA is then the images' folder"),
 ]
 SkipBroken = Annotated[bool, typer.Option("--skip-broken", help="leave out images that do not decode; list them")]
+Background = Annotated[str, typer.Option(help="colour behind transparent places, by name or as #rrggbb")]
+Cache = Annotated[
+    str, typer.Option(help="where decoded images are kept: auto, ram, disk (later runs share it) or none")
+]
+Part = Annotated[str, typer.Option("--split", help="test, val, train or all")]
+
+
+def _quieten(quiet: bool) -> bool:
+    if quiet:
+        from visgraft.cli.show import progress_console
+
+        progress_console.quiet = True
+    return quiet
+
+
+Quiet = Annotated[
+    bool, typer.Option("--quiet", help="print the result, and nothing else but errors", callback=_quieten)
+]
+
+
+def source(data: str | None, csv: Path | None) -> Any:
+    """Return what `read_data` reads.
+
+    Raises:
+        DataError: neither is given.
+    """
+    from visgraft.data.read import Source
+    from visgraft.errors import DataError
+
+    if data is None and csv is None:
+        raise DataError("there are no images to read; give a folder, a .csv file or hf:NAME_OR_PATH, or --csv FILE")
+    return Source(data, csv)

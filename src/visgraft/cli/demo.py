@@ -17,6 +17,7 @@ from visgraft.img_focus import MODEL_NAME
 from visgraft.registry import get_method
 from visgraft.report.picture import Run, paint
 from visgraft.workflow import measure_adapter, merge_adapter, reopen_plain, train_folder
+from visgraft.workflow.training import Watch
 
 IMAGE_SIZE = 98
 METHODS = ("linear", "sct", "alore")
@@ -65,7 +66,7 @@ def run_demo(out: Path, epochs: int | None = None) -> dict[str, Any]:
         with training_progress(recipe.epochs) as show:
             trained = train_folder(
                 data, adapter, backbone=BACKBONE, method_config=get_method(method).Config(), train_config=recipe,
-                on_progress=show,
+                watch=Watch(show),
             )  # fmt: skip
         progress_console.print(f"[bold]visgraft eval {adapter} {data}[/]")
         figures, evaluation, images, adapted = measure_adapter(adapter, data)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,10 +10,11 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from visgraft.train import Epoch
+from visgraft.resume import Epoch
 
 progress_console = Console(stderr=True, highlight=False, soft_wrap=True)
 PLAIN_LINES = 30
@@ -29,10 +31,13 @@ def emit(value: Any, as_json: bool, text: Callable[[], None]) -> None:
 
 def describe(epoch: Epoch, epochs: int) -> str:
     """One line on an epoch."""
-    val = "" if epoch.val_top1 is None else f" val {epoch.val_top1:6.1%}"
+    train = "" if epoch.top1 is None else f" train {epoch.top1:6.1%}"
+    val = (
+        "" if epoch.val_figure is None else f" {'val' if epoch.val_map is None else 'val mAP'} {epoch.val_figure:6.1%}"
+    )
     left = f"{epoch.seconds_left / 60:.0f} min" if epoch.seconds_left >= 90 else f"{epoch.seconds_left:.0f} s"
     return (
-        f"epoch {epoch.epoch:>{len(str(epochs))}}/{epochs} loss {epoch.loss:6.3f} train {epoch.top1:6.1%}{val} "
+        f"epoch {epoch.epoch:>{len(str(epochs))}}/{epochs} loss {epoch.loss:6.3f}{train}{val} "
         f"{epoch.images_per_second:4.0f} images/s {left} left"
     )
 
@@ -52,15 +57,39 @@ def training_progress(epochs: int) -> Iterator[Callable[[Epoch], None]]:
     columns = (BarColumn(bar_width=10), TextColumn("{task.description}"))
     with Progress(*columns, console=progress_console, transient=False) as bar:
         task = bar.add_task("starting", total=epochs)
-        val: float | None = None
+        last: Epoch | None = None
 
         def show(epoch: Epoch) -> None:
-            nonlocal val
-            val = epoch.val_top1 if epoch.complete else val  # stays in sight during the next epoch
+            nonlocal last
+            last = epoch if epoch.complete else last
             bar.update(task, completed=epoch.epoch if epoch.complete else epoch.epoch - 1)
-            bar.update(task, description=describe(replace(epoch, val_top1=val), epochs))
+            if last:  # its validation figures stay in sight during the next epoch
+                epoch = replace(epoch, val_top1=last.val_top1, val_map=last.val_map)
+            bar.update(task, description=describe(epoch, epochs))
 
         yield show
+
+
+@contextmanager
+def loading_progress() -> Iterator[Callable[[int, int], None]]:
+    """Yield a callback that shows how many images have been read, where that takes more than two seconds."""
+    start = time.monotonic()
+    told = start
+
+    def show(done: int, total: int) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told >= (2 if progress_console.is_terminal else 20) or (done == total and told > start):
+            told = now
+            left = (now - start) / done * (total - done)
+            progress_console.print(f"read {done:,} of {total:,} images, {left:.0f} s left")
+
+    yield show
+
+
+def warn(text: str) -> None:
+    """Print a warning on standard error."""
+    progress_console.print(f"[yellow]warning:[/] {escape(text)}")
 
 
 def percent(value: float | None) -> str:
@@ -73,19 +102,32 @@ def print_figures(figures: Mapping[str, Any]) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     interval = figures["top1_ci95"]
     within = f"  (95 % interval {percent(interval[0])} to {percent(interval[1])})" if interval else ""
+    several = figures["mean_average_precision"] is not None
+    main, value = ("mean average precision", "mean_average_precision") if several else ("top-1", "top1")
     rows = {
         "method": f"{figures['method']} on {figures['backbone']}",
-        f"top-1, {figures['split'] or 'no validation images'}": f"{percent(figures['top1'])} %{within}",
+        f"{main}, {figures['split'] or 'no validation images'}": f"{percent(figures[value])} %{within}",
         "macro-F1": percent(figures["macro_f1"]),
+        "balanced accuracy": percent(figures["balanced_accuracy"]),
         "images": str(figures["images"]),
         "trained parameters": f"{figures['params_adapter']:,} + {figures['params_head']:,} of the head",
         "adapter": f"{figures['adapter']}, {figures['adapter_bytes'] / 1000:.0f} KB",
         "time": f"{figures['seconds']:.1f} s, {figures['images_per_second']:.1f} images/s in {figures['precision']}",
         "peak memory": f"{figures['peak_memory_bytes'] / 1e9:.2f} GB",
     }
-    for name, value in rows.items():
-        table.add_row(name, value)
+    for name, text in rows.items():
+        if text != "–":
+            table.add_row(name, text)
     result_console.print(table)
+    print_skipped(figures["skipped"])
+
+
+def print_skipped(skipped: Sequence[Mapping[str, str]]) -> None:
+    """List the images that were left out, on standard error."""
+    if skipped:
+        progress_console.print(f"[yellow]left out {len(skipped)} images that do not decode:[/]")
+    for row in skipped:
+        progress_console.print(f"  {escape(row['reason'])}")
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

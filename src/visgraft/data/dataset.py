@@ -5,6 +5,7 @@ camera, one film) are kept together. The draw depends on the seed and the order 
 """
 
 import hashlib
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from visgraft.errors import DataError, nearest
 
 PARTS = ("train", "val", "test")
+SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 Label = int | tuple[int, ...]
 
 
@@ -199,6 +201,30 @@ def _known_shares(labels: np.ndarray, folds: int) -> np.ndarray:
     counts = Counter(labels.tolist())
     rare = min(counts)
     return np.array([label if counts[label] >= folds else rare for label in labels.tolist()])
+
+
+def check_classes(classes: Iterable[str], where: str) -> None:
+    """Raise a DataError where two classes differ only by case or by how Unicode writes them, or are not text at all."""
+    alike: dict[str, str] = {}
+    for name in classes:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:  # would fail only after training, when the names are stored
+            shown = name.encode("utf-8", "backslashreplace").decode()
+            raise DataError(f"{where} has a class whose name is not valid UTF-8, {shown}; rename it") from error
+        other = alike.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if other != name:
+            how = "upper and lower case" if other.casefold() != name.casefold() else "how an accent is stored"
+            raise DataError(f"{where} has classes that differ only by {how}: {other}, {name}; merge or rename them")
+
+
+def check_train(train: Iterable[Example], classes: Sequence[str], where: str) -> None:
+    """Raise a DataError where a class has no training image."""
+    labels = (example.label for example in train)
+    known = {index for label in labels for index in (label if isinstance(label, tuple) else (label,))}
+    absent = listed(name for index, name in enumerate(classes) if index not in known)
+    if absent:
+        raise DataError(f"{where} has classes without a train image: {absent}; add or move images, or change the seed")
 
 
 def fingerprint(names: Iterable[tuple[str, int]], labels: Iterable[str] = ()) -> str:

@@ -1,33 +1,136 @@
 """Image files to RGB pictures, and which files count as images."""
 
+import contextlib
+import io
+import re
+import warnings
 from functools import cache
 from pathlib import Path
+from typing import IO
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+import numpy as np
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
+from visgraft.data.dataset import Example
 from visgraft.errors import DataError
+
+with contextlib.suppress(ImportError):
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
 
 # Pillow recognises these containers of data and video, but decodes none of them.
 UNDECODED_FORMATS = {"BUFR", "GRIB", "HDF5", "MPEG"}
+# Images even where nothing that decodes them is installed: refused with a remedy, rather than overlooked.
+HEIF_EXTENSIONS = frozenset({".heic", ".heif", ".hif", ".avif"})
+HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
+PHOTOMETRIC, WHITE_IS_ZERO, ORIENTATION = 262, 0, 274  # tags of TIFF and EXIF
+
+# Pillow warns from MAX_IMAGE_PIXELS on and refuses at twice that; only the refusal is of use here.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")  # of damaged EXIF data
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """Decode an image file, or an animation's first frame, to RGB: upright by EXIF, transparent places on white.
+def max_pixels() -> int:
+    """Return the most pixels (width times height) that are decoded: twice `PIL.Image.MAX_IMAGE_PIXELS`, 178,956,970."""
+    return 2 * (Image.MAX_IMAGE_PIXELS or 0)
+
+
+def open_image(source: str | Path | Example, background: str = "white") -> Image.Image:
+    """Decode an image file, or the first picture of several, to RGB and upright by EXIF.
+
+    Transparent places show `background`, a colour's name or #rrggbb. Grey levels of 16 bit become 8 bit by dividing by
+    257, and floating-point grey levels from 0 to 1 by multiplying by 255; nothing is stretched picture by picture.
 
     Raises:
-        DataError: the file does not decode to an image.
+        DataError: the file does not decode to a whole image or has too many pixels, or there is no such colour.
     """
+    colour = _colour(background)
+    name = source.path if isinstance(source, Example) else source
+    start = b""
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
+        with _file(source) as file:
+            start = file.read(16)
+            file.seek(0)
+            with Image.open(file) as stored:
+                inverted = getattr(stored, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO
+                image = _upright(stored)
+        if image.mode == "F" or image.mode.startswith("I"):
+            image = _eight_bit(image, inverted, str(name))
         if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            image = Image.alpha_composite(Image.new("RGBA", image.size, colour), image.convert("RGBA"))
         return image.convert("RGB")
+    except DataError:
+        raise
+    except Image.DecompressionBombError as error:  # raised on the header, before anything is decoded
+        size = re.search(r"\d+(?= pixels)", str(error))
+        found = f"{int(size[0]):,} pixels, more than" if size else "more pixels than"
+        raise DataError(f"{name} has {found} the {max_pixels():,} that are decoded; scale it down") from error
+    except UnidentifiedImageError as error:
+        raise DataError(f"{name} is not a readable image ({_unknown(start)}") from error
     except Exception as error:  # on damaged files, Pillow's decoders raise nearly every kind of exception
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):  # its message only repeats the path
-            reason = "its content is of no known image format"
-        raise DataError(f"{path} is not a readable image ({reason}); remove it or replace it") from error
+        reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
+        raise DataError(
+            f"{name} is not a readable image ({reason or type(error).__name__}); remove it or replace it"
+        ) from error
+
+
+@cache
+def _colour(name: str) -> tuple[int, int, int]:
+    try:
+        red, green, blue = ImageColor.getrgb(name)[:3]
+    except ValueError as error:
+        raise DataError(f"background is {name!r}, which is no colour; use a name such as white, or #rrggbb") from error
+    return red, green, blue
+
+
+def _file(source: str | Path | Example) -> IO[bytes]:
+    if not isinstance(source, Example):
+        return open(source, "rb")
+    return open(source.path, "rb") if source.content is None else io.BytesIO(source.content())
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Return a decoded copy, turned as EXIF says; a picture whose EXIF data is damaged stays as it is stored."""
+    image.load()
+    try:
+        image.getexif().get(ORIENTATION)
+    except Exception:  # damaged EXIF data raises nearly every kind of exception
+        return image.copy()
+    return ImageOps.exif_transpose(image)
+
+
+def _eight_bit(image: Image.Image, inverted: bool, name: str) -> Image.Image:
+    """Return grey levels of 16 bit, or of floating point from 0 to 1, as 8 bit; with alpha where one level is clear.
+
+    Raises:
+        DataError: a level is out of range.
+    """
+    levels = np.asarray(image)
+    top, kind = (1, "floating-point") if image.mode == "F" else (65535, "whole-number")
+    low, high = levels.min(), levels.max()
+    if not (low >= 0 and high <= top):  # written so that NaN is refused too
+        remedy = f"scale them to 0 to {top}, or save it with 8 bit"
+        raise DataError(f"{name} has {kind} grey levels from {low:g} to {high:g}; {remedy}")
+    if inverted:  # Pillow turns these over in 8 bit only
+        levels = top - levels
+    scaled = np.rint(levels * np.float64(255 / top)).astype(np.uint8)
+    grey, clear = Image.fromarray(scaled), image.info.get("transparency")
+    if clear is not None:
+        grey.putalpha(Image.fromarray(np.where(levels == clear, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _unknown(start: bytes) -> str:
+    """Say why a file that begins with these bytes is of no known format, and what helps."""
+    brand = start[8:12] if start[4:8] == b"ftyp" else b""
+    if brand in HEIF_BRANDS:
+        return "HEIC needs one more package); run pip install 'visgraft[heic]'"
+    if brand in (b"avif", b"avis"):
+        return "this Pillow has no AVIF); run pip install --upgrade pillow"
+    if start[:4] in (b"II*\0", b"MM\0*"):
+        return "damaged, or a kind of TIFF that Pillow does not read); replace it, or save it as 8-bit RGB"
+    return "its content is of no known image format); remove it or replace it"
 
 
 @cache
@@ -36,4 +139,5 @@ def image_extensions() -> frozenset[str]:
     extensions = Image.registered_extensions()
     # Pillow opens MPO files (two views of a stereo camera) by way of JPEG, so they are not in its table.
     openable = (Image.OPEN.keys() | {"MPO"}) - UNDECODED_FORMATS
-    return frozenset(extension.lower() for extension, kind in extensions.items() if kind in openable)
+    known = frozenset(extension.lower() for extension, kind in extensions.items() if kind in openable)
+    return known | HEIF_EXTENSIONS

@@ -9,15 +9,35 @@ are skipped. The parts are drawn class by class, so that rare classes are in eac
 seed and the sorted names below ROOT, not on where ROOT is.
 """
 
+import os
+import stat
 from pathlib import Path
+from typing import NamedTuple
 
-from visgraft.data.dataset import PARTS, Dataset, Example, Split, divide, fingerprint, listed
+from visgraft.data.dataset import (
+    PARTS,
+    SPLIT_NAMES,
+    Dataset,
+    Example,
+    Split,
+    check_classes,
+    divide,
+    fingerprint,
+    listed,
+)
 from visgraft.data.decode import image_extensions
-from visgraft.errors import DataError
+from visgraft.errors import DataError, nearest
 
-Files = dict[str, list[Path]]  # the images of each class
 
-SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+class Found(NamedTuple):
+    """An image: its path as text, which is quick for 100,000 of them, and its size in bytes."""
+
+    path: str
+    size: int
+
+
+Files = dict[str, list[Found]]  # the images of each class
+
 # A folder made of these names only is a split that we cannot read, not a task with classes of these names.
 UNREAD_SPLIT_NAMES = {"training", "testing", "tests", "validate", "eval", "evaluation", "dev"}
 
@@ -34,16 +54,15 @@ def read_folder(root: str | Path, *, val_fraction: float = 0.15, test_fraction: 
     root = Path(root)
     split = Split(val_fraction, test_fraction, seed)
     try:
-        if not root.is_dir():
-            problem = "is a file" if root.exists() else "does not exist"
-            raise DataError(f"{root} {problem}; give a folder that holds one folder of images per class")
+        check_folder(root, "one folder of images per class")
         parts = _part_folders(root)
         folders = parts or {"train": root}
         files = {part: _class_images(folder) for part, folder in folders.items()}
-        images = [path for classes in files.values() for paths in classes.values() for path in paths]
-        mark = fingerprint((path.relative_to(root).as_posix(), path.stat().st_size) for path in images)
     except OSError as error:
         raise DataError(f"{error.filename} cannot be read ({error.strerror}); repair or remove it") from error
+    below = len(_inside(root, ""))
+    images = (image for inside in files.values() for found in inside.values() for image in found)
+    mark = fingerprint((image.path[below:].replace(os.sep, "/"), image.size) for image in images)
     classes = _checked_classes(folders, files)
     found = {part: _examples(inside, classes) for part, inside in files.items()}
     if "val" not in found:
@@ -54,13 +73,26 @@ def read_folder(root: str | Path, *, val_fraction: float = 0.15, test_fraction: 
     return Dataset(root, classes, train, val, test, "split" if parts else "flat", mark, None if parts else split)
 
 
+def check_folder(folder: Path, contents: str) -> None:
+    """Raise a DataError unless `folder` is one; its message asks for a folder that holds `contents`."""
+    if folder.is_dir():
+        return
+    if folder.exists():
+        raise DataError(f"{folder} is a file; give a folder that holds {contents}, a .csv table or hf:NAME_OR_PATH")
+    beside = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
+    raise DataError(f"{folder} does not exist; give a folder that holds {contents}{nearest(folder.name, beside)}")
+
+
 def _examples(files: Files, classes: tuple[str, ...]) -> tuple[Example, ...]:
-    return tuple(Example(path, label) for label, name in enumerate(classes) for path in files.get(name, ()))
+    return tuple(
+        Example(Path(image.path), label) for label, name in enumerate(classes) for image in files.get(name, ())
+    )
 
 
 def _part_folders(root: Path) -> dict[str, Path]:
     """Return the folder of each part in the split layout, or nothing for a flat folder."""
-    folders, images = _contents(root)
+    inner, images = _contents(root)
+    folders = [Path(folder) for folder in inner]
     names = {folder.name.casefold(): folder.name for folder in folders}
     if "train" not in names:
         if names and names.keys() <= SPLIT_NAMES.keys() | UNREAD_SPLIT_NAMES:
@@ -81,37 +113,55 @@ def _class_images(folder: Path) -> Files:
     """Return the images of each class folder in `folder`, sorted by their path."""
     classes, loose = _contents(folder)
     _check_no_loose_images(folder, loose, folder)
-    files = {entry.name: sorted(_images_below(entry), key=Path.as_posix) for entry in classes}
+    files = {os.path.basename(inner): sorted(_images_below(inner)) for inner in classes}
     if not any(files.values()):
         common = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".gif")
         extensions = f"{' '.join(common)} or {len(image_extensions() - set(common))} others that Pillow opens"
         raise DataError(f"{folder} holds no images; put them in {folder}/<class>/, with an extension of {extensions}")
-    empty = listed(name for name, paths in files.items() if not paths)
+    empty = listed(name for name, images in files.items() if not images)
     if empty:
         raise DataError(f"{folder} has class folders without images: {empty}; fill or remove them")
     return files
 
 
-def _check_no_loose_images(folder: Path, images: list[Path], parent: Path) -> None:
-    loose = listed(image.name for image in images)
+def _check_no_loose_images(folder: Path, images: list[Found], parent: Path) -> None:
+    loose = listed(os.path.basename(image.path) for image in images)
     if loose:
         raise DataError(f"{folder} has images outside of class folders: {loose}; put each in {parent}/<class>/")
 
 
-def _images_below(folder: Path, above: frozenset[Path] = frozenset()) -> list[Path]:
+def _images_below(folder: str, above: frozenset[str] = frozenset()) -> list[Found]:
     """Return the images at any depth below a class folder, through links too."""
-    here = folder.resolve()
+    here = os.path.realpath(folder)
     if here in above:
         raise DataError(f"{folder} is a link to a folder above it; remove the link")
     folders, images = _contents(folder)
-    return images + [path for inner in folders for path in _images_below(inner, above | {here})]
+    for inner in folders:
+        images += _images_below(inner, above | {here})
+    return images
 
 
-def _contents(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Return the folders and the images directly in a folder, without hidden ones, sorted by name."""
-    visible = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.name != "__MACOSX")
-    images = [path for path in visible if path.suffix.lower() in image_extensions() and not path.is_dir()]
-    return [path for path in visible if path.is_dir()], images
+def _contents(folder: str | Path) -> tuple[list[str], list[Found]]:
+    """Return the folders and the images directly in a folder, without hidden ones; the folders sorted by name."""
+    extensions, folders, images = image_extensions(), list[str](), list[Found]()
+    with os.scandir(folder) as entries:  # tells folders from files without a look at each
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                continue
+            path = _inside(folder, entry.name)
+            if entry.is_dir():
+                folders.append(path)
+            elif os.path.splitext(entry.name)[1].lower() in extensions:
+                facts = entry.stat()
+                if not stat.S_ISREG(facts.st_mode):
+                    raise DataError(f"{path} is neither a file nor a folder; remove it")
+                images.append(Found(path, facts.st_size))
+    return sorted(folders), images
+
+
+def _inside(folder: str | Path, name: str) -> str:
+    """Return the path of `name` in `folder` as `Path` would write it: ./name is name."""
+    return name if str(folder) == "." else os.path.join(folder, name)
 
 
 def _checked_classes(folders: dict[str, Path], files: dict[str, Files]) -> tuple[str, ...]:
@@ -119,8 +169,10 @@ def _checked_classes(folders: dict[str, Path], files: dict[str, Files]) -> tuple
     if len(classes) == 1:
         remedy = f"add a second class folder, or, if {classes[0]} itself holds the class folders, move them up"
         raise DataError(f"{train} has only one class, {classes[0]}; {remedy}")
+    check_classes(classes, str(train))
     for part, folder in folders.items():
         unknown = files[part].keys() - classes
         if unknown:
-            raise DataError(f"{folder} has classes that {train} lacks: {listed(unknown)}; add or remove them")
+            hint = nearest(min(unknown), classes, 1)
+            raise DataError(f"{folder} has classes that {train} lacks: {listed(unknown)}; add or remove them{hint}")
     return classes

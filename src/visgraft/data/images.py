@@ -1,40 +1,64 @@
 """Images decoded once: resized and cropped as the backbone wants them, kept as bytes, normalised per batch."""
 
-import os
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
-from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 
 from visgraft.backbone import image_transform
+from visgraft.data.cache import Decode, Pixels, hold_pixels
 from visgraft.data.dataset import Example
 from visgraft.data.decode import open_image
-from visgraft.errors import DataError, VisgraftError
+from visgraft.errors import DataError
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How images are read: where decoded ones are kept, whether broken ones are left out, what is behind transparency.
+
+    See `load_images`.
+    """
+
+    cache: str = "auto"
+    skip_broken: bool = False
+    background: str = "white"
+
+
+class Skipped(NamedTuple):
+    """An image that was left out because it does not decode, and why."""
+
+    path: Path
+    reason: str
 
 
 @dataclass(frozen=True)
 class Images:
-    """A set of images in memory.
+    """A set of images, ready to be normalised.
 
-    `pixels` uint8 [N, 3, H, W], `labels` int64 [N], `mean` and `std` [3] of the normalisation, `paths` of the files.
+    `pixels` uint8 [N, 3, H, W], indexed like a tensor by number, slice or int64 [B]; `labels` int64 [N], or, where an
+    image may have several classes, float32 [N, classes] of 0 and 1; `mean` and `std` [3] of the normalisation; `paths`
+    of the files, `groups` as the examples have them, and `skipped` what was left out.
     """
 
-    pixels: Tensor
+    pixels: Pixels
     labels: Tensor
     mean: tuple[float, ...]
     std: tuple[float, ...]
     paths: tuple[Path, ...] = ()
+    groups: tuple[str | None, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may have several classes, or none."""
+        return self.labels.ndim == 2
 
     def normalised(self, pixels: Tensor, device: torch.device | None = None) -> Tensor:
         """Return uint8 pixels [B, 3, H, W] as the backbone's input, float32."""
@@ -49,65 +73,63 @@ class Images:
             yield self.normalised(self.pixels[chosen]), self.labels[chosen]
 
 
-def load_images(examples: Sequence[Example], data_config: Mapping[str, Any]) -> Images:
+def load_images(
+    examples: Sequence[Example],
+    data_config: Mapping[str, Any],
+    *,
+    outputs: int = 0,
+    background: str = "white",
+    cache: str = "ram",
+    skip_broken: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Images:
     """Decode, resize and crop every image once, with the transform that `load` returns for single pictures.
 
+    Args:
+        examples: the images and their labels.
+        data_config: timm's preprocessing facts.
+        outputs: the number of classes, needed where images may have several.
+        background: the colour behind transparent places, by name or as #rrggbb.
+        cache: where the result is kept (see `visgraft.data.cache`): auto, ram, disk or none.
+        skip_broken: leave out what does not decode and list it in `skipped`.
+        on_progress: called with (images done, images in all).
+
     Raises:
-        DataError: a file is no image (named), or there is nothing to load.
+        DataError: a file is no image (named), there is nothing to load, or the disk is full.
     """
     if not examples:
         raise DataError("there are no images to load; check the folder's splits")
     steps = image_transform(data_config).transforms[:-2]  # the last two make a float tensor and normalise it
 
     def decode(example: Example) -> Tensor:
-        picture: Any = open_image(example.path)
+        picture: Any = open_image(example, background)
         for step in steps:
             picture = step(picture)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        pixels = torch.stack(list(pool.map(decode, examples)))
+    facts = {"data_config": dict(data_config), "background": background}
+    pixels, broken = hold_pixels(examples, Decode(decode, facts), cache, skip_broken, on_progress)
+    kept = [example for index, example in enumerate(examples) if index not in broken]
+    if not kept:
+        raise DataError(f"none of the {len(examples)} images decodes, e.g. {broken[0]}")
     return Images(
         pixels,
-        torch.tensor([example.label for example in examples]),
+        make_labels(kept, outputs),
         tuple(data_config["mean"]),
         tuple(data_config["std"]),
-        tuple(example.path for example in examples),
+        tuple(example.path for example in kept),
+        tuple(example.group for example in kept),
+        tuple(Skipped(examples[index].path, reason) for index, reason in sorted(broken.items())),
     )
 
 
-def augmentation(
-    images: Images, flip: bool, rand_augment: str | None, seed: int
-) -> Callable[[Tensor, int], Tensor] | None:
-    """Return a function (indices [B], epoch) -> augmented uint8 pixels [B, 3, H, W], or None for no augmentation.
-
-    What happens to an image depends on (seed, epoch, index) alone.
-    """
-    if not (flip or rand_augment):
-        return None
-    policy = None
-    if rand_augment:
-        fill = tuple(round(255 * value) for value in images.mean)
-        try:
-            policy = rand_augment_transform(rand_augment, {"img_mean": fill})
-        except (AssertionError, ValueError, KeyError) as error:
-            raise VisgraftError(
-                f"rand_augment {rand_augment!r} is not in timm's notation; use e.g. rand-m9-mstd0.5-inc1"
-            ) from error
-
-    def augment(indices: Tensor, epoch: int) -> Tensor:
-        return torch.stack([_augment(images.pixels[i], flip, policy, (seed, epoch, int(i))) for i in indices])
-
-    return augment
-
-
-def _augment(pixels: Tensor, flip: bool, policy: Any, key: tuple[int, int, int]) -> Tensor:
-    words = np.random.SeedSequence(key).generate_state(2)
-    random.seed(int(words[0]))
-    np.random.seed(words[1])
-    if flip and random.random() < 0.5:
-        pixels = pixels.flip(-1)
-    if policy is not None:
-        picture = policy(Image.fromarray(pixels.permute(1, 2, 0).numpy()))
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    return pixels
+def make_labels(examples: Sequence[Example], outputs: int = 0) -> Tensor:
+    """Return the labels of examples as `Images` holds them: int64 [N], or float32 [N, outputs] of 0 and 1."""
+    if isinstance(examples[0].label, int):
+        return torch.tensor([example.label for example in examples])
+    if not outputs:
+        raise DataError("images with several labels need the number of classes; pass outputs=len(classes)")
+    labels = torch.zeros(len(examples), outputs)
+    for row, example in zip(labels, examples, strict=True):
+        row[list(example.label)] = 1.0  # type: ignore[arg-type]
+    return labels

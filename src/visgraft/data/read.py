@@ -5,15 +5,19 @@ from pathlib import Path
 
 from visgraft.data.dataset import Dataset, Split
 from visgraft.data.folders import read_folder
+from visgraft.data.hub import HUB_PREFIX, read_hub
+from visgraft.data.table import read_table
+from visgraft.errors import DataError
 
-HUB_PREFIX = "hf:"
+TABLE_EXTENSIONS = (".csv", ".tsv")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where labelled images are: `location` is a folder, a .csv file or `hf:NAME_OR_PATH`.
+    """Where labelled images are: `location` is a folder, a .csv or .tsv file or `hf:NAME_OR_PATH`.
 
-    With `table`, a .csv file, `location` is the folder that its relative paths start from; None: the table's own.
+    With `table`, a .csv or .tsv file, `location` is the folder that its relative paths start from; None: the table's
+    own.
     """
 
     location: str | Path | None = None
@@ -28,13 +32,21 @@ _DEFAULT_SPLIT = Split()
 
 
 def read_data(source: AnySource, split: Split = _DEFAULT_SPLIT) -> Dataset:
-    """Read a folder of class folders (see `read_folder`).
+    """Read a folder (see `read_folder`), a table (`read_table`) or a Hugging Face data set (`read_hub`).
 
     Raises:
-        DataError: it cannot be used.
+        DataError: it cannot be used, or nothing was given.
     """
     source = source if isinstance(source, Source) else Source(source)
-    assert source.location is not None
-    return read_folder(
-        source.location, val_fraction=split.val_fraction, test_fraction=split.test_fraction, seed=split.seed
-    )
+    location = str(source.location or "")
+    if source.table is not None:
+        if location.startswith(HUB_PREFIX):
+            raise DataError(f"{location} and the table {source.table} were both given; give one of them")
+        return read_table(source.table, location or None, split)
+    if not location:
+        raise DataError("no data was given; give a folder of class folders, a .csv table or hf:NAME_OR_PATH")
+    if location.startswith(HUB_PREFIX):
+        return read_hub(location, split)
+    if Path(location).suffix.lower() in TABLE_EXTENSIONS and not Path(location).is_dir():
+        return read_table(location, None, split)
+    return read_folder(location, val_fraction=split.val_fraction, test_fraction=split.test_fraction, seed=split.seed)

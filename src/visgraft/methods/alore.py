@@ -1,8 +1,8 @@
 """ALoRE, Aggregating Low Rank Experts (arXiv:2412.08341): a Kronecker sum of low-rank experts, purely linear."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,8 @@ class ALoRE(Method):
 
     Config = ALoREConfig
     recipe = TrainConfig()
+    knobs: ClassVar = {"lr": (5e-4, 1e-3, 2e-3, 5e-3), "scale": (0.1, 0.5, 1.0, 5.0, 10.0)}
+    part_name = "expert"
 
     def __init__(self, config: ALoREConfig, position: Position, shared: Mapping[str, nn.Module]) -> None:
         super().__init__(config, position, shared)
@@ -108,6 +110,18 @@ class ALoRE(Method):
         mixed = torch.einsum("...iar,iab->...bir", hidden, self.bank)
         # The scale goes to the small factor: on the result it would cost a pass over a tensor of the features' size.
         return torch.einsum("...bir,irq->...bq", mixed, self.scale * self.up).flatten(-2)
+
+    @classmethod
+    def parts(cls, config: ALoREConfig) -> int:
+        return config.experts
+
+    def part_delta(self, x: Tensor, index: int) -> Tensor:
+        return self.expert(x, index)
+
+    def keep_parts(self, kept: Collection[int]) -> None:
+        with torch.no_grad():
+            for index in set(range(len(self.up))) - set(kept):
+                self.up[index] = 0  # W_s, the other factor, may be shared with other places
 
     def expert(self, x: Tensor, index: int) -> Tensor:
         """Return what one expert adds, s x E_i [..., C]; the sum over all experts is `delta` without dropout."""

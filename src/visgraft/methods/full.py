@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from visgraft.config import MethodConfig, TrainConfig
 from visgraft.method import Method
@@ -19,6 +20,7 @@ class Full(Method):
 
     Config = FullConfig
     recipe = TrainConfig(lr=1e-4, weight_decay=0.05, drop_path=0.1)
+    knobs: ClassVar = {"lr": (1e-5, 3e-5, 1e-4, 3e-4)}
 
     @classmethod
     def unfrozen(cls, config: FullConfig, tensor_names: Sequence[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """Linear probing: only the head trains."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from visgraft.config import MethodConfig, TrainConfig
 from visgraft.method import Method
@@ -18,3 +19,4 @@ class Linear(Method):
 
     Config = LinearConfig
     recipe = TrainConfig(epochs=100, warmup_epochs=10.0, lr=1e-2, weight_decay=1e-4)
+    knobs: ClassVar = {"lr": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), "weight_decay": (1e-4, 1e-2, 1.0)}

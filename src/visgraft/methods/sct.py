@@ -2,51 +2,70 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from visgraft.config import MethodConfig, TrainConfig, option
+from visgraft.errors import VisgraftError
 from visgraft.method import Batches, Grid, Method, Place, Position
 from visgraft.registry import register
-from visgraft.salience import SCORES, salient_channels
+from visgraft.salience import SCORES, salient_channels_at
+
+FORMS = ("A", "B")
 
 
 @dataclass(frozen=True)
 class SCTConfig(MethodConfig):
     """Options of SCT.
 
-    `mode` None takes the first place that the backbone has. `form` A is z + s(Wz + b), B is sz + (Wz + b), with one
-    fixed `scale` s for all blocks; which of the two the paper's ViT results used is UNVERIFIED.
+    `mode` None takes attn, or mlp where the backbone has no such place. `form` A is z + s(Wz + b), B is sz + (Wz + b),
+    with one fixed `scale` s for all blocks; which of the two the paper's ViT results used is UNVERIFIED. Mode qkv is
+    z + Wz + b without either, so there both are None; elsewhere None stands for A and 1.
+
+    Raises:
+        VisgraftError: `form` or `scale` is given for mode qkv, or a number is not above zero.
     """
 
-    channels: int | None = option(None, "channels tuned per block (K); none: an eighth of the width")
-    mode: str | None = option(None, "where: attn (stream after attention) or mlp (the MLP's output)", ("attn", "mlp"))
-    form: str = option("A", "A: z + s(Wz + b); B: sz + (Wz + b)", ("A", "B"))
-    scale: float = option(1.0, "fixed factor s of the form")
+    channels: int | None = option(None, "channels tuned per module (K); none: an eighth of the width")
+    mode: str | None = option(
+        None, "where: the stream after attention, the MLP's output, or queries and values", ("attn", "mlp", "qkv")
+    )
+    form: str | None = option(None, "A: z + s(Wz + b); B: sz + (Wz + b); none: A, and no form in mode qkv", FORMS)
+    scale: float | None = option(None, "fixed factor s of the form; none: 1, and no factor in mode qkv")
     score: str = option("class_aware", "how channels are chosen", SCORES)
     init_std: float = option(0.02, "standard deviation of the truncated normal that W starts from")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("channels", "scale")
+        for name, default in (("form", "A"), ("scale", 1.0)):
+            if self.mode == "qkv" and getattr(self, name) is not None:
+                raise VisgraftError(
+                    f"{name} is {getattr(self, name)}, but mode qkv adds Wz + b as it is; leave {name} out, or use "
+                    "mode attn or mlp"
+                )
+            if self.mode != "qkv" and getattr(self, name) is None:
+                object.__setattr__(self, name, default)
 
 
-PLACES = {"attn": Place.at("stream.mid"), "mlp": Place.at("mlp.out")}
-SCORED_AT = {"stream.mid": "stream.mid", "mlp.out": "stream.out"}
+PLACES = {"attn": Place.at("stream.mid"), "mlp": Place.at("mlp.out"), "qkv": Place.at("attn.q", "attn.v")}
+SCORED_AT = {"stream.mid": "stream.mid", "mlp.out": "stream.out", "attn.q": "attn.q", "attn.v": "attn.v"}
 
 
 @register("sct", paper="arXiv:2309.08513")
 class SCT(Method):
     """A K × K linear map with bias on the chosen channels of every token; all others pass untouched.
 
-    In mode attn it rewrites the residual stream between attention and norm2, in mode mlp the MLP's output. Scores
-    come from the plain frozen network alone, so earlier modules do not shift later choices.
+    In mode attn it rewrites the residual stream between attention and norm2, in mode mlp the MLP's output, in mode qkv
+    the queries and the values, with channels of their own. Scores come from the plain frozen network alone, so earlier
+    modules do not shift later choices.
     """
 
     Config = SCTConfig
     recipe = TrainConfig(lr=5e-3)
+    knobs: ClassVar = {"lr": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2), "scale": (0.1, 0.25, 0.5, 1.0)}
 
     index: Tensor
 
@@ -61,7 +80,7 @@ class SCT(Method):
 
     @classmethod
     def placements(cls, config: SCTConfig) -> tuple[tuple[Place, ...], ...]:
-        return (PLACES[config.mode],) if config.mode else tuple(PLACES.values())
+        return (PLACES[config.mode],) if config.mode else (PLACES["attn"], PLACES["mlp"])
 
     @classmethod
     def affine(cls, config: SCTConfig) -> bool:
@@ -73,10 +92,18 @@ class SCT(Method):
 
     @classmethod
     def calibrate(cls, config: SCTConfig, model: nn.Module, modules: Sequence["SCT"], batches: Batches | None) -> None:
-        site, channels = SCORED_AT[modules[0].site], len(modules[0].index)
-        chosen = salient_channels(model, batches, channels, site, config.score)
-        for module, index in zip(modules, chosen, strict=True):
-            module.index.copy_(index)
+        sites = dict.fromkeys(SCORED_AT[module.site] for module in modules)
+        chosen = salient_channels_at(model, batches, len(modules[0].index), list(sites), config.score)
+        per_block = {site: iter(indices) for site, indices in chosen.items()}
+        for module in modules:  # they stand in order of the blocks
+            module.index.copy_(next(per_block[SCORED_AT[module.site]]))
+
+    @classmethod
+    def channel_score(cls, config: SCTConfig) -> str | None:
+        return config.score
+
+    def chosen_channels(self) -> tuple[str, Tensor]:
+        return SCORED_AT[self.site], self.index
 
     def delta(self, x: Tensor, grid: Grid) -> Tensor:
         """Return the dense form of what is added: zero outside the chosen channels; [B, N, C] -> [B, N, C]."""
@@ -86,8 +113,13 @@ class SCT(Method):
         return onto.index_add(-1, self.index, self._tuned(x).to(onto.dtype))
 
     def _tuned(self, x: Tensor) -> Tensor:
-        """What is added to the chosen channels: s(Wz + b) in form A, (s - 1)z + Wz + b in form B; [B, N, K]."""
+        """What is added to the chosen channels [B, N, K]: s(Wz + b) in form A, (s - 1)z + Wz + b in form B.
+
+        Without a form it is Wz + b.
+        """
         z = x.index_select(-1, self.index)
+        if self.scale is None:
+            return cast(Tensor, self.linear(z))
         if self.form == "A":
             return self.scale * self.linear(z)
         return cast(Tensor, (self.scale - 1) * z + self.linear(z))

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from visgraft.data.images import Images
+from visgraft.evaluate import probabilities_of
 
 
 def occlusion(model: nn.Module, images: Images, index: int, label: int, cells: int = 7) -> Tensor:
@@ -25,5 +26,6 @@ def occlusion(model: nn.Module, images: Images, index: int, label: int, cells: i
             covered.append(copy)
     device = next(model.parameters()).device
     with torch.inference_mode():
-        probability = model(images.normalised(torch.stack(covered), device)).float().softmax(-1)[:, label].cpu()
+        logits = model(images.normalised(torch.stack(covered), device)).float()
+        probability = probabilities_of(logits, images.multi_label)[:, label].cpu()
     return (probability[0] - probability[1:]).view(cells, cells).clone()

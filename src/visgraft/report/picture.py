@@ -62,10 +62,10 @@ def _curves(figure: Any, runs: Sequence[Run]) -> None:
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
     for i, (run, colour) in enumerate(zip(runs, COLOURS, strict=False)):
-        e = run.evaluation
-        low, high = (abs(100 * (limit - e.top1)) for limit in e.top1_ci95)
-        axes[2].barh(i, 100 * e.top1, color=colour, xerr=[[low], [high]], capsize=4)
-        axes[2].text(2, i, f"{100 * e.top1:.1f} %", va="center", color="white", fontweight="bold")
+        top1, limits = run.evaluation.figure, run.evaluation.top1_ci95 or ()
+        errors = [[abs(100 * (limit - top1))] for limit in limits]
+        axes[2].barh(i, 100 * top1, color=colour, xerr=errors or None, capsize=4)
+        axes[2].text(2, i, f"{100 * top1:.1f} %", va="center", color="white", fontweight="bold")
     axes[2].set(title=f"top-1 on {runs[0].evaluation.images} test images, 95 % interval", xlim=(0, 100), xlabel="%")
     axes[2].set_yticks(range(len(runs)), [run.name for run in runs])
     axes[2].invert_yaxis()

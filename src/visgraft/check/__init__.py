@@ -1,0 +1,7 @@
+"""What is wrong with the data, before training: `check_data` looks at every image, `quick_check` at their number."""
+
+from visgraft.check.findings import Finding as Finding
+from visgraft.check.findings import Picture as Picture
+from visgraft.check.findings import Report as Report
+from visgraft.check.quick import quick_check as quick_check
+from visgraft.check.run import check_data as check_data

@@ -1,0 +1,92 @@
+"""Everything that can be wrong with a data set before training, in one report."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from visgraft.check.counts import (
+    class_findings,
+    class_table,
+    group_findings,
+    group_table,
+    part_findings,
+)
+from visgraft.check.duplicates import duplicate_findings, find_copies
+from visgraft.check.facts import Facts, Progress, Unreadable, gather
+from visgraft.check.findings import Finding, Picture, Report, Table, counted, pictures, worst_first
+from visgraft.check.looks import kind_table, look_findings, size_table
+from visgraft.check.shortcuts import LEAST_PER_CLASS, probe_shortcuts, shortcut_findings, shortcut_table
+from visgraft.data.dataset import Dataset
+
+
+def check_data(dataset: Dataset, *, on_progress: Progress | None = None) -> Report:
+    """Look for what is wrong with a data set before anything is trained on it.
+
+    Every image is decoded once; what is kept of it is a kilobyte or two. `on_progress` is called with the stage in
+    words, how much of it is done, and of how much.
+    """
+    everything = pictures(dataset)
+    outcome = gather([picture.example for picture in everything], on_progress)
+    read = [(p, one) for p, one in zip(everything, outcome, strict=True) if isinstance(one, Facts)]
+    shown, facts = [picture for picture, _ in read], [one for _, one in read]
+    copies = find_copies(facts, on_progress)
+    findings = [
+        *unreadable_findings(everything, outcome),
+        *group_findings(everything, dataset.classes),
+        *duplicate_findings(shown, copies, drawn=dataset.layout == "flat"),
+        *class_findings(dataset),
+        *part_findings(dataset),
+        *look_findings(shown, facts),
+    ]
+    tables = {"classes": class_table(dataset)}
+    if any(picture.example.group is not None for picture in everything):
+        tables["groups"] = group_table(everything)
+    if facts:
+        tables |= {"sizes": size_table(facts), "formats": kind_table(facts)}
+        more, table = _shortcuts(dataset, shown, facts, copies.all, on_progress)
+        findings += more
+        tables |= {"shortcuts": table} if table else {}
+    return Report(dataset.root, len(everything), worst_first(findings), tables)
+
+
+def unreadable_findings(everything: Sequence[Picture], outcome: Sequence[Facts | Unreadable]) -> list[Finding]:
+    """Name every image that cannot be read, with the reason."""
+    broken = tuple(
+        (Picture(picture.example, picture.part, picture.label, one.reason),)
+        for picture, one in zip(everything, outcome, strict=True)
+        if isinstance(one, Unreadable)
+    )
+    if not broken:
+        return []
+    remedy = "replace or remove them, or train with --skip-broken, which leaves them out"
+    return [Finding("unreadable", "error", f"{counted(len(broken), 'image')} cannot be read", remedy, broken)]
+
+
+def _shortcuts(
+    dataset: Dataset,
+    shown: Sequence[Picture],
+    facts: Sequence[Facts],
+    copies: Sequence[Sequence[int]],
+    on_progress: Progress | None,
+) -> tuple[list[Finding], Table | None]:
+    """Return the findings and figures of the probes, or a note where there can be none."""
+    if dataset.multi_label:
+        title = "shortcuts were not looked for: images may have several classes"
+        return [Finding("not_probed", "note", title, "compare the classes' images yourself")], None
+    probes = probe_shortcuts(shown, facts, _units(shown, copies), on_progress=on_progress)
+    if not probes:
+        title = (
+            f"shortcuts were not looked for: that needs two classes with {LEAST_PER_CLASS} images of different groups"
+        )
+        return [Finding("not_probed", "note", title, "compare the classes' images yourself")], None
+    return shortcut_findings(probes, shown, facts), shortcut_table(probes)
+
+
+def _units(shown: Sequence[Picture], copies: Sequence[Sequence[int]]) -> list[int]:
+    """Number the images so that those of one group, or copies of one picture, have the same number."""
+    groups: dict[str | int, int] = defaultdict(lambda: len(groups))
+    named = [i if picture.example.group is None else picture.example.group for i, picture in enumerate(shown)]
+    for together in copies:
+        for i in together:
+            if isinstance(named[i], int):
+                named[i] = named[together[0]]
+    return [groups[name] for name in named]

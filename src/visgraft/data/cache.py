@@ -1,0 +1,199 @@
+"""Where decoded images are kept: in memory, in a file that later runs share, or nowhere.
+
+- `ram`: one tensor in memory;
+- `disk`: one file in the user's cache folder, mapped into memory; every later run and every method that wants the same
+  images in the same size reads it, whatever it trains. The name is a hash of the files' paths, sizes and times of
+  change and of the preprocessing, so a changed image is decoded anew;
+- `none`: decoded again whenever they are asked for;
+- `auto`: `ram` where the images take at most a quarter of the free memory, `disk` beyond.
+
+All four give the same pixels.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+import torch
+from torch import Tensor
+
+from visgraft.data.dataset import Example
+from visgraft.errors import DataError, VisgraftError, nearest
+from visgraft.files import new_file, write_json
+from visgraft.img_focus import cache_folder
+
+CACHES = ("auto", "ram", "disk", "none")
+DISK_LIMIT = 20 * 2**30
+"""Bytes beyond which the files used longest ago are removed before a new one is written."""
+
+Broken = dict[int, str]
+
+
+class Pixels(Protocol):
+    """What `Images.pixels` can do: a tensor, or something that decodes when it is indexed."""
+
+    def __getitem__(self, index: Any, /) -> Tensor: ...
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Decode:
+    """How an example becomes uint8 pixels [3, H, W], and the facts that decide what comes out."""
+
+    function: Callable[[Example], Tensor]
+    facts: Mapping[str, Any]
+
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one image's pixels."""
+        return tuple(self.facts["data_config"]["input_size"])
+
+
+def hold_pixels(
+    examples: Sequence[Example],
+    decode: Decode,
+    cache: str,
+    skip_broken: bool,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> tuple[Pixels, Broken]:
+    """Return the pixels of all examples that decode, and why the others do not, by their number.
+
+    Raises:
+        DataError: an image does not decode and `skip_broken` is off, or the cache cannot be written.
+        VisgraftError: no such cache.
+    """
+    if cache not in CACHES:
+        raise VisgraftError(f"cache is {cache!r}, but must be one of {', '.join(CACHES)}{nearest(cache, CACHES)}")
+    if cache == "auto":
+        needed = len(examples) * torch.Size(decode.shape()).numel()
+        cache = "ram" if needed <= psutil.virtual_memory().available // 4 else "disk"
+    if cache == "disk":
+        return _on_disk(examples, decode, skip_broken, on_progress)
+    if cache == "ram":
+        return _in_memory(examples, decode, skip_broken, on_progress)
+    broken: Broken = {}
+    if skip_broken:
+        for _ in _decoded(examples, decode, broken, True, on_progress):
+            pass
+    return Decoded([example for i, example in enumerate(examples) if i not in broken], decode), broken
+
+
+def _decoded(
+    examples: Sequence[Example],
+    decode: Decode,
+    broken: Broken,
+    skip_broken: bool,
+    on_progress: Callable[[int, int], None] | None,
+) -> Iterator[Tensor]:
+    """Yield the pixels of the images in order; those that do not decode go to `broken`, or raise."""
+
+    def attempt(example: Example) -> Tensor | DataError:
+        try:
+            return decode.function(example)
+        except DataError as error:
+            return error
+
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        for number, result in enumerate(pool.map(attempt, examples)):
+            if isinstance(result, DataError) and not skip_broken:
+                raise result
+            if isinstance(result, DataError):
+                broken[number] = str(result)
+            else:
+                yield result
+            if on_progress:
+                on_progress(number + 1, len(examples))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _in_memory(
+    examples: Sequence[Example], decode: Decode, skip_broken: bool, on_progress: Callable[[int, int], None] | None
+) -> tuple[Tensor, Broken]:
+    pixels, broken, count = torch.empty(len(examples), *decode.shape(), dtype=torch.uint8), Broken(), 0
+    for count, row in enumerate(_decoded(examples, decode, broken, skip_broken, on_progress), 1):
+        pixels[count - 1] = row
+    return pixels[:count], broken
+
+
+def _on_disk(
+    examples: Sequence[Example], decode: Decode, skip_broken: bool, on_progress: Callable[[int, int], None] | None
+) -> tuple[Tensor, Broken]:
+    """Map the file of these images into memory, after writing it where it is not there yet."""
+    folder = cache_folder() / "images"
+    name = _name(examples, decode)
+    file, facts = folder / f"{name}.uint8", folder / f"{name}.json"
+    if not facts.is_file() or not file.is_file():
+        broken: Broken = {}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _make_room(folder, len(examples) * torch.Size(decode.shape()).numel())
+            with new_file(file) as target:
+                for row in _decoded(examples, decode, broken, skip_broken, on_progress):
+                    target.write(row.contiguous().numpy().data)
+            write_json(facts, {"broken": broken})
+        except OSError as error:
+            raise DataError(
+                f"the image cache {folder} cannot be written ({error.strerror}); pass --cache none, or point "
+                "VISGRAFT_CACHE elsewhere"
+            ) from error
+    broken = {int(i): reason for i, reason in json.loads(facts.read_text(encoding="utf-8"))["broken"].items()}
+    if broken and not skip_broken:
+        raise DataError(next(iter(broken.values())))
+    with contextlib.suppress(OSError):
+        os.utime(facts)  # marks it as used
+    shape = (len(examples) - len(broken), *decode.shape())
+    size = torch.Size(shape).numel()
+    if file.stat().st_size != size:
+        raise DataError(f"{file} is damaged; remove it")
+    return torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8).view(shape), broken
+
+
+def _name(examples: Sequence[Example], decode: Decode) -> str:
+    """Hash whatever decides the pixels; the libraries that decode and resize are part of it."""
+    digest = hashlib.sha256(json.dumps([dict(decode.facts), version("pillow"), version("torchvision")]).encode())
+    for path, _, _, content in examples:
+        if content is None:
+            facts = path.stat()
+            words = f"{path.absolute()}\0{facts.st_size}\0{facts.st_mtime_ns}\n"
+            digest.update(words.encode("utf-8", "surrogateescape"))
+        else:
+            digest.update(content())
+    return digest.hexdigest()[:32]
+
+
+def _make_room(folder: Path, needed: int) -> None:
+    """Remove the files used longest ago, as far as the limit asks for it."""
+    files = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    room = DISK_LIMIT - needed
+    for facts in files:
+        pixels = facts.with_suffix(".uint8")
+        room -= pixels.stat().st_size if pixels.is_file() else 0
+        if room < 0:
+            facts.unlink(missing_ok=True)
+            pixels.unlink(missing_ok=True)
+
+
+class Decoded:
+    """Pixels that are decoded whenever they are asked for, several at a time."""
+
+    def __init__(self, examples: Sequence[Example], decode: Decode) -> None:
+        self.examples, self.decode = list(examples), decode
+        self.pool = ThreadPoolExecutor(os.cpu_count())
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: Any, /) -> Tensor:
+        if isinstance(index, int):
+            return self.decode.function(self.examples[index])
+        chosen = self.examples[index] if isinstance(index, slice) else [self.examples[int(i)] for i in index]
+        return torch.stack(list(self.pool.map(self.decode.function, chosen)))

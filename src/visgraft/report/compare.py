@@ -1,0 +1,157 @@
+"""Several runs side by side: one row each, and whether the best is certainly the best."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.metrics import average_precision_score
+
+from visgraft import intervals
+from visgraft.evaluate import Evaluation
+from visgraft.intervals import bootstrap, percentile_interval, rate_interval
+from visgraft.report.tables import is_multi_label, right_answers
+from visgraft.workflow import adapter_bytes
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run in the table: its figures on the measured images, or those recorded in training, and its costs.
+
+    `figure` is top-1, or mean average precision where images may have several classes; rates lie between 0 and 1.
+    Whatever is not known is None.
+    """
+
+    name: str
+    anchor: str
+    method: str
+    multi_label: bool
+    figure: float | None
+    interval: tuple[float, float] | None
+    macro_f1: float | None
+    balanced_accuracy: float | None
+    images: int
+    params_adapter: int | None
+    params_head: int | None
+    adapter_bytes: int
+    seconds: float | None
+    images_per_second: float | None
+    peak_memory_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """By how much the best run is ahead of another on the same images, with its 95 % interval; `certain`: above 0."""
+
+    points: float
+    low: float
+    high: float
+
+    @property
+    def certain(self) -> bool:
+        """Whether the interval lies above zero."""
+        return self.low > 0
+
+
+def make_row(
+    name: str, anchor: str, path: Path, config: Mapping[str, Any], evaluation: Evaluation | None, members: np.ndarray
+) -> Row:
+    """Put together a run's row; without an evaluation, the figures are those that training recorded."""
+    record, counts = config["record"], config.get("parameters", {})
+    stored: Mapping[str, Any] = record.get("metrics", {})
+    if evaluation is None:
+        multi_label = stored.get("val_mean_average_precision") is not None
+        limits = stored.get("val_top1_ci95")
+        figures: dict[str, Any] = {
+            "figure": stored.get("val_mean_average_precision" if multi_label else "val_top1"),
+            "interval": (limits[0], limits[1]) if limits else None,
+            "macro_f1": stored.get("val_macro_f1"),
+            "balanced_accuracy": stored.get("val_balanced_accuracy"),
+            "images": stored.get("val_images") or 0,
+        }
+    else:
+        multi_label = is_multi_label(evaluation)
+        figures = {
+            "figure": evaluation.figure,
+            "interval": figure_interval(evaluation, members),
+            "macro_f1": evaluation.macro_f1,
+            "balanced_accuracy": evaluation.balanced_accuracy,
+            "images": evaluation.images,
+        }
+    return Row(
+        name=name,
+        anchor=anchor,
+        method=config["method"],
+        multi_label=multi_label,
+        **figures,
+        params_adapter=counts.get("adapter"),
+        params_head=counts.get("head"),
+        adapter_bytes=adapter_bytes(path),
+        seconds=record.get("seconds"),
+        images_per_second=record.get("images_per_second"),
+        peak_memory_bytes=record.get("peak_memory_bytes"),
+    )
+
+
+def figure_interval(evaluation: Evaluation, members: np.ndarray) -> tuple[float, float] | None:
+    """Return top-1's 95 % interval, in which images of one group (`members`, see `clusters`) count together."""
+    if is_multi_label(evaluation):
+        return None
+    return rate_interval(right_answers(evaluation), members)
+
+
+def paired_difference(best: Evaluation, other: Evaluation, members: np.ndarray) -> Difference:
+    """Return how far `best` is ahead of `other` on the same images; images of one group count together.
+
+    Mean average precision, which is no mean over images, is resampled.
+    """
+    if not is_multi_label(best):
+        found = intervals.paired_difference(right_answers(best), right_answers(other), members)
+        return Difference(found.mean, found.mean - found.half_width, found.mean + found.half_width)
+    labels = best.labels.numpy() > 0.5
+    both = [best.probabilities.numpy(), other.probabilities.numpy()]
+
+    def difference(rows: np.ndarray) -> float:
+        present = labels[rows].any(axis=0)  # classes that a resample lacks are left out of both means
+        if not present.any():
+            return float("nan")
+        means = [average_precision_score(labels[rows][:, present], p[rows][:, present]) for p in both]
+        return float(means[0] - means[1])
+
+    low, high = percentile_interval(bootstrap(difference, members))
+    return Difference(best.figure - other.figure, low, high)
+
+
+def percent(value: float | None) -> str:
+    """A rate between 0 and 1 as a percentage with one decimal."""
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def verdict(rows: Sequence[Row], figure: str, differences: Sequence[Difference | None], part: str) -> str:
+    """Say in a sentence or two which run is best and whether that is certain; rows and differences are best first."""
+    best = rows[0]
+    if best.figure is None:
+        return "No run has a figure to compare by; pass --data to measure them."
+    told = f"{best.name} reaches {figure} {percent(best.figure)} % on {best.images:,} {part} images"
+    within = f" (95 % interval {percent(best.interval[0])} to {percent(best.interval[1])})" if best.interval else ""
+    if len(rows) == 1 or rows[1].figure is None:
+        return f"{told}{within}."
+    second, difference = rows[1], differences[1]
+    if difference is None:
+        return (
+            f"{told}{within}, the highest recorded figure; {second.name} follows with {percent(second.figure)} %. "
+            "Whether that difference is certain takes a comparison on the same images."
+        )
+    ahead = (
+        f"{100 * difference.points:.1f} points ahead of {second.name} "
+        f"(95 % interval of the difference on the same images: {signed(difference.low)} to {signed(difference.high)})"
+    )
+    if difference.certain:
+        return f"{told}, {ahead}. The interval lies above zero, so on images like these the lead is certain."
+    return f"{told}, {ahead}. The interval includes zero, so these images do not tell which of the two is better."
+
+
+def signed(value: float) -> str:
+    """A difference of rates in points, with its sign."""
+    return f"{100 * value:+.1f}".replace("-", "−")

@@ -1,0 +1,163 @@
+"""What the page says of one run: measured on the data where there is some, otherwise read from the adapter."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from visgraft.attach import detach
+from visgraft.backbone import Adapted
+from visgraft.config import MethodConfig
+from visgraft.data.images import Images, Loading, load_images
+from visgraft.data.read import AnySource
+from visgraft.evaluate import Evaluation, confusion
+from visgraft.intervals import clusters
+from visgraft.registry import get_method
+from visgraft.report import compare, figures, tables
+from visgraft.report.channels import ChannelMap, channel_map, channel_scores, choices, stored_choices
+from visgraft.report.embed import Picture
+from visgraft.report.mistakes import Mistake, count_mistakes, find_mistakes
+from visgraft.report.parts import Parts, show_parts
+from visgraft.workflow.measuring import adapter_data, measure_adapter
+
+PART_NAMES = {"val": "validation", "test": "test"}
+NAMED_CLASSES = 25
+SCORED_IMAGES = 1000
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """An adapter to report on: a name that is unique on the page, its folder, and its configuration."""
+
+    name: str
+    path: Path
+    config: dict[str, Any]
+
+    @property
+    def options(self) -> MethodConfig:
+        """The method's options."""
+        return get_method(self.config["method"]).Config.from_dict(self.config["method_config"])
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes; their numbers where the adapter holds none."""
+        return self.config["classes"] or [str(i) for i in range(self.config["backbone"]["num_classes"])]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the page shows of a run on the measured images.
+
+    `members` tells which images belong together (see `clusters`), `counts` is the confusion matrix [true][answered], empty where images may have several classes; `decisions` is what
+    `wrong` is counted among: images, or images times classes.
+    """
+
+    evaluation: Evaluation
+    paths: tuple[Path, ...]
+    members: Any
+    skipped: int
+    multi_label: bool
+    counts: list[list[int]]
+    confusion: Picture | None
+    pairs: list[tables.Pair]
+    calibration: tables.Calibration
+    reliability: Picture
+    wrong: int
+    decisions: int
+    mistakes: list[Mistake]
+    classes: list[tables.ClassRow]
+    groups: list[tables.GroupRow]
+    parts: Parts | None
+
+
+@dataclass(frozen=True)
+class Section:
+    """One run on the page; `score` is how its method chose channels, None where it works on all."""
+
+    row: compare.Row
+    config: Mapping[str, Any]
+    curves: list[Picture]
+    score: str | None
+    channels: list[ChannelMap]
+    scored: str
+    measured: Measured | None
+    configuration: list[tuple[str, list[tuple[str, str]]]]
+
+
+def make_section(
+    run: Run, anchor: str, data: AnySource | None, weights: str | None, part: str, loading: Loading, say: Say
+) -> Section:
+    """Measure and draw one run; its model is let go afterwards."""
+    record, measured, scored = run.config["record"], None, ""
+    if data is None:
+        maps = [channel_map(choice, None) for choice in stored_choices(run.path, run.config)]
+    else:
+        say(f"{run.name}: answers on the {PART_NAMES[part]} images")
+        _, evaluation, images, adapted = measure_adapter(run.path, data, weights=weights, part=part, loading=loading)
+        measured = _measure(run, evaluation, images, adapted, say)
+        maps, scored = _salience(run, adapted, data, loading, say)
+    measured_figures = (measured.evaluation, measured.members) if measured else (None, np.arange(0))
+    return Section(
+        compare.make_row(run.name, anchor, run.path, run.config, *measured_figures),
+        run.config,
+        figures.curves(record.get("history", []), record.get("kept_epoch")),
+        get_method(run.config["method"]).channel_score(run.options),
+        maps,
+        scored,
+        measured,
+        tables.configuration_rows(run.config),
+    )
+
+
+def _measure(run: Run, evaluation: Evaluation, images: Images, adapted: Adapted, say: Say) -> Measured:
+    """Make the tables and pictures of a measured run."""
+    multi_label, names = tables.is_multi_label(evaluation), run.classes
+    counts = None if multi_label else confusion(evaluation, len(names))
+    found = tables.calibration(evaluation)
+    say(f"{run.name}: mistakes, and what the answers depend on")
+    mistakes = find_mistakes(adapted.model, images, evaluation, names)
+    method = get_method(run.config["method"])
+    if method.parts(run.options):
+        say(f"{run.name}: each {method.part_name} alone")
+    parts = show_parts(adapted.model, images, run.config["record"].get("precision", "fp32"))
+    return Measured(
+        evaluation=evaluation,
+        paths=images.paths,
+        members=clusters(images.groups, len(images)),
+        skipped=len(images.skipped),
+        multi_label=multi_label,
+        counts=[] if counts is None else counts.tolist(),
+        confusion=None if counts is None or len(names) <= NAMED_CLASSES else figures.large_confusion(counts),
+        pairs=[] if counts is None else tables.confused_pairs(counts, names),
+        calibration=found,
+        reliability=figures.reliability(found),
+        wrong=count_mistakes(evaluation),
+        decisions=evaluation.images * (len(names) if multi_label else 1),
+        mistakes=mistakes,
+        classes=tables.label_rows(evaluation, names)
+        if counts is None
+        else tables.class_rows(evaluation, counts, names),
+        groups=tables.group_rows(evaluation, images.groups),
+        parts=parts,
+    )
+
+
+def _salience(run: Run, adapted: Adapted, data: AnySource, loading: Loading, say: Say) -> tuple[list[ChannelMap], str]:
+    """Score the channels by the training images on the plain backbone, which the adapted model is turned into.
+
+    Of many training images, evenly spaced ones are taken, so that a report does not take as long as a training.
+    """
+    found, score = choices(adapted.model), get_method(run.config["method"]).channel_score(run.options)
+    if not found or score is None:
+        return [], ""
+    say(f"{run.name}: salience of the channels")
+    examples = adapter_data(run.path, data)[0].part("train")
+    some = examples[:: -(-len(examples) // SCORED_IMAGES)]
+    images = load_images(some, run.config["data_config"], outputs=len(run.classes), **vars(loading))
+    plain = detach(adapted.model)
+    maps = [channel_map(choice, channel_scores(plain, images.batches(), choice, score)) for choice in found]
+    of = f" (of {len(examples):,})" if len(some) < len(examples) else ""
+    return maps, f"{len(images):,} training images{of}"

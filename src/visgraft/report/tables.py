@@ -1,0 +1,203 @@
+"""The figures of a page as rows: classes, groups, confused pairs, calibration, costs and the configuration."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.metrics import average_precision_score, precision_recall_fscore_support
+
+from visgraft.evaluate import Evaluation
+from visgraft.intervals import wilson
+
+MOST_PAIRS = 12
+MOST_GROUPS = 200
+BINS = 10
+
+
+def is_multi_label(evaluation: Evaluation) -> bool:
+    """Whether an image may have several classes: labels are then float [N, classes]."""
+    return evaluation.labels.ndim == 2
+
+
+def right_answers(evaluation: Evaluation) -> NDArray[np.float64]:
+    """Return 1 per image whose answer is right, else 0: [N]; with several classes, all must be right at 50 %."""
+    if is_multi_label(evaluation):
+        right = ((evaluation.probabilities >= 0.5) == (evaluation.labels > 0.5)).all(-1)
+    else:
+        right = evaluation.probabilities.argmax(-1) == evaluation.labels
+    return right.double().numpy()
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """One class: its images, how well it is told, and the wrong answer given most often in its place.
+
+    Rates lie between 0 and 1; they are None where no image has the class.
+    """
+
+    name: str
+    images: int
+    precision: float | None
+    recall: float | None
+    f1: float | None
+    wrong: str = ""
+    wrong_count: int = 0
+    average_precision: float | None = None
+
+
+def class_rows(evaluation: Evaluation, counts: NDArray[np.int64], classes: Sequence[str]) -> list[ClassRow]:
+    """Return one row per class, the lowest F1 first and classes without images last."""
+    labels, predicted = evaluation.labels.numpy(), evaluation.probabilities.argmax(-1).numpy()
+    rates = precision_recall_fscore_support(labels, predicted, labels=range(len(classes)), zero_division=0)
+    rows = []
+    for i, (precision, recall, f1, images) in enumerate(zip(*rates, strict=True)):
+        others = counts[i].copy()
+        others[i] = 0
+        answer, often = int(others.argmax()), int(others.max())
+        wrong = classes[answer] if often else ""
+        known = [float(rate) if images else None for rate in (precision, recall, f1)]
+        rows.append(ClassRow(classes[i], int(images), known[0], known[1], known[2], wrong, often))
+    return sorted(rows, key=lambda row: (row.f1 is None, row.f1, -row.images))
+
+
+def label_rows(evaluation: Evaluation, classes: Sequence[str]) -> list[ClassRow]:
+    """Return one row per class of a multi-label run, the lowest average precision first."""
+    labels, probabilities = evaluation.labels.numpy() > 0.5, evaluation.probabilities.numpy()
+    rates = precision_recall_fscore_support(labels, probabilities >= 0.5, average=None, zero_division=0)
+    rows = []
+    for i, (precision, recall, f1, images) in enumerate(zip(*rates, strict=True)):
+        if not images:
+            rows.append(ClassRow(classes[i], 0, None, None, None))
+            continue
+        found = float(average_precision_score(labels[:, i], probabilities[:, i]))
+        rates_here = (float(precision), float(recall), float(f1))
+        rows.append(ClassRow(classes[i], int(images), *rates_here, average_precision=found))
+    return sorted(rows, key=lambda row: (row.average_precision is None, row.average_precision))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """How often one class was answered in the place of another, and as a share of the true class."""
+
+    true: str
+    answered: str
+    count: int
+    share: float
+
+
+def confused_pairs(counts: NDArray[np.int64], classes: Sequence[str]) -> list[Pair]:
+    """Return the pairs confused most often, most frequent first."""
+    wrong = counts.copy()
+    np.fill_diagonal(wrong, 0)
+    order = np.argsort(-wrong, axis=None, kind="stable")[:MOST_PAIRS]
+    found = [(int(i) // len(classes), int(i) % len(classes)) for i in order if wrong.flat[i]]
+    return [Pair(classes[t], classes[a], int(wrong[t, a]), wrong[t, a] / counts[t].sum()) for t, a in found]
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    """One group's images and the share answered right, with Wilson's 95 % interval."""
+
+    name: str
+    images: int
+    right: int
+    share: float
+    low: float
+    high: float
+
+
+def group_rows(evaluation: Evaluation, groups: Sequence[str | None]) -> list[GroupRow]:
+    """Return one row per group, the lowest share first; empty where the data has no groups.
+
+    An image of a multi-label run counts as right where every class is on the right side of 50 %.
+    """
+    if not any(group is not None for group in groups):
+        return []
+    hits = right_answers(evaluation)
+    names = np.array(["no group" if group is None else group for group in groups])
+    rows = []
+    for name in np.unique(names):
+        own = hits[names == name]
+        share = float(own.mean())
+        rows.append(GroupRow(str(name), len(own), int(own.sum()), share, *wilson(share, len(own))))
+    return sorted(rows, key=lambda row: (row.share, -row.images))[:MOST_GROUPS]
+
+
+@dataclass(frozen=True)
+class Bin:
+    """The answers given with a probability between `low` and `high`: how many, how sure, and how often right."""
+
+    low: float
+    high: float
+    count: int
+    confidence: float
+    accuracy: float
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Whether probabilities can be taken at their word; `error` is the expected calibration error."""
+
+    bins: tuple[Bin, ...]
+    error: float
+    confidence: float
+    accuracy: float
+
+
+def calibration(evaluation: Evaluation) -> Calibration:
+    """Compare probability with success in ten bins of equal width (Guo et al. 2017, arXiv:1706.04599).
+
+    Of a classifier, the probability is that of its answer; of a multi-label model, that of every class.
+    """
+    if is_multi_label(evaluation):
+        sure, right = evaluation.probabilities.flatten().numpy(), evaluation.labels.flatten().numpy() > 0.5
+    else:
+        best = evaluation.probabilities.max(-1)
+        sure, right = best.values.numpy(), (best.indices == evaluation.labels).numpy()
+    place = np.minimum((sure * BINS).astype(int), BINS - 1)
+    bins = []
+    for i in range(BINS):
+        own = place == i
+        count, hits = int(own.sum()), int(right[own].sum())
+        if count:
+            bins.append(
+                Bin(i / BINS, (i + 1) / BINS, count, float(sure[own].mean()), hits / count, wilson(hits / count, count))
+            )
+    error = sum(b.count / len(sure) * abs(b.confidence - b.accuracy) for b in bins)
+    return Calibration(tuple(bins), error, float(sure.mean()), float(right.mean()))
+
+
+def configuration_rows(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Return an adapter's whole configuration but its learning curve, as headings with (name, value) rows."""
+    record = config["record"]
+    parts = {
+        "Method": {"method": config["method"], **config["method_config"]},
+        "Training": record.get("train", {}),
+        "Backbone": config["backbone"],
+        "Data": {"classes": len(config["classes"]), **record.get("data", {})},
+        "Preprocessing": config["data_config"],
+        "Recorded figures": {k: v for k, v in record.items() if k not in ("train", "data", "history")},
+        "Versions": config.get("versions", {}),
+    }
+    return [(heading, list(_flat(values))) for heading, values in parts.items() if values]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", _plain(value)
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_plain, value)) or "none"
+    if isinstance(value, Mapping):
+        return "none"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,45 @@
+"""What can be said of methods and models without any data."""
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from visgraft.attach import assemble, choose_places, count_parameters
+from visgraft.backbone import Backbone, create_backbone
+from visgraft.errors import SiteError, VisgraftError
+from visgraft.merge import mergeable
+from visgraft.registry import methods
+from visgraft.sites import find_sites
+
+
+def describe_methods(backbone: str, num_classes: int = 0) -> list[dict[str, Any]]:
+    """Return name, paper, places, mergeability and trained parameters of every method on a backbone's meta copy."""
+    with torch.device("meta"):
+        create_backbone(Backbone(backbone, "none"))
+    rows = []
+    for name, method in methods().items():
+        config = method.Config()
+        with torch.device("meta"):
+            model = create_backbone(Backbone(backbone, "none"), num_classes or 1)
+        row: dict[str, Any] = {"name": name, "paper": method.paper}
+        try:
+            blocks = find_sites(model) if method.placements(config) else []
+            places = choose_places(config, blocks, backbone) if blocks else ()
+            row["places"] = [p.reads if p.reads == p.adds_to else f"{p.reads} -> {p.adds_to}" for p in places]
+            row["mergeable"] = mergeable(config, blocks)
+            row["params_adapter"] = count_parameters(assemble(model, config)).adapter
+        except SiteError as error:
+            row |= {"places": None, "mergeable": None, "params_adapter": None, "refused": str(error)}
+        rows.append(row)
+    return rows
+
+
+def reopen_plain(path: Path) -> nn.Module:
+    """Open a merged model with timm alone."""
+    try:
+        return timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+    except (OSError, RuntimeError, AssertionError) as error:
+        raise VisgraftError(f"{path} is not a model folder that timm can open ({error})") from error

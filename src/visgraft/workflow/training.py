@@ -1,0 +1,241 @@
+"""From labelled images to an adapter, in one go or resumed."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from visgraft.adapter import CONFIG, save
+from visgraft.attach import assemble, attach, count_parameters
+from visgraft.backbone import Backbone, create_backbone, model_data_config
+from visgraft.config import MethodConfig, TrainConfig
+from visgraft.data.dataset import Dataset, Split
+from visgraft.data.images import Images, Loading, load_images
+from visgraft.data.read import AnySource, read_data
+from visgraft.errors import Interrupted, TrainingDiverged, VisgraftError
+from visgraft.evaluate import evaluate, resolve_precision
+from visgraft.files import check_target
+from visgraft.resume import Epoch, TrainState, read_state, state_file, write_state
+from visgraft.train import Training, restore, train
+from visgraft.warm_start import start_from
+from visgraft.workflow.measuring import figures_of, sizes_of, skipped_of
+
+_DEFAULT_SPLIT, _DEFAULT_LOADING = Split(), Loading()
+STATE_SECONDS = 10.0
+"""A state is written at the end of an epoch if the last one is older than this."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who is told what during a run: epochs, images read (done, in all), and warnings in one line each."""
+
+    epoch: Callable[[Epoch], None] | None = None
+    loading: Callable[[int, int], None] | None = None
+    warning: Callable[[str], None] = lambda text: None
+
+
+@dataclass
+class _Kept:
+    """The state after the last complete epoch, and when one was last written."""
+
+    state: TrainState | None = None
+    written: float = 0.0
+
+
+def train_folder(
+    data: AnySource,
+    out: Path,
+    *,
+    backbone: Backbone,
+    method_config: MethodConfig,
+    train_config: TrainConfig,
+    split: Split = _DEFAULT_SPLIT,
+    loading: Loading = _DEFAULT_LOADING,
+    resume: bool = False,
+    init_from: Path | None = None,
+    watch: Watch = Watch(),
+) -> dict[str, Any]:
+    """Train a method on labelled images and write the adapter to `out`; the test images are never read.
+
+    The figures are those on the validation images; `seconds` are those of attaching and training. While it trains, the
+    state to go on from lies beside `out`.
+
+    Args:
+        data: a folder, a table or a data set (see `read_data`); `split` divides it where it says nothing, `loading` reads.
+        out: the adapter's folder.
+        backbone: what is adapted, by `method_config` and `train_config`.
+        resume: go on from the state that an interrupted run with the same arguments left, to the very same weights.
+        init_from: an adapter of the same backbone and method to start from; classes may have come or gone.
+        watch: who is told of the progress.
+
+    Raises:
+        Interrupted: after writing the state, on Ctrl-C.
+        TrainingDiverged: after writing the last good state, where an epoch was completed.
+        VisgraftError: the data, the backbone, an option or `out` cannot be used.
+    """
+    check_target(out, CONFIG)
+    dataset = read_data(data, split)
+    train_config = replace(train_config, precision=resolve_precision(train_config.precision))
+    run = _facts(dataset, backbone, method_config, train_config, split, loading) | {"init_from": str(init_from)}
+    state = _find_state(out, run, resume, watch)
+    model = create_backbone(backbone, len(dataset.classes), train_config.drop_path)
+    counts = count_parameters(model)
+    images, val = _load(dataset, model, loading, watch)
+    begin = time.perf_counter()
+    _attach(model, method_config, images, dataset, state, init_from, train_config.seed, watch)
+    record = _record(dataset, split, train_config)
+
+    def write(**more: Any) -> None:
+        save(model, out, classes=dataset.classes, record={**record, **more})
+
+    training = _train(model, images, val, train_config, out, run, state, write, watch)
+    costs = {**dataclasses.asdict(training), "seconds": time.perf_counter() - begin}
+    figures = figures_of(None if val is None else evaluate(model, val, train_config.precision))
+    write(metrics={f"val_{name}": value for name, value in figures.items()}, **costs)
+    state_file(out).unlink(missing_ok=True)
+    return {
+        "adapter": str(out),
+        "method": method_config.method,
+        "backbone": backbone.name,
+        "split": "val" if val else None,
+        **figures,
+        **sizes_of(model, out),
+        "params_backbone": counts.total - counts.head,
+        "skipped": [row for part in (images, val) if part for row in skipped_of(part)],
+        **{name: value for name, value in costs.items() if name != "history"},
+        "precision": train_config.precision,
+        "epochs": train_config.epochs,
+    }
+
+
+def _facts(
+    dataset: Dataset, backbone: Backbone, method: MethodConfig, config: TrainConfig, split: Split, loading: Loading
+) -> dict[str, Any]:
+    """What must be the same for a run to be the same."""
+    data = {"fingerprint": dataset.fingerprint, **dataclasses.asdict(split), **dataclasses.asdict(loading)}
+    return {
+        "method": method.method,
+        "options": method.to_dict(),
+        "backbone": backbone.to_dict(),
+        "train": config.to_dict(),
+        "data": data,
+    }
+
+
+def _record(dataset: Dataset, split: Split, config: TrainConfig) -> dict[str, Any]:
+    """What the adapter keeps of how it was trained."""
+    data = {"fingerprint": dataset.fingerprint, "layout": dataset.layout, "multi_label": dataset.multi_label}
+    return {
+        "train": config.to_dict(),
+        "precision": config.precision,
+        "data": {**data, **dataclasses.asdict(split)},
+    }
+
+
+def _attach(
+    model: nn.Module,
+    config: MethodConfig,
+    images: Images,
+    dataset: Dataset,
+    state: TrainState | None,
+    init_from: Path | None,
+    seed: int,
+    watch: Watch,
+) -> None:
+    """Attach the method afresh, from an earlier adapter, or, where a state will be put in, without a look at images."""
+    torch.manual_seed(seed)
+    if state is not None:
+        assemble(model, config)
+    elif init_from is not None:
+        for note in start_from(model, init_from, config, dataset.classes):
+            watch.warning(note)
+    else:
+        attach(model, config, images.batches())
+
+
+def _find_state(out: Path, run: dict[str, Any], resume: bool, watch: Watch) -> TrainState | None:
+    """Return the state to go on from, None for a run from the beginning."""
+    file = state_file(out)
+    if not file.is_file():
+        if resume and (out / CONFIG).is_file():
+            raise VisgraftError(f"there is nothing to resume: {out} is finished; leave out --resume to train it anew")
+        if resume:
+            watch.warning(f"{file} is not there, so the run starts from the beginning")
+        return None
+    if resume:
+        return read_state(file, run)
+    watch.warning(f"{file} of an interrupted run will be replaced; pass --resume to go on from it instead")
+    return None
+
+
+def _load(dataset: Dataset, model: nn.Module, loading: Loading, watch: Watch) -> tuple[Images, Images | None]:
+    """Load training and validation images, counting them as one lot for the progress."""
+    facts, total = model_data_config(model), len(dataset.train) + len(dataset.val)
+
+    def load(part: str, before: int) -> Images:
+        told = None if watch.loading is None else (lambda done, _: watch.loading(before + done, total))  # type: ignore[misc]
+        return load_images(dataset.part(part), facts, outputs=len(dataset.classes), on_progress=told, **vars(loading))
+
+    images = load("train", 0)
+    return images, load("val", len(dataset.train)) if dataset.val else None
+
+
+def _train(
+    model: nn.Module,
+    images: Images,
+    val: Images | None,
+    config: TrainConfig,
+    out: Path,
+    run: dict[str, Any],
+    state: TrainState | None,
+    write: Callable[..., None],
+    watch: Watch,
+) -> Training:
+    """Train, writing the state now and then, and in any case when the run is cut short."""
+    kept, file = _Kept(state, time.monotonic()), state_file(out)
+
+    def keep(new: TrainState) -> None:
+        kept.state = new
+        if time.monotonic() - kept.written >= STATE_SECONDS:
+            write_state(file, new, run)
+            kept.written = time.monotonic()
+
+    try:
+        return train(model, images, config, val, watch.epoch, resume=state, on_state=keep)
+    except TrainingDiverged as error:
+        raise _keep_last_good(error, file, write, out) from None
+    except KeyboardInterrupt:
+        raise _interrupted(model, kept.state, run, out, write, config.epochs) from None
+
+
+def _keep_last_good(error: TrainingDiverged, file: Path, write: Callable[..., None], out: Path) -> TrainingDiverged:
+    """Write the last good state, where an epoch was completed, and return the error that says so."""
+    file.unlink(missing_ok=True)  # going on from it would only diverge again
+    if not error.last_good_epoch:
+        return TrainingDiverged(f"{error}; nothing was written, as no epoch was completed", 0)
+    write(diverged_after_epoch=error.last_good_epoch)
+    return TrainingDiverged(f"{error}; it is written to {out}", error.last_good_epoch)
+
+
+def _interrupted(
+    model: nn.Module, state: TrainState | None, run: dict[str, Any], out: Path, write: Callable[..., None], epochs: int
+) -> Interrupted:
+    """Write the state, and the adapter unless there is one already; return the error that says how to go on."""
+    if state is None or not state.epoch:
+        return Interrupted("interrupted before the first epoch was complete; nothing was written")
+    write_state(state_file(out), state, run)
+    usable = ""
+    if not out.exists():
+        restore(model, state.tensors)
+        with contextlib.suppress(VisgraftError):
+            write(interrupted_after_epoch=state.epoch)
+            usable = f"; the adapter so far is in {out}"
+    return Interrupted(
+        f"interrupted after epoch {state.epoch} of {epochs}{usable}; give the same command with --resume to go on"
+    )
