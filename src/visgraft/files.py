@@ -43,7 +43,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def check_target(path: Path, marker: str) -> None:
-    """Raise a VisgraftError unless `path` is free: absent, an empty folder, or an earlier result holding `marker`."""
+    """Raise unless `path` can be written and is free: absent, an empty folder, or an earlier result holding `marker`.
+
+    Raises:
+        VisgraftError: it cannot, or is something else.
+    """
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise VisgraftError(f"{path} cannot be written ({parent} is not a folder to write in); choose another --out")
     if path.is_dir() and (not any(path.iterdir()) or (path / marker).is_file()):
         return
     if path.exists():

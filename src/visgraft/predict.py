@@ -5,6 +5,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,6 +64,7 @@ def predict_stream(
     top: int | None = None,
     threshold: float | None = None,
     batch_size: int = BATCH_SIZE,
+    background: str = "white",
     on_broken: Callable[[Path, str], None] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Iterator[Prediction]:
@@ -79,6 +81,7 @@ def predict_stream(
         top: how many classes to name at most; None: one, or, where images may have several classes, no limit.
         threshold: least probability of a class to be named, of adapters trained on images with several classes; 0.5.
         batch_size: images per forward.
+        background: the colour behind transparent places, by name or as #rrggbb.
         on_broken: called with path and reason for each file that is no image, which is left out; None: it is an error.
         on_progress: called with the number of images read so far, after each batch.
 
@@ -91,8 +94,10 @@ def predict_stream(
     ready = _prepare(adapters, weights)
     if threshold is not None and not any(one.multi_label for one in ready):
         raise VisgraftError("threshold is for adapters of images with several classes, and none is; leave it out")
-    return _run(ready, map(Path, images), top, THRESHOLD if threshold is None else threshold, batch_size,
-                on_broken, on_progress)  # fmt: skip
+    transform = ready[0].adapted.transform
+    decoded = _decoded(map(Path, images), lambda path: transform(open_image(path, background)), 2 * batch_size)
+    named = partial(_name, top=top, threshold=THRESHOLD if threshold is None else threshold)
+    return _run(ready, _batches(decoded, batch_size), named, on_broken, on_progress)
 
 
 def _check_options(
@@ -109,10 +114,8 @@ def _check_options(
 
 def _run(
     ready: Sequence[_Ready],
-    paths: Iterator[Path],
-    top: int | None,
-    threshold: float,
-    batch_size: int,
+    batches: Iterator[list[tuple[Path, Tensor | DataError]]],
+    named: Callable[[_Ready, Tensor], list[Classes]],
     on_broken: Callable[[Path, str], None] | None,
     on_progress: Callable[[int], None] | None,
 ) -> Iterator[Prediction]:
@@ -121,12 +124,12 @@ def _run(
     try:
         for model in models:
             model.eval()
-        for batch in _batches(_decoded(paths, ready[0].adapted.transform, 2 * batch_size), batch_size):
+        for batch in batches:
             good = _readable(batch, on_broken)
             if good:
                 x = torch.stack([tensor for _, tensor in good])
-                named = [_name(one, _probabilities(one, x), top, threshold) for one in ready]
-                for (path, _), *answers in zip(good, *named, strict=True):
+                columns = [named(one, _probabilities(one, x)) for one in ready]
+                for (path, _), *answers in zip(good, *columns, strict=True):
                     yield from (Prediction(path, one.name, answers[i]) for i, one in enumerate(ready))
             done += len(batch)
             if on_progress is not None:
@@ -151,15 +154,16 @@ def _readable(
     return good
 
 
-def _decoded(paths: Iterator[Path], transform: Any, ahead: int) -> Iterator[tuple[Path, Tensor | DataError]]:
+def _decoded(
+    paths: Iterator[Path], read: Callable[[Path], Tensor], ahead: int
+) -> Iterator[tuple[Path, Tensor | DataError]]:
     """Yield each image as the model's input [3, H, W] in order, or why it is none; at most `ahead` wait decoded."""
 
     def decode(path: Path) -> Tensor | DataError:
         try:
-            tensor: Tensor = transform(open_image(path))
+            return read(path)
         except DataError as error:
             return error
-        return tensor
 
     pool = ThreadPoolExecutor(os.cpu_count())
     waiting: deque[tuple[Path, Future[Tensor | DataError]]] = deque()

@@ -98,7 +98,9 @@ def write_state(path: Path, state: TrainState, run: Mapping[str, Any]) -> None:
     Raises:
         VisgraftError: the file cannot be written.
     """
-    parts = {"tensors": state.tensors, "optimizer": state.optimizer, "best": state.best}
+    parts = {"tensors": state.tensors, "optimizer": state.optimizer}
+    if state.best_epoch != state.epoch:  # otherwise these are the same tensors
+        parts["best"] = state.best
     tensors = {f"{part}/{name}": tensor for part, values in parts.items() for name, tensor in values.items()}
     facts = {
         "epoch": state.epoch,
@@ -130,6 +132,8 @@ def read_state(path: Path, run: Mapping[str, Any]) -> TrainState:
         for name, tensor in tensors.items():
             part, rest = name.split("/", 1)
             parts[part][rest] = tensor
+        if facts["best_epoch"] == facts["epoch"]:
+            parts["best"] = parts["tensors"]
         history = tuple(Epoch(**epoch) for epoch in facts["history"])
         state = TrainState(
             facts["epoch"], parts["tensors"], parts["optimizer"], history, parts["best"], facts["best_epoch"],

@@ -83,7 +83,7 @@ def read_facts(example: Example) -> Facts | Unreadable:
     try:
         picture = open_image(example._replace(content=lambda: content))
     except DataError as error:
-        return Unreadable(str(error).removeprefix(f"{example.path} ").removeprefix("is not a readable image "))
+        return Unreadable(_reason(str(error).removeprefix(f"{example.path} ")))
     width, height = picture.size
     small = picture.reduce(max(1, max(picture.size) // LARGEST_SIDE))
     pixels = np.asarray(small.resize((STATISTICS_SIDE, STATISTICS_SIDE), Image.Resampling.BOX), dtype=np.int16)
@@ -108,6 +108,12 @@ def read_facts(example: Example) -> Facts | Unreadable:
             hash=np.packbits(imagehash.phash(small, hash_size=HASH_SIDE).hash).tobytes(),
             miniature=miniature.tobytes(),
         )
+
+
+def _reason(message: str) -> str:
+    """Take the reason out of "is not a readable image (REASON); REMEDY"; the common remedies are the finding's own."""
+    reason, _, remedy = message.removeprefix("is not a readable image (").partition("); ")
+    return reason if remedy.startswith(("remove", "replace")) else f"{reason}; {remedy}".removesuffix("; ")
 
 
 def _frames(file: Image.Image) -> int:

@@ -18,6 +18,7 @@ SINGLES_PER_FINDING = 16
 PICTURES_PER_SET = 4
 MOST_PICTURES = 300  # of about 6 KB each, so that the page stays under a few MB
 ROWS = 60
+MOST_LINES = 1000
 
 
 class Card(NamedTuple):
@@ -29,10 +30,14 @@ class Card(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A finding on the page, with as many of its sets as are shown and the number of those that are not."""
+    """A finding on the page, with as many of its sets as are shown and the number of those that are not.
+
+    `lines` stands for pictures that cannot be shown.
+    """
 
     finding: Finding
     sets: list[list[Card]]
+    lines: list[str]
     left: int
     pairs: bool
 
@@ -67,6 +72,9 @@ def write_page(report: Report, path: Path) -> Path:
 
 
 def _section(finding: Finding, root: Path, budget: int) -> Section:
+    if finding.kind == "unreadable":
+        lines = [f"{below(one, root)}: {one.detail}" for together in finding.sets for one in together]
+        return Section(finding, [], lines[:MOST_LINES], max(0, len(lines) - MOST_LINES), False)
     pairs = any(len(together) > 1 for together in finding.sets)
     shown: list[list[Card]] = []
     for together in finding.sets[: SETS_PER_FINDING if pairs else SINGLES_PER_FINDING]:
@@ -74,7 +82,7 @@ def _section(finding: Finding, root: Path, budget: int) -> Section:
             break
         shown.append([_card(picture, root) for picture in together[:PICTURES_PER_SET]])
         budget -= len(shown[-1])
-    return Section(finding, shown, len(finding.sets) - len(shown), pairs)
+    return Section(finding, shown, [], len(finding.sets) - len(shown), pairs)
 
 
 def _card(picture: Picture, root: Path) -> Card:

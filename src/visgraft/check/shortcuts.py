@@ -122,18 +122,18 @@ FAMILIES = (
         "file type",
         "warning",
         _types,
-        lambda f: f"{f.format} {f.mode}" + (f", tables {f.quality[0]:.0f}" if f.quality[0] else ""),
+        lambda f: f"{f.format} {f.mode}" + (f", quantisation {f.quality[0]:.0f}" if f.quality[0] else ""),
         "save all images the same way (format, colour mode, JPEG quality); traces of compression give the class away",
     ),
     _Family(
         "file size",
-        "warning",
+        "note",
         _bytes,
         lambda f: f"{f.size / 1000:.1f} KB",
         f"{_LOOK}if detail is what tells the classes, fine; if it is sharpness, noise or compression, save all alike",
     ),
     _Family(
-        "mean colour and brightness",
+        "mean colour",
         "note",
         _colours,
         lambda f: f"brightness {sum(f.colour[:3]) / 3:.0f}",
@@ -236,7 +236,7 @@ def shortcut_findings(probes: Sequence[Probe], pictures: Sequence[Picture], fact
     for probe in (probe for probe in probes if probe.found):
         family = families[probe.family]
         shown = tuple(
-            tuple(replace(pictures[i], detail=family.describe(facts[i])) for i in places[:SHOWN])
+            tuple(replace(pictures[i], detail=family.describe(facts[i])) for i in _spread(places))
             for places in by_class.values()
         )
         title = (
@@ -245,6 +245,12 @@ def shortcut_findings(probes: Sequence[Probe], pictures: Sequence[Picture], fact
         )
         findings.append(Finding("shortcut", family.severity, title, family.remedy, shown))
     return findings
+
+
+def _spread(places: Sequence[int]) -> list[int]:
+    """Take a few places from all over, since the first files of a class are often special."""
+    step = len(places) / SHOWN
+    return list(dict.fromkeys(places[int((i + 0.5) * step)] for i in range(SHOWN)))
 
 
 def shortcut_table(probes: Sequence[Probe]) -> Table:

@@ -102,10 +102,11 @@ def _print_finding(finding: "Finding", root: Path) -> None:
     indent = " " * 9
     result_console.print(Text.assemble((f"{finding.severity:<9}", COLOURS[finding.severity]), (finding.title, "bold")))
     result_console.print(f"{indent}{finding.remedy}", markup=False)
-    for together in finding.sets[:SETS]:
+    shown = len(finding.sets) if finding.kind == "unreadable" else SETS
+    for together in finding.sets[:shown]:
         names = [below(picture, root) + (f" ({picture.detail})" if picture.detail else "") for picture in together]
         more = f" and {len(names) - PICTURES} more" if len(names) > PICTURES else ""
         result_console.print(Text(f"{indent}  {', '.join(names[:PICTURES])}{more}", "dim"))
-    if len(finding.sets) > SETS:
-        result_console.print(Text(f"{indent}  and {len(finding.sets) - SETS:,} more", "dim"))
+    if len(finding.sets) > shown:
+        result_console.print(Text(f"{indent}  and {len(finding.sets) - shown:,} more", "dim"))
     result_console.print()

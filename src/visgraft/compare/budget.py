@@ -50,8 +50,8 @@ def duration(seconds: float) -> str:
 class Clock:
     """Time left of a budget in seconds; without a budget there is always time."""
 
-    def __init__(self, budget: float | None) -> None:
-        self.start, self.budget = time.monotonic(), math.inf if budget is None else budget
+    def __init__(self, budget: float | None, spent: float = 0.0) -> None:
+        self.start, self.budget = time.monotonic() - spent, math.inf if budget is None else budget
 
     @property
     def spent(self) -> float:

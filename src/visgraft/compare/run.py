@@ -40,6 +40,7 @@ def compare(
     *,
     backbone: Backbone,
     budget_seconds: float | None = None,
+    spent_seconds: float = 0.0,
     trials: int | None = None,
     epochs: int | None = None,
     seed: int = 0,
@@ -60,6 +61,7 @@ def compare(
         methods: names of registered methods.
         backbone: what is adapted; its seed is `seed`.
         budget_seconds: the time for all of it; epochs are shortened so that it suffices. None: no limit.
+        spent_seconds: how much of it is spent already.
         trials: settings to try per method at most; a number without a budget gives the same result again.
         epochs: of each training where more than a head trains; None: the recipe's, or what the budget allows.
         seed: of the search, of all trainings, and of the images' division where the source has none.
@@ -73,7 +75,7 @@ def compare(
         VisgraftError: an unknown method, neither a budget nor trials, a budget too short, or nothing that trains.
         DataError: the data cannot be used.
     """
-    clock = Clock(budget_seconds)
+    clock = Clock(budget_seconds, spent_seconds)
     names = _check(methods, budget_seconds, trials, epochs)
     dataset = data if isinstance(data, Dataset) else read_data(data, split or Split(seed=seed))
     dataset.part("train"), dataset.part("val")

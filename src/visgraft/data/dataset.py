@@ -214,7 +214,7 @@ def check_classes(classes: Iterable[str], where: str) -> None:
             raise DataError(f"{where} has a class whose name is not valid UTF-8, {shown}; rename it") from error
         other = alike.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
         if other != name:
-            how = "upper and lower case" if other.casefold() != name.casefold() else "how an accent is stored"
+            how = "upper and lower case" if other.casefold() == name.casefold() else "how an accent is stored"
             raise DataError(f"{where} has classes that differ only by {how}: {other}, {name}; merge or rename them")
 
 

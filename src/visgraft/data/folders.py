@@ -60,11 +60,11 @@ def read_folder(root: str | Path, *, val_fraction: float = 0.15, test_fraction: 
         files = {part: _class_images(folder) for part, folder in folders.items()}
     except OSError as error:
         raise DataError(f"{error.filename} cannot be read ({error.strerror}); repair or remove it") from error
-    below = len(_inside(root, ""))
-    images = (image for inside in files.values() for found in inside.values() for image in found)
+    below = len(inside(root, ""))
+    images = (image for of_part in files.values() for found in of_part.values() for image in found)
     mark = fingerprint((image.path[below:].replace(os.sep, "/"), image.size) for image in images)
     classes = _checked_classes(folders, files)
-    found = {part: _examples(inside, classes) for part, inside in files.items()}
+    found = {part: _examples(of_part, classes) for part, of_part in files.items()}
     if "val" not in found:
         asked = Split(val_fraction, 0.0, seed) if parts else split
         drawn = divide(found.pop("train"), classes, asked, str(folders["train"]))
@@ -133,7 +133,7 @@ def _check_no_loose_images(folder: Path, images: list[Found], parent: Path) -> N
 def _images_below(folder: str, above: frozenset[str] = frozenset()) -> list[Found]:
     """Return the images at any depth below a class folder, through links too."""
     here = os.path.realpath(folder)
-    if here in above:
+    if any(os.path.join(other, "").startswith(os.path.join(here, "")) for other in above):
         raise DataError(f"{folder} is a link to a folder above it; remove the link")
     folders, images = _contents(folder)
     for inner in folders:
@@ -148,7 +148,7 @@ def _contents(folder: str | Path) -> tuple[list[str], list[Found]]:
         for entry in entries:
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 continue
-            path = _inside(folder, entry.name)
+            path = inside(folder, entry.name)
             if entry.is_dir():
                 folders.append(path)
             elif os.path.splitext(entry.name)[1].lower() in extensions:
@@ -159,7 +159,7 @@ def _contents(folder: str | Path) -> tuple[list[str], list[Found]]:
     return sorted(folders), images
 
 
-def _inside(folder: str | Path, name: str) -> str:
+def inside(folder: str | Path, name: str) -> str:
     """Return the path of `name` in `folder` as `Path` would write it: ./name is name."""
     return name if str(folder) == "." else os.path.join(folder, name)
 

@@ -60,7 +60,7 @@ def read_hub(location: str | Path, split: Split = _DEFAULT_SPLIT) -> Dataset:
     classes = tuple(name for name in _order(features[label], used) if name in used)
     if len(classes) < 2:
         found = f"only one class, {classes[0]}" if classes else "no class at all"
-        raise DataError(f"{where} has {found} in its column {label}; at least two are needed")
+        raise DataError(f"{where} has {found}, in its column {label}; at least two are needed")
     multi_label = _is_list(features[label])
     images = {part: _undecoded(splits[part], image) for part in labels}
     examples = {
@@ -70,11 +70,12 @@ def read_hub(location: str | Path, split: Split = _DEFAULT_SPLIT) -> Dataset:
     marks = (";".join(names or ()) for found in labels.values() for names in found)
     mark = fingerprint(sizes, marks)
     flat = len(splits) == 1
+    check_train(examples["train"], classes, where)
     if "val" not in examples:
         asked = split if flat else Split(split.val_fraction, 0.0, split.seed)
         drawn = divide(examples.pop("train"), classes, asked, where)
         examples = drawn | examples
-    check_train(examples["train"], classes, where)
+        check_train(examples["train"], classes, where)
     train, val, test = (examples.get(part, ()) for part in PARTS)
     drawn_by = split if flat else None
     return Dataset(

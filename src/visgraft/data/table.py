@@ -20,7 +20,7 @@ from visgraft.data.dataset import (
     divide,
     fingerprint,
 )
-from visgraft.data.folders import check_folder
+from visgraft.data.folders import check_folder, inside
 from visgraft.errors import DataError, nearest
 
 PATH, LABEL, LABELS, SPLIT, GROUP = "image_path", "label", "labels", "split", "group"
@@ -124,7 +124,9 @@ def _check_header(table: Path, header: Sequence[str]) -> None:
     for name in set(header) - set(COLUMNS):  # a misspelt split would otherwise be passed over, and the parts drawn
         meant = difflib.get_close_matches(name, (SPLIT, GROUP), 1, cutoff=0.8)
         if meant:
-            raise DataError(f"{table} has a column {name}, which is not read; call it {meant[0]}, or quite differently")
+            raise DataError(
+                f"{table} has a column {name}, which is not read; call it {meant[0]} if that is meant, or rename it"
+            )
 
 
 def _rows(table: Path, base: Path, header: Sequence[str], records: Iterable[tuple[int, list[str]]]) -> list[Row]:
@@ -138,7 +140,7 @@ def _rows(table: Path, base: Path, header: Sequence[str], records: Iterable[tupl
         if not values[PATH]:
             raise DataError(f"{where} has no {PATH}; fill it in, or remove the line")
         name = os.path.normpath(values[PATH])
-        path = os.path.join(base, name)
+        path = inside(base, name)
         other = seen.setdefault(path, line)
         if other != line:
             raise DataError(f"{table} names {values[PATH]} twice, in lines {other} and {line}; remove one")
@@ -227,6 +229,7 @@ def _parts(
     found = {part: tuple(parts.get(part, ())) for part in PARTS}
     if not found["train"]:
         raise DataError(f"{table} has no row whose {SPLIT} is train; mark the images to learn from")
+    check_train(found["train"], classes, str(table))
     if not found["val"]:
         asked = Split(split.val_fraction, 0.0, split.seed)
         drawn = divide(found["train"], classes, asked, f"the train part of {table}")

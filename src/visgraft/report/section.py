@@ -51,8 +51,9 @@ class Run:
 class Measured:
     """What the page shows of a run on the measured images.
 
-    `members` tells which images belong together (see `clusters`), `counts` is the confusion matrix [true][answered], empty where images may have several classes; `decisions` is what
-    `wrong` is counted among: images, or images times classes.
+    `members` tells which images belong together (see `clusters`). `counts` is the confusion matrix [true][answered],
+    empty where images may have several classes; `decisions` is what `wrong` is counted among: images, or images times
+    classes.
     """
 
     evaluation: Evaluation

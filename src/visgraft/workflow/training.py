@@ -63,13 +63,10 @@ def train_folder(
 ) -> dict[str, Any]:
     """Train a method on labelled images and write the adapter to `out`; the test images are never read.
 
-    The figures are those on the validation images; `seconds` are those of attaching and training. While it trains, the
-    state to go on from lies beside `out`.
+    The figures are those on the validation images. While it trains, the state to go on from lies beside `out`.
 
     Args:
-        data: a folder, a table or a data set (see `read_data`); `split` divides it where it says nothing, `loading` reads.
-        out: the adapter's folder.
-        backbone: what is adapted, by `method_config` and `train_config`.
+        data: a folder, a table or a data set (see `read_data`), divided by `split` where it does not say.
         resume: go on from the state that an interrupted run with the same arguments left, to the very same weights.
         init_from: an adapter of the same backbone and method to start from; classes may have come or gone.
         watch: who is told of the progress.

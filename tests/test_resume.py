@@ -1,0 +1,166 @@
+"""Interruption: a resumed run reaches the very same weights, and whatever cuts a run short leaves it usable."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import CONFIGS
+from test_cli import SMALL, draw, run, succeed
+from test_train import DEFAULTS, RECIPE, fit, held, ready, same, task
+
+from visgraft import Epoch, TrainConfig, TrainState, VisgraftError, load
+from visgraft.adapter import TENSORS
+from visgraft.resume import read_state, state_file, write_state
+
+LONG = replace(RECIPE, epochs=4)
+VARIANTS = {
+    "plain": LONG,
+    "augmented": replace(LONG, flip=True, rand_augment="rand-m5"),
+    "select": replace(LONG, select="val"),
+    "balanced": replace(LONG, sampler="balanced", class_weights="sqrt"),
+}
+
+
+def through_a_file(state: TrainState, path: Path) -> TrainState:
+    write_state(path, state, {"lr": 1})
+    return read_state(path, {"lr": 1})
+
+
+@pytest.mark.parametrize("name", [*DEFAULTS, "alore-1", "lora-1"])
+def test_a_resumed_run_ends_with_the_very_same_weights(name: str, tmp_path: Path) -> None:
+    config = CONFIGS.get(name) or DEFAULTS[name]
+    whole = ready(config)
+    states: list[TrainState] = []
+    first = fit(whole, LONG, val=task(10, 1), on_state=states.append)
+    assert [state.epoch for state in states] == [1, 2, 3, 4]
+    resumed = ready(config)
+    second = fit(resumed, LONG, val=task(10, 1), resume=through_a_file(states[1], tmp_path / "state"))
+    assert same(held(resumed), held(whole))
+    timing = {"images_per_second": 0.0, "seconds_left": 0.0}
+    plain = [[replace(epoch, **timing) for epoch in found.history] for found in (first, second)]
+    assert plain[0] == plain[1]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_it_does_so_with_augmentation_selection_and_sampling(variant: str, tmp_path: Path) -> None:
+    whole, states = ready(DEFAULTS["alore"]), list[TrainState]()
+    kept = fit(whole, VARIANTS[variant], val=task(10, 1), on_state=states.append).kept_epoch
+    for state in states[:-1]:
+        resumed = ready(DEFAULTS["alore"])
+        again = fit(resumed, VARIANTS[variant], val=task(10, 1), resume=through_a_file(state, tmp_path / "state"))
+        assert again.kept_epoch == kept
+        assert same(held(resumed), held(whole)), f"resumed after epoch {state.epoch}"
+
+
+def test_the_optimizers_moments_matter(tmp_path: Path) -> None:
+    whole, states = ready(DEFAULTS["lora"]), list[TrainState]()
+    fit(whole, LONG, on_state=states.append)
+    forgetful = ready(DEFAULTS["lora"])
+    fit(forgetful, LONG, resume=replace(states[1], optimizer={}))
+    assert not same(held(forgetful), held(whole))
+
+
+def test_a_state_of_another_run_or_a_damaged_one_is_refused_with_what_differs(tmp_path: Path) -> None:
+    file = tmp_path / "state"
+    write_state(file, TrainState(1, {"a": torch.ones(2)}), {"train": {"lr": 0.1, "seed": 0}})
+    with pytest.raises(VisgraftError, match=r"train\.lr 0\.1, now it is 0\.2.*leave out --resume"):
+        read_state(file, {"train": {"lr": 0.2, "seed": 0}})
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(VisgraftError, match="is damaged"):
+        read_state(file, {"train": {"lr": 0.1, "seed": 0}})
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw(tmp_path_factory.mktemp("colours") / "images", 12)
+
+
+@pytest.fixture
+def stop(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Let Ctrl-C come in the first step after the given number of complete epochs, once."""
+
+    def at(epochs: int) -> None:
+        real = importlib_train().train
+        left = [1]
+
+        def interrupted(*arguments: Any, **options: Any) -> Any:
+            def press(epoch: Epoch) -> None:
+                if epoch.epoch == epochs + 1 and left:
+                    left.pop()
+                    raise KeyboardInterrupt
+
+            return real(*arguments[:4], press, **options)
+
+        monkeypatch.setattr("visgraft.workflow.training.train", interrupted)
+
+    return at
+
+
+def importlib_train() -> Any:
+    import importlib
+
+    return importlib.import_module("visgraft.train")
+
+
+def arguments(data: Path, out: Path, method: str = "sct") -> list[Any]:
+    return ["train", data, "--out", out, "--method", method, "--epochs", 3, *SMALL]
+
+
+def test_ctrl_c_leaves_a_usable_adapter_and_a_state_that_ends_in_the_same_weights(
+    colours: Path, tmp_path: Path, stop: Callable[[int], None]
+) -> None:
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    succeed(*arguments(colours, whole))
+    stop(2)
+    code, out, err = run(*arguments(colours, part))
+    last = err.splitlines()[-1]
+    assert (code, out) == (130, "")
+    assert f"interrupted after epoch 2 of 3; the adapter so far is in {part}; give the same command" in last
+    assert load(part).classes == ("blue", "green", "red")
+    assert json.loads((part / "adapter_config.json").read_text())["record"]["interrupted_after_epoch"] == 2
+    resumed = succeed(*arguments(colours, part), "--resume")
+    assert (resumed["epochs"], resumed["kept_epoch"]) == (3, 3)
+    assert (part / TENSORS).read_bytes() == (whole / TENSORS).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["part", "whole"], "nothing is left beside the adapters"
+    code, _, err = run(*arguments(colours, part), "--resume")
+    assert code == 1 and "nothing to resume" in err
+
+
+def test_ctrl_c_never_replaces_a_finished_adapter(colours: Path, tmp_path: Path, stop: Callable[[int], None]) -> None:
+    out = tmp_path / "adapter"
+    succeed(*arguments(colours, out))
+    before = (out / TENSORS).read_bytes()
+    stop(1)
+    code, _, err = run(*arguments(colours, out), "--seed", 5)
+    assert code == 130 and "the adapter so far" not in err
+    assert (out / TENSORS).read_bytes() == before
+    assert state_file(out).is_file()
+    code, _, err = run(*arguments(colours, out), "--resume")
+    assert code == 1 and "seed 5, now it is 0" in err
+    assert (out / TENSORS).read_bytes() == before
+
+
+def test_ctrl_c_in_the_first_epoch_writes_nothing(colours: Path, tmp_path: Path, stop: Callable[[int], None]) -> None:
+    stop(0)
+    code, _, err = run(*arguments(colours, tmp_path / "adapter"))
+    assert code == 130 and "nothing was written" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_state_on_a_full_or_read_only_disk_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(VisgraftError, match="cannot be written"):
+        write_state(tmp_path / "file" / "state", TrainState(1, {"a": torch.ones(1)}), {})
+
+
+def test_resume_without_a_state_says_that_it_starts_from_the_beginning(colours: Path, tmp_path: Path) -> None:
+    code, _, err = run(*arguments(colours, tmp_path / "adapter", "linear"), "--resume")
+    assert code == 0 and "starts from the beginning" in " ".join(err.split())
+
+
+def test_options_of_the_run_are_those_that_decide_its_weights() -> None:
+    assert TrainConfig().to_dict().keys() >= {"epochs", "lr", "seed", "class_weights", "sampler", "rand_augment"}
