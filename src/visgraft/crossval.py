@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.metrics import average_precision_score
 from sklearn.model_selection import RepeatedStratifiedKFold, StratifiedGroupKFold
 from torch import Tensor, nn
 
@@ -20,7 +21,7 @@ from visgraft.data.images import Images, load_images
 from visgraft.data.read import AnySource, read_data
 from visgraft.errors import DataError, TrainingDiverged
 from visgraft.evaluate import Evaluation, logits_of, make_accelerator, probabilities_of, score
-from visgraft.intervals import bootstrap, clusters, percentile_interval, rate_interval
+from visgraft.intervals import bootstrap, clusters, rate_interval, spread
 from visgraft.objective import Features
 from visgraft.resume import Epoch
 from visgraft.train import Training, train
@@ -237,22 +238,28 @@ class Predictions:
         """The mean over the classes of F1."""
         return float(np.mean([evaluation.macro_f1 for evaluation in self.evaluations]))
 
+    def precision(self, chosen: np.ndarray, of: np.ndarray | None = None) -> float:
+        """Return the mean average precision on some images [any], or of the answers to others `of`; nan: no class."""
+        labels = self.labels[torch.from_numpy(chosen)]
+        present = labels.any(0)
+        if not bool(present.any()):
+            return float("nan")
+        answers = self.probabilities[:, torch.from_numpy(chosen if of is None else of)][..., present].numpy()
+        truth = labels[:, present].numpy()
+        return float(np.mean([average_precision_score(truth, answer, average="macro") for answer in answers]))
+
     @cached_property
     def resampled(self) -> np.ndarray:
-        """Mean average precision of resampled images [resamples], the same draws for every method; nan: no class."""
-
-        def figure(chosen: np.ndarray) -> float:
-            labels = self.labels[chosen]
-            if not bool(labels.any()):
-                return float("nan")
-            return float(np.mean([score(part[chosen], labels).figure for part in self.probabilities]))
-
-        return bootstrap(figure, self.members)
+        """Mean average precision of resampled images [resamples], the same draws for every method."""
+        return bootstrap(self.precision, self.members)
 
     @cached_property
     def interval(self) -> tuple[float, float]:
         """The figure's 95 % interval over the images, or over the groups where there are any."""
-        return percentile_interval(self.resampled) if self.multi_label else rate_interval(self.right, self.members)
+        if not self.multi_label:
+            return rate_interval(self.right, self.members)
+        half = spread(self.resampled)
+        return max(0.0, self.figure - half), min(1.0, self.figure + half)
 
 
 def out_of_fold(

@@ -76,6 +76,8 @@ def new_directory(path: Path, marker: str) -> Iterator[Path]:
         yield temporary
         for file in temporary.iterdir():
             file.chmod(0o644)  # some writers leave files that only their owner can read
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
         if path.is_dir():
             _exchange(path, temporary)
         else:

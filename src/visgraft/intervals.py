@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import norm, t
 
-RESAMPLES = 500
+RESAMPLES = 200
 
 
 class Difference(NamedTuple):
@@ -78,7 +78,6 @@ def bootstrap(figure: Callable[[np.ndarray], float], members: np.ndarray, seed: 
     return np.array([figure(np.concatenate([groups[i] for i in draw])) for draw in draws])
 
 
-def percentile_interval(values: np.ndarray) -> tuple[float, float]:
-    """Return the middle 95 % of bootstrapped values."""
-    low, high = np.nanpercentile(values, [2.5, 97.5])
-    return float(low), float(high)
+def spread(values: np.ndarray) -> float:
+    """Return half the width of the 95 % interval of a figure, from its bootstrapped values."""
+    return float(norm.ppf(0.975) * np.nanstd(values, ddof=1))

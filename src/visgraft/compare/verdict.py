@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from visgraft.crossval import Predictions
-from visgraft.intervals import Difference, paired_difference
+from visgraft.intervals import RESAMPLES, Difference, paired_difference, spread
 
 PAIR_IMAGES = 20
 """Fewer images of two classes cannot show that a method confuses them at random."""
@@ -44,8 +44,7 @@ def written(setting: Mapping[str, Any]) -> list[str]:
 def difference(first: Predictions, second: Predictions) -> Difference:
     """Return by how much the first's figure is above the second's, on the same images, with its 95 % half-width."""
     if first.multi_label:
-        low, high = np.nanpercentile(first.resampled - second.resampled, [2.5, 97.5])
-        return Difference(first.figure - second.figure, float(high - low) / 2)
+        return Difference(first.figure - second.figure, spread(first.resampled - second.resampled))
     return paired_difference(first.right, second.right, first.members)
 
 
@@ -149,12 +148,13 @@ def is_guessing(found: Predictions) -> bool:
     """Whether the answers are not shown to be better than guessing.
 
     The mean over the classes of the share of right answers is then not above 1 / classes by more than 1.96 standard
-    errors, whatever the classes' shares; with several classes per image, mean average precision is not above the
-    classes' mean share.
+    errors, whatever the classes' shares; with several classes per image, mean average precision is then not above what
+    97.5 % of the random exchanges of answers between the images reach.
     """
     if found.multi_label:
-        present = found.labels.any(0)
-        return found.interval[0] <= float(found.labels[:, present].mean())
+        everything, generator = np.arange(len(found.labels)), np.random.default_rng(0)
+        exchanged = [found.precision(everything, generator.permutation(everything)) for _ in range(RESAMPLES)]
+        return found.figure <= float(np.quantile(exchanged, 0.975))
     labels = found.labels.numpy()
     classes = np.unique(labels)
     return _balanced(found.right, labels, classes)[0] <= 1 / len(classes)

@@ -179,7 +179,7 @@ def _draw(choice: Choice, scores: Values | None, marks: Marks, held: Values | No
 def _shares(axes: Any, held: Values, even: float, theme: dict[str, str]) -> None:
     axes.barh(np.arange(len(held)) + 0.43, 100 * held, height=0.7, color=ORANGE)
     axes.axvline(100 * even, color=theme["ink"], lw=1, ls="--")
-    axes.set(xlim=(0, 100), xlabel="%", title="salience held")
+    axes.set(xlim=(0, 118 * held.max()), title="salience held (%)")
     axes.tick_params(labelleft=False, left=False)
 
 

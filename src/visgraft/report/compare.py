@@ -133,7 +133,7 @@ def verdict(rows: Sequence[Row], figure: str, differences: Sequence[Difference |
     best = rows[0]
     if best.figure is None:
         return "No run has a figure to compare by; pass --data to measure them."
-    told = f"{best.name} reaches {figure} {percent(best.figure)} % on {best.images:,} {part} images"
+    told = f"{best.name} reaches a {figure} of {percent(best.figure)} % on {best.images:,} {part} images"
     within = f" (95 % interval {percent(best.interval[0])} to {percent(best.interval[1])})" if best.interval else ""
     if len(rows) == 1 or rows[1].figure is None:
         return f"{told}{within}."

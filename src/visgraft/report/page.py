@@ -153,10 +153,8 @@ def _notes(sections: Sequence[Section], differences: Sequence[compare.Difference
 
 def render(report: Report) -> str:
     """Return the page as HTML with all pictures inside; every text is escaped."""
-    environment = Environment(
-        loader=PackageLoader("visgraft", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
+    loader = PackageLoader("visgraft", "report")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, lstrip_blocks=True)
     environment.filters |= {"percent": compare.percent, "signed": compare.signed, "number": _number}
     return environment.get_template("template.html").render(report=report, marker=MARKER)
 

@@ -32,11 +32,15 @@ class Tile:
 
 @dataclass(frozen=True)
 class PartRow:
-    """One picture: as it is, what enters the method's module there, and one tile per part."""
+    """One picture: as it is, what enters the method's module there, and one tile per part.
+
+    `scale` is what the norms' clear and red stand for, in per cent of the mean norm of what enters.
+    """
 
     picture: Picture
     enters: Picture
     tiles: tuple[Tile, ...]
+    scale: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -117,31 +121,34 @@ def _rows(
     images: Images, chosen: Sequence[int], patches: Tensor, added: Sequence[Tensor], shown: Sequence[int],
     size: tuple[int, int], name: str,
 ) -> tuple[PartRow, ...]:  # fmt: skip
-    """Draw one row per picture; colours mean the same in all pictures of a column."""
+    """Draw one row per picture; a colour means the same direction in all pictures of a column."""
+    entering_norm = max(patches.norm(dim=-1).mean().item(), 1e-12)
     enters, directions = _colours(patches, size), [_colours(part, size) for part in added]
     rows = []
     for row, index in enumerate(chosen):
         pixels = picture_of(images, index)
         norms = [part[row].norm(dim=-1).view(size).numpy().astype(np.float64) for part in added]
-        strongest = max(*(float(norm.max()) for norm in norms), 1e-12)
+        low, high = float(np.min(norms)), float(np.max(norms))
         tiles = tuple(
             Tile(
-                heat_map(pixels, norm / strongest, f"Where {name} {part + 1} adds most"),
+                heat_map(pixels, (norm - low) / max(high - low, 1e-12), f"Where {name} {part + 1} adds most"),
                 colour_grid(colours[row], f"Main directions of what {name} {part + 1} adds"),
             )
             for part, norm, colours in zip(shown, norms, directions, strict=True)
         )
         picture = photograph(pixels, "The picture")
-        rows.append(PartRow(picture, colour_grid(enters[row], "Main directions of what enters"), tiles))
+        scale = (100 * low / entering_norm, 100 * high / entering_norm)
+        rows.append(PartRow(picture, colour_grid(enters[row], "Main directions of what enters"), tiles, scale))
     return tuple(rows)
 
 
 def _colours(tokens: Tensor, size: tuple[int, int]) -> Values:
     """Map tokens [B, N, C] to colours [B, height, width, 3]: their first three principal components over all pictures.
 
-    Each component runs from 0 to 1 between its 1st and 99th percentile; where nothing varies, all is grey.
+    They are taken of what differs within pictures, since otherwise each picture would have but one colour. Each runs
+    from 0 to 1 between its 1st and 99th percentile; where nothing varies, all is grey.
     """
-    flat = tokens.flatten(0, 1).double().numpy()
+    flat = (tokens - tokens.mean(dim=1, keepdim=True)).flatten(0, 1).double().numpy()
     count = min(3, *flat.shape)
     found = np.zeros((len(flat), 3))
     if flat.std() > 1e-12:
