@@ -293,6 +293,7 @@ def test_a_save_that_fails_changes_nothing(
     targets = {"tensors": "safetensors.torch.save_file", "config": "visgraft.adapter.write_json", "rename": "os.rename"}
     with monkeypatch.context() as patch:
         patch.setattr(targets[step], fail_at_the_target if step == "rename" else fail)
+        patch.setattr("visgraft.files._swap", lambda *folders: False)  # as where the system cannot exchange folders
         with pytest.raises(VisgraftError, match=r"a cannot be written .*No space left.*; nothing was changed there$"):
             save(model, tmp_path / "a")
     assert content(tmp_path) == before

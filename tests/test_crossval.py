@@ -13,7 +13,7 @@ from support import CLASSES, CONFIGS, logits, vit
 from torch import Tensor
 
 from visgraft import Backbone, TrainConfig, methods
-from visgraft.crossval import Bench, Predictions, cross_validate, folds, join, out_of_fold, possible_folds, select
+from visgraft.crossval import Bench, Predictions, cross_validate, fit_fold, folds, join, possible_folds, select
 from visgraft.data.dataset import Dataset, Example
 from visgraft.data.images import Images
 from visgraft.errors import DataError, TrainingDiverged
@@ -159,20 +159,23 @@ def test_what_a_fold_learns_never_holds_what_it_is_measured_on(monkeypatch: pyte
     parts = folds(examples([6] * CLASSES), 3, 1)
     order = torch.tensor([label + CLASSES * i for label in range(CLASSES) for i in range(6)])
     pictures = select(pictures, order.numpy())
-    probabilities, reached = out_of_fold(bench(), CONFIGS["linear-0"], RECIPE, pictures, parts)
-    assert len(seen) == len(reached) == 3
+    fits = [fit_fold(bench(), CONFIGS["linear-0"], RECIPE, pictures, part) for part in parts]
+    assert len(seen) == len(fits) == 3
     for learned, held_out in seen:
         assert not any(torch.equal(one, other) for one in learned for other in held_out)
-    assert torch.allclose(probabilities.sum(-1), torch.ones(30))
+    for fitted, (_, held_out) in zip(fits, parts, strict=True):
+        assert torch.allclose(fitted.probabilities.sum(-1), torch.ones(len(held_out)))
+        assert torch.equal(fitted.labels, pictures.labels[torch.from_numpy(held_out)])
 
 
 def test_known_features_give_a_head_the_same_answers() -> None:
     pictures, parts = task(30), folds([Example(Path(f"{i}"), i % CLASSES) for i in range(30)], 3, 1)
     ground, known = bench(), dict[str, Tensor]()
     ground.fit(CONFIGS["linear-0"], RECIPE, pictures, pictures, features=known)
-    plain = out_of_fold(ground, CONFIGS["linear-0"], RECIPE, pictures, parts)
-    quick = out_of_fold(ground, CONFIGS["linear-0"], RECIPE, pictures, parts, features=known["train"])
-    assert torch.allclose(plain[0], quick[0], atol=1e-5)
+    for part in parts:
+        plain = fit_fold(ground, CONFIGS["linear-0"], RECIPE, pictures, part)
+        quick = fit_fold(ground, CONFIGS["linear-0"], RECIPE, pictures, part, features=known["train"])
+        assert torch.allclose(plain.probabilities, quick.probabilities, atol=1e-5)
 
 
 def test_images_are_selected_and_joined_with_all_that_belongs_to_them() -> None:

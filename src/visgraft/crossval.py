@@ -262,31 +262,25 @@ class Predictions:
         return max(0.0, self.figure - half), min(1.0, self.figure + half)
 
 
-def out_of_fold(
+def fit_fold(
     bench: Bench,
     method: MethodConfig,
     config: TrainConfig,
     images: Images,
-    parts: Sequence[Fold],
+    fold: Fold,
     on_progress: Callable[[Epoch], None] | None = None,
     features: Tensor | None = None,
-) -> tuple[Tensor, list[float]]:
-    """Train once per fold of one repeat; return the held-out images' probabilities [N, classes] and the folds' figures.
+) -> Fit:
+    """Train without a fold's held-out images, and answer those; a training that diverges does in its last good state.
 
-    `features` [N, width] are the frozen backbone's, where they are known and only a head trains. A fold whose training
-    diverges is predicted by its last good state.
+    `features` [N, width] are the frozen backbone's of all images, where they are known and only a head trains.
     """
-    probabilities = torch.zeros(len(images), bench.classes)
-    figures = []
-    for learned, held_out in parts:
-        known = None if features is None else {"train": features[learned], "val": features[held_out]}
-        fit = bench.fit(
-            method, config, select(images, learned), select(images, held_out),
-            on_progress=on_progress, features=known, keep_last_good=True, validate=False,
-        )  # fmt: skip
-        probabilities[torch.from_numpy(held_out)] = fit.probabilities
-        figures.append(fit.evaluation.figure if bool(fit.labels.ndim == 1 or fit.labels.any()) else float("nan"))
-    return probabilities, figures
+    learned, held_out = (torch.from_numpy(indices) for indices in fold)
+    return bench.fit(
+        method, config, select(images, fold[0]), select(images, fold[1]),
+        features=None if features is None else {"train": features[learned], "val": features[held_out]},
+        on_progress=on_progress, keep_last_good=True, validate=False,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -341,14 +335,13 @@ def cross_validate(
     parts = _draw_folds(examples, folds, repeats, seed)
     bench = Bench(backbone, len(dataset.classes))
     images = bench.load(examples)
-    runs = [
-        out_of_fold(
-            bench, method_config, train_config, images, parts[repeat * folds : (repeat + 1) * folds], on_progress
-        )
-        for repeat in range(repeats)
-    ]
-    found = Predictions(torch.stack([probabilities for probabilities, _ in runs]), images.labels, images.groups)
-    reached = tuple(tuple(figures) for _, figures in runs)
+    answers, figures = torch.zeros(repeats, len(images), bench.classes), list[float]()
+    for number, fold in enumerate(parts):
+        fit = fit_fold(bench, method_config, train_config, images, fold, on_progress)
+        answers[number // folds, torch.from_numpy(fold[1])] = fit.probabilities
+        figures.append(fit.evaluation.figure if fit.labels.ndim == 1 or bool(fit.labels.any()) else float("nan"))
+    found = Predictions(answers, images.labels, images.groups)
+    reached = tuple(tuple(figures[start : start + folds]) for start in range(0, len(figures), folds))
     return CrossValidation(
         found.figure, found.interval, found.macro_f1, len(images), folds, repeats, reached,
         float(np.nanstd(reached, ddof=1)), time.perf_counter() - start, found,

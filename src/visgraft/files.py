@@ -49,8 +49,10 @@ def check_target(path: Path, marker: str) -> None:
         VisgraftError: it cannot, or is something else.
     """
     parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise VisgraftError(f"{path} cannot be written ({parent} is not a folder to write in); choose another --out")
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".visgraft.", dir=parent))  # permissions alone do not tell
+    except OSError as error:
+        raise VisgraftError(f"{path} cannot be written ({parent}: {error.strerror}); choose another --out") from error
     if path.is_dir() and (not any(path.iterdir()) or (path / marker).is_file()):
         return
     if path.exists():

@@ -19,9 +19,10 @@ from visgraft.check.findings import Finding, Picture, counted, varied
 
 # Chosen on real pictures: of 256 bits, copies (half the size, JPEG quality 30, 25 % brighter, 1 % cropped off each
 # side) differ in at most 31, different textiles of one cloth in at least 88, gauges of one style in at least 46.
-MOST_BITS = 32
-# The hash is blind to colour: the 16 × 16 miniatures must agree as well. The copies above correlate by 0.9 and more.
-LEAST_CORRELATION = 0.8
+# Blurred copies, whose fine bits are chance, differ in up to 46.
+# The hash is blind to colour: the 16 × 16 miniatures must agree as well, the more so the more bits differ. The copies
+# correlate by 0.9 and more, the blurred ones by 0.99; of the gauges within 60 bits, the most alike by 0.95.
+ALLOWED = ((32, 0.8), (48, 0.985))  # bits that differ, and the least correlation then
 PLAIN = 4.0  # standard deviation of a miniature below which it has nothing to correlate
 NEIGHBOURS = 8  # kept per image, so that memory stays bounded where all images are alike
 CHUNK = 2000
@@ -53,12 +54,14 @@ def near_sets(facts: Sequence[Facts], on_progress: Progress | None = None) -> Se
     pairs = []
     for start in range(0, len(chosen), CHUNK):
         distances, neighbours = index.kneighbors(bits[start : start + CHUNK])
-        rows, columns = np.nonzero(np.rint(distances**2) <= MOST_BITS)
-        found = np.stack([rows + start, neighbours[rows, columns]], axis=1)
+        differing = np.rint(distances**2).astype(int)
+        rows, columns = np.nonzero(differing <= ALLOWED[-1][0])
+        found = np.stack([rows + start, neighbours[rows, columns], differing[rows, columns]], axis=1)
         pairs.append(found[found[:, 0] != found[:, 1]])
         if on_progress:
             on_progress("comparing images", min(start + CHUNK, len(chosen)), len(chosen))
-    alike = [(i, j) for i, j in np.concatenate(pairs).tolist() if looks_alike(facts[chosen[i]], facts[chosen[j]])]
+    candidates = np.concatenate(pairs).tolist()
+    alike = [(i, j) for i, j, bits_off in candidates if looks_alike(facts[chosen[i]], facts[chosen[j]], bits_off)]
     if not alike:
         return []
     rows, columns = np.array(alike).T
@@ -69,12 +72,16 @@ def near_sets(facts: Sequence[Facts], on_progress: Progress | None = None) -> Se
     return [positions for positions in members.values() if len(positions) > 1]
 
 
-def looks_alike(one: Facts, other: Facts) -> bool:
-    """Whether two miniatures show the same colours in the same places, apart from brightness and contrast."""
+def looks_alike(one: Facts, other: Facts, differing: int = 0) -> bool:
+    """Whether two miniatures show the same colours in the same places, apart from brightness and contrast.
+
+    `differing` is the number of bits in which the hashes differ.
+    """
     first, second = _miniature(one), _miniature(other)
+    least = next((correlation for bits, correlation in ALLOWED if differing <= bits), 1.0)
     if min(first.std(), second.std()) < PLAIN:
         return bool(np.abs(first - second).mean() < PLAIN)
-    return float(np.corrcoef(first, second)[0, 1]) >= LEAST_CORRELATION
+    return float(np.corrcoef(first, second)[0, 1]) >= least
 
 
 def _miniature(facts: Facts) -> NDArray[np.float32]:
@@ -131,12 +138,12 @@ def _exact_findings(pictures: Sequence[Picture], sets: Sets, drawn: bool) -> lis
         title = f"{counted(len(leaks), 'file')} in more than one part: the same bytes in {_parts(leaks)}"
         findings.append(Finding("leak", "error", title, _leak_remedy(drawn), leaks))
     if rest:
-        extra = sum(len(together) - 1 for together in rest)
+        spare = counted(sum(len(together) - 1 for together in rest), "image")
         findings.append(
             Finding(
                 "duplicates",
                 "warning",
-                f"{counted(len(rest), 'file')} more than once in one class and part ({extra:,} needless)",
+                f"{counted(len(rest), 'file')} more than once in one class and part ({spare} to spare)",
                 "delete the copies; they only make some pictures count more than others",
                 rest,
             )
@@ -175,12 +182,12 @@ def _near_findings(pictures: Sequence[Picture], sets: Sets, drawn: bool) -> list
             )
         )
     if rest:
-        extra = sum(len(together) - 1 for together in rest)
+        spare = counted(sum(len(together) - 1 for together in rest), "image")
         findings.append(
             Finding(
                 "near_duplicates",
                 "note",
-                f"{counted(len(rest), 'picture')} with near copies in the same class and part ({extra:,} copies)",
+                f"{counted(len(rest), 'picture')} with near copies in the same class and part ({spare} to spare)",
                 "keep them if they were taken apart; delete those that were only resized or compressed again",
                 rest,
             )

@@ -79,7 +79,7 @@ def read_facts(example: Example) -> Facts | Unreadable:
     try:
         content = example.path.read_bytes() if example.content is None else example.content()
     except OSError as error:
-        return Unreadable(error.strerror or type(error).__name__)
+        return Unreadable(error.strerror or str(error) or type(error).__name__)
     try:
         picture = open_image(example._replace(content=lambda: content))
     except DataError as error:

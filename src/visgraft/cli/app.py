@@ -1,5 +1,6 @@
 """The verbs of the command line; each is thin and calls `visgraft.workflow`."""
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -165,6 +166,9 @@ def build() -> typer.Typer:
 
 def main() -> None:
     """Run the command line; errors made on purpose, and wrong usage, are one line on standard error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if not sys.stderr.isatty() else "0")
     try:
         if len(sys.argv) == 1:

@@ -200,19 +200,19 @@ def _options(row: Any) -> str:
 def print_comparison(found: "Comparison", command: str | None) -> None:
     """Print the table, the sentence, and what the figures do not say."""
     from visgraft.cli.show import percent, print_table, result_console
-    from visgraft.compare.budget import duration
 
     main = "mean AP" if found.measure == "mean_average_precision" else "top-1"
-    columns = ["method", f"{main} (95 %)", "gain", "macro-F1", "trained", "s/epoch", "trials"]
+    columns = ["method", main, "95 %", "gain", "macro-F1", "trained", "s/epoch", "trials"]
     rows = [
         [
             row.method,
-            f"{percent(row.figure)} ({percent(row.interval[0])}–{percent(row.interval[1])})",
+            percent(row.figure),
+            f"{percent(row.interval[0])}–{percent(row.interval[1])}",
             "–" if row.gain is None else f"{100 * row.gain.mean:+.1f} ± {100 * row.gain.half_width:.1f}",
             percent(row.macro_f1),
             row.parameters,
             f"{row.epoch_seconds:.2g}",
-            f"{row.trials} ({row.pruned} pruned{f', {row.diverged} diverged' if row.diverged else ''})",
+            f"{row.trials} ({row.pruned})",
         ]
         for row in found.results
     ]
@@ -221,13 +221,16 @@ def print_comparison(found: "Comparison", command: str | None) -> None:
         if found.folds
         else f"{found.images} validation images"
     )
-    print_table(f"{how}; gain over {found.reference}", columns, rows)
+    print_table(f"{how}; gain over {found.reference}; trials (of them pruned)", columns, rows)
     print_table("best settings", ["method", "options"], [[row.method, _options(row)] for row in found.results])
     result_console.print(f"[bold]{found.sentence}[/]")
     for text in found.warnings:
         result_console.print(f"[yellow]warning:[/] {text}")
     for text in found.notes:
         result_console.print(text)
-    result_console.print(f"It took {duration(found.seconds)}.")
-    if command is not None:
+    diverged = [f"{row.method} {row.diverged}" for row in found.results if row.diverged]
+    if diverged:
+        result_console.print(f"Trials that diverged: {', '.join(diverged)}.")
+    result_console.print(f"It took {found.seconds / 60:.1f} minutes.")
+    if command is not None and not found.guessing:
         result_console.print(f"train it:\n  {command}")

@@ -17,8 +17,9 @@ PLANNED_TRIALS = 4
 MIN_TRIALS = 2
 SLACK = 1.15
 """What plans allow for an estimate that is too low."""
-DIVISIONS = ((5, 2), (5, 1), (3, 1))
-"""Folds and repeats of cross-validation in order of preference."""
+REPEATS = 2
+DIVISIONS = ((5, REPEATS), (5, 1), (3, 1))
+"""Folds and repeats of cross-validation to plan for, in order of preference."""
 
 
 class OutOfTime(Exception):

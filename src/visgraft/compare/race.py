@@ -3,13 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from visgraft.compare.budget import SLACK, Clock, OutOfTime, Plan, Size, crossval_seconds
+from visgraft.compare.budget import REPEATS, SLACK, Clock, OutOfTime, Plan, Size, crossval_seconds
 from visgraft.compare.result import Progress
 from visgraft.compare.search import Search, Setting, Task
-from visgraft.crossval import Fold, Predictions, folds, join, out_of_fold
+from visgraft.crossval import Fold, Predictions, fit_fold, folds, join, select
 from visgraft.data.dataset import Example
 from visgraft.data.images import Images
 from visgraft.errors import VisgraftError
@@ -88,39 +89,48 @@ class Race:
         )  # fmt: skip
 
     def cross_validate(self, examples: Sequence[Example]) -> dict[str, Predictions]:
-        """Return each method's held-out answers at its best setting, repeat by repeat while there is time; {}: none."""
+        """Return each method's held-out answers at its best setting, fold by fold while there is time.
+
+        A second repeat is made where it fits, planned or not. One that is not done in time is left out; where that is
+        the first, the images held out so far are taken, if they are more than the validation images. {}: none.
+        """
         if not self.plan.folds:
             return {}
         images, known = join(self.task.images, self.task.val), self.task.features
         features = torch.cat([known["train"], known["val"]]) if known else None
-        parts = folds(examples, self.plan.folds, self.plan.repeats, self.task.seed)
-        rows = list[dict[str, Tensor]]()
-        for repeat in range(self.plan.repeats):
-            if repeat and self.crossval_seconds(1) > self.clock.left:
+        parts, done = folds(examples, self.plan.folds, REPEATS, self.task.seed), list[Fold]()
+        answers = {s.method: torch.zeros(REPEATS, len(images), self.task.bench.classes) for s in self.found}
+        for number, fold in enumerate(parts):
+            repeat, within = divmod(number, self.plan.folds)
+            if repeat and not within and self.crossval_seconds(1) > self.clock.left:
                 break
-            chosen = parts[repeat * self.plan.folds : (repeat + 1) * self.plan.folds]
             try:
-                rows.append({s.method: self._held_out(s, images, chosen, features) for s in self.found})
+                for search in self.found:
+                    found = self._held_out(search, images, fold, number + 1, features)
+                    answers[search.method][repeat, torch.from_numpy(fold[1])] = found
             except OutOfTime:
                 break
+            done.append(fold)
+        repeats = len(done) // self.plan.folds
+        seen = np.sort(np.concatenate([held_out for _, held_out in done])) if done and not repeats else None
+        if not repeats and (seen is None or len(seen) <= len(self.task.val)):
+            return {}
+        chosen = images if seen is None else select(images, seen)
+        rows = slice(None) if seen is None else torch.from_numpy(seen)
         return {
-            search.method: Predictions(torch.stack([row[search.method] for row in rows]), images.labels, images.groups)
-            for search in (self.found if rows else [])
+            method: Predictions(given[: max(repeats, 1), rows], chosen.labels, chosen.groups)
+            for method, given in answers.items()
         }
 
-    def _held_out(self, search: Search, images: Images, parts: Sequence[Fold], features: Tensor | None) -> Tensor:
-        """Return the held-out answers of one repeat [N, classes]."""
+    def _held_out(self, search: Search, images: Images, fold: Fold, number: int, features: Tensor | None) -> Tensor:
+        """Return a method's answers to a fold's held-out images [held out, classes]."""
         assert search.best is not None
         setting = search.best[1]
-        method, config = search.configured(setting)
-        number = 0
 
         def on_epoch(epoch: Epoch) -> None:
-            nonlocal number
             if self.clock.left <= 0:
                 raise OutOfTime
-            self.tell(self._progress("cross-validation", search, number + 1, setting, epoch))
-            number += epoch.complete and epoch.epoch == search.epochs
+            self.tell(self._progress("cross-validation", search, number, setting, epoch))
 
         known = features if search.cost.head_only else None
-        return out_of_fold(self.task.bench, method, config, images, parts, on_epoch, known)[0]
+        return fit_fold(self.task.bench, *search.configured(setting), images, fold, on_epoch, known).probabilities

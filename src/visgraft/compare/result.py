@@ -68,8 +68,9 @@ class Comparison:
     """Methods at their best settings on the same images, the one to use, and why in one sentence.
 
     `measured_on` is "cross-validation" or "validation"; `images` says of how many images, `folds` and `repeats` how.
-    All gains are measured against the method `reference`. `warnings` name what no method learned, `notes` what the
-    figures do not say. `predictions` of each method are what they were computed from.
+    All gains are measured against the method `reference`. `guessing`: no method is shown to do better than guessing, so
+    none is worth training. `warnings` name classes that no method tells apart, `notes` what the figures do not say.
+    `predictions` of each method are what they were computed from.
     """
 
     results: tuple[MethodResult, ...]
@@ -82,6 +83,7 @@ class Comparison:
     reference: str
     recommended: str
     sentence: str
+    guessing: bool
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
     backbone: Mapping[str, Any]

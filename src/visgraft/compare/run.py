@@ -140,13 +140,14 @@ def _conclude(race: Race, dataset: Dataset, crossed: Mapping[str, Predictions]) 
     task, plan = race.task, race.plan
     found = dict(crossed) or {s.method: _validated(s, task) for s in race.found}
     candidates = [_candidate(search, task, found[search.method]) for search in race.found]
-    pairs = confused_pairs(list(found.values()))
     count = len(next(iter(found.values())).labels)
+    guessing = all(is_guessing(predictions) for predictions in found.values())
+    pairs = [] if guessing else confused_pairs(list(found.values()))
     verdict = decide(
         candidates,
         lambda first, second: difference(found[first], found[second]),
         count,
-        guessing=all(is_guessing(predictions) for predictions in found.values()),
+        guessing=guessing,
         points="points of mean average precision" if task.val.multi_label else "points",
     )
     return Comparison(
@@ -160,8 +161,9 @@ def _conclude(race: Race, dataset: Dataset, crossed: Mapping[str, Predictions]) 
         reference=verdict.reference,
         recommended=verdict.recommended,
         sentence=verdict.sentence,
+        guessing=guessing,
         warnings=tuple(_warnings(pairs, dataset.classes)),
-        notes=tuple(_notes(race, bool(crossed))),
+        notes=tuple(_notes(race, count if crossed else 0)),
         backbone=task.bench.backbone.to_dict(),
         seed=task.seed,
         budget_seconds=None if math.isinf(race.clock.budget) else race.clock.budget,
@@ -217,13 +219,17 @@ def _warnings(pairs: Sequence[tuple[int, int]], classes: Sequence[str]) -> list[
     ]
 
 
-def _notes(race: Race, crossed: bool) -> list[str]:
-    """Say what the figures do not."""
+def _notes(race: Race, crossed: int) -> list[str]:
+    """Say what the figures do not; `crossed` is the number of images in the cross-validation."""
     task, plan = race.task, race.plan
-    few = len(task.images) + len(task.val) < FEW_IMAGES
+    everything = len(task.images) + len(task.val)
     notes = [
         "The settings were chosen on "
-        + (f"{len(task.val)} of these images" if crossed else "these same validation images")
+        + (
+            f"the {len(task.val)} validation images, which are among these"
+            if crossed
+            else "these same validation images"
+        )
         + ", so the figures are somewhat optimistic; the test images were not read. Measure the adapter that you "
         "train with `visgraft eval`."
     ]
@@ -235,7 +241,11 @@ def _notes(race: Race, crossed: bool) -> list[str]:
     missing = [s.method for s in race.searches if s.best is None]
     if missing:
         notes.append(f"{', '.join(missing)} has no figure: no training of it ran to its end.")
-    if few and not crossed:
+    if everything < FEW_IMAGES and not crossed:
         reason = "there was no time left for it" if plan.folds else "a class has fewer than 2 images, or groups, for it"
         notes.append(f"So few images call for cross-validation, but {reason}; the intervals are wide.")
+    if 0 < crossed < everything:
+        notes.append(
+            f"The time sufficed for the folds of {crossed} of {everything} images; a longer --budget does more."
+        )
     return notes

@@ -81,8 +81,9 @@ def decide(
     reference, best = cheap[0], max(candidates, key=lambda one: (one.figure, -one.parameters))
     if guessing:
         sentence = (
-            f"none of the methods does better than guessing on these {images} images: look at the image size first "
-            "(what tells the classes apart should be larger than a patch of the backbone), then at the labels"
+            f"none of the methods is shown to do better than guessing on these {images} images: look at the image size "
+            "first (what tells the classes apart should be larger than a patch of the backbone), then at the labels, "
+            "and give more images or a longer budget"
         )
         return Verdict(reference.method, reference.method, sentence)
     if len(candidates) == 1:

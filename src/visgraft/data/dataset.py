@@ -7,8 +7,8 @@ camera, one film) are kept together. The draw depends on the seed and the order 
 import hashlib
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -61,9 +61,9 @@ class Dataset:
     """Labelled images in three parts, each ordered by class and then by name.
 
     `root` is the folder, table or data set they come from. `layout` is "split" where the source says which image is in
-    which part, "flat" where the parts were drawn; `split` then says how. `fingerprint` is a SHA-256 of the images'
-    names and sizes, and of the labels where a table holds them. With `multi_label`, an image may have several classes
-    or none.
+    which part, "flat" where the parts were drawn; `split` says how parts were drawn, None where none was.
+    `fingerprint` is a SHA-256 of the images' names and sizes, and of the labels where a table holds them. With
+    `multi_label`, an image may have several classes or none.
     """
 
     root: Path
@@ -114,6 +114,22 @@ def divide(
     draw = _draw_groups if grouped else _draw_images
     parts = draw(examples, classes, split, where)
     return {part: tuple(examples[i] for i in sorted(chosen)) for part, chosen in parts.items()}
+
+
+def fill_parts(
+    given: Mapping[str, Sequence[Example]], classes: Sequence[str], split: Split, flat: bool, where: str
+) -> tuple[dict[str, tuple[Example, ...]], Split | None]:
+    """Draw from "train" what a source does not give, and say how: every part of a flat one, else the validation part.
+
+    Raises:
+        DataError: see `divide`.
+    """
+    parts = {part: tuple(given.get(part, ())) for part in PARTS}
+    if parts["val"]:
+        return parts, None
+    asked = split if flat else replace(split, test_fraction=0.0)
+    drawn = divide(parts["train"], classes, asked, where)
+    return drawn | ({} if flat else {"test": parts["test"]}), asked
 
 
 def stratum(label: Label) -> int:
@@ -178,14 +194,16 @@ def _draw_groups(
         parts[part] = []
         if fraction > 0:
             share = fraction * len(examples) / max(len(left), 1)
-            folds = max(2, round(1 / share))
-            if len(np.unique(groups[left])) < folds:
+            folds = min(max(2, round(1 / share)), len(np.unique(groups[left])))
+            if folds < 2:
                 raise DataError(
                     f"{where} has too few groups ({len(set(groups.tolist()))}) to draw {part} images; "
                     f"add groups, or set {part}_fraction to 0"
                 )
             cutter = StratifiedGroupKFold(folds, shuffle=True, random_state=split.seed)
-            rest, chosen = next(cutter.split(left, _known_shares(labels[left], folds), groups[left]))
+            cuts = cutter.split(left, _known_shares(labels[left], folds), groups[left])
+            wanted = fraction * len(examples)
+            rest, chosen = min(cuts, key=lambda cut: abs(len(cut[1]) - wanted))
             parts[part], left = left[chosen].tolist(), left[rest]
     parts["train"] = left.tolist()
     missing = listed(classes[i] for i in set(labels.tolist()) - set(labels[left].tolist()))

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from visgraft.data.dataset import (
-    PARTS,
     SPLIT_NAMES,
     Dataset,
     Example,
     Split,
     check_classes,
-    divide,
+    fill_parts,
     fingerprint,
     listed,
 )
@@ -65,12 +64,10 @@ def read_folder(root: str | Path, *, val_fraction: float = 0.15, test_fraction: 
     mark = fingerprint((image.path[below:].replace(os.sep, "/"), image.size) for image in images)
     classes = _checked_classes(folders, files)
     found = {part: _examples(of_part, classes) for part, of_part in files.items()}
-    if "val" not in found:
-        asked = Split(val_fraction, 0.0, seed) if parts else split
-        drawn = divide(found.pop("train"), classes, asked, str(folders["train"]))
-        found = drawn | found
-    train, val, test = (found.get(part, ()) for part in PARTS)
-    return Dataset(root, classes, train, val, test, "split" if parts else "flat", mark, None if parts else split)
+    found, drawn_by = fill_parts(found, classes, split, not parts, str(folders["train"]))
+    return Dataset(
+        root, classes, found["train"], found["val"], found["test"], "split" if parts else "flat", mark, drawn_by
+    )
 
 
 def check_folder(folder: Path, contents: str) -> None:

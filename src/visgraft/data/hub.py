@@ -7,9 +7,18 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from visgraft.data.dataset import PARTS, SPLIT_NAMES, Dataset, Example, Split, check_train, divide, fingerprint, listed
+from visgraft.data.dataset import (
+    SPLIT_NAMES,
+    Dataset,
+    Example,
+    Split,
+    check_train,
+    fill_parts,
+    fingerprint,
+    listed,
+)
 from visgraft.errors import DataError, nearest
 
 HUB_PREFIX = "hf:"
@@ -71,15 +80,11 @@ def read_hub(location: str | Path, split: Split = _DEFAULT_SPLIT) -> Dataset:
     mark = fingerprint(sizes, marks)
     flat = len(splits) == 1
     check_train(examples["train"], classes, where)
-    if "val" not in examples:
-        asked = split if flat else Split(split.val_fraction, 0.0, split.seed)
-        drawn = divide(examples.pop("train"), classes, asked, where)
-        examples = drawn | examples
-        check_train(examples["train"], classes, where)
-    train, val, test = (examples.get(part, ()) for part in PARTS)
-    drawn_by = split if flat else None
+    found, drawn_by = fill_parts(examples, classes, split, flat, where)
+    check_train(found["train"], classes, where)
+    layout: Literal["split", "flat"] = "flat" if flat else "split"
     return Dataset(
-        Path(where), classes, train, val, test, "flat" if flat else "split", mark, drawn_by, multi_label=multi_label
+        Path(where), classes, found["train"], found["val"], found["test"], layout, mark, drawn_by, multi_label
     )
 
 

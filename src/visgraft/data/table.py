@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from visgraft.data.dataset import (
     PARTS,
@@ -17,7 +18,7 @@ from visgraft.data.dataset import (
     Split,
     check_classes,
     check_train,
-    divide,
+    fill_parts,
     fingerprint,
 )
 from visgraft.data.folders import check_folder, inside
@@ -69,19 +70,17 @@ def read_table(table: str | Path, folder: str | Path | None = None, split: Split
     for row in rows:
         label = tuple(number[name] for name in row.labels)
         parts.setdefault(row.part, []).append(Example(Path(row.path), label if multi_label else label[0], row.group))
-    found = _parts(table, parts, classes, split)
+    flat = None in parts
+    if not flat and "train" not in parts:
+        raise DataError(f"{table} has no row whose {SPLIT} is train; mark the images to learn from")
+    given = {"train": parts[None]} if flat else {part or "": examples for part, examples in parts.items()}
+    check_train(given["train"], classes, str(table))
+    where = str(table) if flat else f"the train part of {table}"
+    found, drawn_by = fill_parts(given, classes, split, flat, where)
     check_train(found["train"], classes, str(table))
-    return Dataset(
-        root=table,
-        classes=classes,
-        train=found["train"],
-        val=found.get("val", ()),
-        test=found.get("test", ()),
-        layout="flat" if None in parts else "split",
-        fingerprint=_fingerprint(rows),
-        split=split if None in parts else None,
-        multi_label=multi_label,
-    )
+    layout: Literal["split", "flat"] = "flat" if flat else "split"
+    mark = _fingerprint(rows)
+    return Dataset(table, classes, found["train"], found["val"], found["test"], layout, mark, drawn_by, multi_label)
 
 
 def _records(table: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
@@ -218,23 +217,6 @@ def _classes(table: Path, rows: Iterable[Row], multi_label: bool) -> tuple[str, 
         remedy = f"; for images with and without it, name both classes in a column {LABEL}" if multi_label else ""
         raise DataError(f"{table} has {found}; at least two are needed{remedy}")
     return classes
-
-
-def _parts(
-    table: Path, parts: dict[str | None, list[Example]], classes: Sequence[str], split: Split
-) -> dict[str, tuple[Example, ...]]:
-    """Return the examples of each part, drawn where the table does not say."""
-    if None in parts:
-        return divide(parts[None], classes, split, str(table))
-    found = {part: tuple(parts.get(part, ())) for part in PARTS}
-    if not found["train"]:
-        raise DataError(f"{table} has no row whose {SPLIT} is train; mark the images to learn from")
-    check_train(found["train"], classes, str(table))
-    if not found["val"]:
-        asked = Split(split.val_fraction, 0.0, split.seed)
-        drawn = divide(found["train"], classes, asked, f"the train part of {table}")
-        found |= {"train": drawn["train"], "val": drawn["val"]}
-    return found
 
 
 def _fingerprint(rows: Iterable[Row]) -> str:

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from visgraft.adapter import TENSORS
+from visgraft.adapter import TENSORS, read_backbone, read_tensors
 from visgraft.attach import CHILD, assemble, get_attached
-from visgraft.backbone import Backbone, create_backbone
+from visgraft.backbone import create_backbone
+from visgraft.errors import AdapterError
 from visgraft.method import Batches
 from visgraft.registry import get_method
 from visgraft.report.embed import ORANGE, Picture, Values, draw
@@ -72,21 +72,26 @@ def stored_choices(adapter: Path, config: Mapping[str, Any]) -> list[Choice]:
     """`choices` of an adapter's file alone: its modules are built without the backbone's weights.
 
     Raises:
+        AdapterError: its tensors are missing, damaged, or not those of its configuration.
         VisgraftError: the backbone's architecture is not known here.
     """
     method = get_method(config["method"])
     options = method.Config.from_dict(config["method_config"])
     if method.channel_score(options) is None:
         return []
-    facts = config["backbone"]
-    plain = Backbone(facts["name"], "none", facts.get("image_size"), arguments=facts.get("arguments", {}))
+    tensors = read_tensors(adapter / TENSORS)
     with torch.device("meta"):
-        model = assemble(create_backbone(plain, facts["num_classes"]), options)
-    tensors = safetensors.torch.load_file(adapter / TENSORS)
+        model = assemble(
+            create_backbone(read_backbone(adapter, config, "none"), config["backbone"]["num_classes"]), options
+        )
     for key, module in get_attached(model).positions.items():
         inside = f"{CHILD}.positions.{key}."
         own = {name.removeprefix(inside): t for name, t in tensors.items() if name.startswith(inside)}
-        module.load_state_dict(own, assign=True)
+        try:
+            module.load_state_dict(own, assign=True)
+        except RuntimeError as error:
+            file = adapter / TENSORS
+            raise AdapterError(f"{file} does not fit its config at {key}; restore it or train again") from error
     return choices(model)
 
 
@@ -159,7 +164,8 @@ def _draw(choice: Choice, scores: Values | None, marks: Marks, held: Values | No
     blocks, channels = marks.shape
 
     def paint(figure: Any, theme: dict[str, str]) -> None:
-        grid = figure.add_gridspec(2, 2, width_ratios=(5, 1), height_ratios=(max(blocks, 4), 3.2))
+        ratios = (1,) if held is None else (5, 1)
+        grid = figure.add_gridspec(2, len(ratios), width_ratios=ratios, height_ratios=(max(blocks, 4), 3.2))
         main = figure.add_subplot(grid[0, 0])
         main.imshow(map_colours(scores, marks), aspect="auto", interpolation="nearest", extent=(0, channels, blocks, 0))
         main.set_yticks(np.arange(blocks) + 0.43, _block_names(choice.blocks), fontsize=9)

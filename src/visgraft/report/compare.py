@@ -10,9 +10,11 @@ from sklearn.metrics import average_precision_score
 
 from visgraft import intervals
 from visgraft.evaluate import Evaluation
-from visgraft.intervals import bootstrap, percentile_interval, rate_interval
+from visgraft.intervals import bootstrap, rate_interval, spread
 from visgraft.report.tables import is_multi_label, right_answers
 from visgraft.workflow import adapter_bytes
+
+TIE = 0.0005  # a lead below this rounds to 0.0 points
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,8 @@ def paired_difference(best: Evaluation, other: Evaluation, members: np.ndarray) 
         means = [average_precision_score(labels[rows][:, present], p[rows][:, present]) for p in both]
         return float(means[0] - means[1])
 
-    low, high = percentile_interval(bootstrap(difference, members))
-    return Difference(best.figure - other.figure, low, high)
+    points, half_width = best.figure - other.figure, spread(bootstrap(difference, members))
+    return Difference(points, points - half_width, points + half_width)
 
 
 def percent(value: float | None) -> str:
@@ -143,8 +145,9 @@ def verdict(rows: Sequence[Row], figure: str, differences: Sequence[Difference |
             f"{told}{within}, the highest recorded figure; {second.name} follows with {percent(second.figure)} %. "
             "Whether that difference is certain takes a comparison on the same images."
         )
+    lead = f"{100 * difference.points:.1f} points ahead of" if difference.points >= TIE else "level with"
     ahead = (
-        f"{100 * difference.points:.1f} points ahead of {second.name} "
+        f"{lead} {second.name} "
         f"(95 % interval of the difference on the same images: {signed(difference.low)} to {signed(difference.high)})"
     )
     if difference.certain:

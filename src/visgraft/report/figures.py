@@ -73,20 +73,21 @@ def _ends(series: Mapping[str, Sequence[float]]) -> str:
 
 def large_confusion(counts: NDArray[np.int64]) -> Picture:
     """Draw the shares of each true class without class names, in the classes' order."""
+    edges = (0.5, len(counts) + 0.5, len(counts) + 0.5, 0.5)
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
 
     def paint(figure: Any, theme: dict[str, str]) -> None:
         axes = figure.subplots()
-        shown = axes.imshow(shares, cmap="viridis", vmin=0, vmax=100, interpolation="nearest")
-        axes.set(xlabel="answered class (number)", ylabel="true class (number)")
+        shown = axes.imshow(shares, cmap="viridis", vmin=0, vmax=100, interpolation="nearest", extent=edges)
+        axes.set(xlabel="answered class, by its number", ylabel="true class, by its number")
         figure.colorbar(shown, ax=axes, label="% of the true class", shrink=0.8)
 
     right = np.trace(counts) / max(int(counts.sum()), 1)
     return draw(paint, (6.2, 5.2), f"Confusion matrix of {len(counts)} classes, {right:.0%} on the diagonal", "png")
 
 
-def reliability(found: Calibration) -> Picture:
-    """Draw success over probability, bin by bin, above the number of answers in each bin."""
+def reliability(found: Calibration, success: str) -> Picture:
+    """Draw success (`right`, or `there`) over probability, bin by bin, above the number of answers in each bin."""
     width = 0.1
 
     def paint(figure: Any, theme: dict[str, str]) -> None:
@@ -98,11 +99,11 @@ def reliability(found: Calibration) -> Picture:
                 100 * one.confidence, 100 * one.accuracy, [[low], [high]], color=BLUE, marker="o", ms=5, capsize=2,
                 lw=1.2, label="this run, 95 % interval" if i == 0 else None,
             )  # fmt: skip
-        above.set(ylim=(-2, 102), xlim=(0, 100), ylabel="right (%)")
-        above.legend(loc="upper left", fontsize=9)
+        above.set(ylim=(-2, 102), xlim=(0, 100), ylabel=f"{success} (%)")
+        above.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=9, borderaxespad=0.3)
         centres, counts = [100 * (b.low + width / 2) for b in found.bins], [b.count for b in found.bins]
         below.bar(centres, counts, 100 * width * 0.9, color=BLUE)
-        below.set(xlabel="probability given (%)", ylabel="answers", ylim=(0, 1.1 * max(counts)))
+        below.set(xlabel="probability given (%)", ylabel="how many", ylim=(0, 1.1 * max(counts)))
         below.yaxis.get_major_locator().set_params(integer=True, nbins=3)
         for axes in (above, below):
             axes.grid(alpha=0.6)

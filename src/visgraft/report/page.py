@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from visgraft.adapter import read_config
+from visgraft.adapter import read_backbone, read_config
 from visgraft.data.images import Loading
 from visgraft.data.read import AnySource
 from visgraft.errors import AdapterError, VisgraftError, nearest
@@ -110,6 +110,7 @@ def _read(runs: Sequence[str | Path]) -> list[Run]:
         Run(name if unique else str(path), path, read_config(path)) for name, path in zip(names, paths, strict=True)
     ]
     for run in found:
+        read_backbone(run.path, run.config, "none")  # whatever is damaged should show before anything is measured
         if run.classes != found[0].classes:
             raise AdapterError(
                 f"the classes of {run.path} are not those of {found[0].path}, so the two cannot be compared; "

@@ -5,6 +5,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,7 @@ def train_folder(
     training = _train(model, images, val, train_config, out, run, state, write, watch)
     costs = {**dataclasses.asdict(training), "seconds": time.perf_counter() - begin}
     figures = figures_of(None if val is None else evaluate(model, val, train_config.precision))
-    write(metrics={f"val_{name}": value for name, value in figures.items()}, **costs)
-    state_file(out).unlink(missing_ok=True)
+    _finish(out, partial(write, metrics={f"val_{name}": value for name, value in figures.items()}, **costs))
     return {
         "adapter": str(out),
         "method": method_config.method,
@@ -109,6 +109,18 @@ def train_folder(
         "precision": train_config.precision,
         "epochs": train_config.epochs,
     }
+
+
+def _finish(out: Path, write: Callable[[], None]) -> None:
+    """Write the adapter and remove the state; where the disk is full, say that the state is still there."""
+    file = state_file(out)
+    try:
+        write()
+    except VisgraftError as error:
+        if not file.is_file():
+            raise
+        raise VisgraftError(f"{error}; make room, and give the same command with --resume: {file} is kept") from error
+    file.unlink(missing_ok=True)
 
 
 def _facts(
