@@ -115,6 +115,8 @@ def test_exact_copies_are_told_apart_as_leaks_conflicts_and_duplicates(data: Pat
     ]
     assert names(found["duplicates"]) == [["train/cat/002.png", "train/cat/copy.png"]]
     assert quick_check(read_folder(data))[0].startswith("2 files in more than one part, such as ")
+    with patch("visgraft.check.quick.MOST_READ", 3):
+        assert quick_check(read_folder(data))[0].startswith("at least 1 file in more than one part")
 
 
 def _jpeg(image: Image.Image) -> Image.Image:

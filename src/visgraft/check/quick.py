@@ -24,19 +24,19 @@ def quick_check(dataset: Dataset) -> list[str]:
     if any(example.group is not None for example in dataset.all):
         findings += group_findings(pictures(dataset), dataset.classes)
     lines = [f"{finding.title}; {finding.remedy}" for finding in findings if finding.severity != "note"]
-    copies = _copies_across_parts(dataset)
+    copies, complete = _copies_across_parts(dataset)
     if copies:
         one, other = copies[0]
         lines.insert(
             0,
-            f"{counted(len(copies), 'file')} in more than one part, such as {readable(str(one))} and "
+            f"{'' if complete else 'at least '}{counted(len(copies), 'file')} in more than one part, such as {readable(str(one))} and "
             f"{readable(str(other))}; delete the copies, which make the figures too good; `visgraft check` lists all",
         )
     return lines
 
 
-def _copies_across_parts(dataset: Dataset) -> list[tuple[Path, Path]]:
-    """Return a pair of paths for each file found in two parts or more."""
+def _copies_across_parts(dataset: Dataset) -> tuple[list[tuple[Path, Path]], bool]:
+    """Return a pair of paths for each file found in two parts or more, and whether all candidates were compared."""
     sizes: dict[int, list[tuple[Path, str]]] = defaultdict(list)
     for part in ("train", "val", "test"):
         for example in getattr(dataset, part):
@@ -48,12 +48,12 @@ def _copies_across_parts(dataset: Dataset) -> list[tuple[Path, Path]]:
     read, pairs = 0, []
     for _, files in sorted(_across(sizes.values()), key=lambda item: item[0]):
         if read + len(files) > MOST_READ:
-            break
+            return pairs, False
         read += len(files)
         for _, alike in _across(_same(files, TAIL)):
             for _, copies in _across(_same(alike, None)):
                 pairs.append((copies[0][0], next(path for path, part in copies if part != copies[0][1])))
-    return pairs
+    return pairs, True
 
 
 def _across(sets: Iterable[Sequence[tuple[Path, str]]]) -> list[tuple[int, Sequence[tuple[Path, str]]]]:

@@ -21,19 +21,14 @@ from visgraft.cli.arguments import (
     Weights,
     source,
 )
+from visgraft.cli.check import check
+from visgraft.cli.compare import compare
 from visgraft.cli.predict import predict
+from visgraft.cli.report import report
 from visgraft.cli.train import train
 from visgraft.errors import Interrupted, VisgraftError
 
-app = typer.Typer(
-    name="visgraft",
-    help="Adapt a frozen, pretrained vision backbone with well under 1 % extra parameters.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
 
-
-@app.command("eval")
 def eval_(
     adapter: Adapter,
     data: Data = None,
@@ -58,10 +53,6 @@ def eval_(
     emit(figures, json, lambda: print_figures(figures))
 
 
-app.command()(predict)
-
-
-@app.command()
 def merge(
     adapter: Adapter,
     out: Annotated[Path, typer.Option(help="folder for the plain timm model", show_default=False)],
@@ -88,7 +79,6 @@ def merge(
     emit(result, json, text)
 
 
-@app.command()
 def info(adapter: Adapter, json: Json = False) -> None:
     """Show what an adapter is, without loading its backbone."""
     from visgraft.adapter import read_config
@@ -110,7 +100,6 @@ def info(adapter: Adapter, json: Json = False) -> None:
     emit(config, json, text)
 
 
-@app.command()
 def methods(
     backbone: Annotated[str, typer.Option(help="timm model name")] = "vit_base_patch16_224",
     json: Json = False,
@@ -141,7 +130,6 @@ def methods(
     emit(rows, json, text)
 
 
-@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="folder for data, adapters and picture")] = Path("demo-out"),
     epochs: Annotated[int | None, typer.Option(help="epochs of sct and alore; none: the demo's", min=1)] = None,
@@ -156,11 +144,20 @@ def demo(
 
 
 def build() -> typer.Typer:
-    """Return the app with the generated options of `train`."""
+    """Return the app; the options of `train` are generated from the registered methods."""
     from visgraft.cli.options import with_flags
 
-    app.registered_commands = [known for known in app.registered_commands if known.name != "train"]
-    app.command("train")(with_flags(train))
+    app = typer.Typer(
+        name="visgraft",
+        help="Adapt a frozen, pretrained vision backbone with well under 1 % extra parameters.",
+        add_completion=True,
+        pretty_exceptions_enable=False,
+    )
+    for verb in (check, compare, with_flags(train)):
+        app.command()(verb)
+    app.command("eval")(eval_)
+    for verb in (report, predict, merge, info, methods, demo):
+        app.command()(verb)
     return app
 
 

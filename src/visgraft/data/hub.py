@@ -80,11 +80,11 @@ def read_hub(location: str | Path, split: Split = _DEFAULT_SPLIT) -> Dataset:
     mark = fingerprint(sizes, marks)
     flat = len(splits) == 1
     check_train(examples["train"], classes, where)
-    found, drawn_by = fill_parts(examples, classes, split, flat, where)
-    check_train(found["train"], classes, where)
+    parts, drawn_by = fill_parts(examples, classes, split, flat, where)
+    check_train(parts["train"], classes, where)
     layout: Literal["split", "flat"] = "flat" if flat else "split"
     return Dataset(
-        Path(where), classes, found["train"], found["val"], found["test"], layout, mark, drawn_by, multi_label
+        Path(where), classes, parts["train"], parts["val"], parts["test"], layout, mark, drawn_by, multi_label
     )
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from visgraft.adapter import CONFIG, save
 from visgraft.attach import assemble, attach, count_parameters
 from visgraft.backbone import Backbone, create_backbone, model_data_config
+from visgraft.check.quick import quick_check
 from visgraft.config import MethodConfig, TrainConfig
 from visgraft.data.dataset import Dataset, Split
 from visgraft.data.images import Images, Loading, load_images
@@ -79,6 +80,8 @@ def train_folder(
     """
     check_target(out, CONFIG)
     dataset = read_data(data, split)
+    for line in quick_check(dataset):
+        watch.warning(line)
     train_config = replace(train_config, precision=resolve_precision(train_config.precision))
     run = _facts(dataset, backbone, method_config, train_config, split, loading) | {"init_from": str(init_from)}
     state = _find_state(out, run, resume, watch)
