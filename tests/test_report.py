@@ -266,6 +266,7 @@ def test_what_cannot_be_reported_on_is_one_line_and_nothing_is_written(
     foreign = tmp_path / "notes.html"
     foreign.write_text("<p>mine</p>")
     refused(capsys, AdapterError, "is not an adapter", linear, tmp_path / "nowhere", out=out)
+    refused(capsys, AdapterError, "if it holds the images, pass --data", linear, table.parent, out=out)
     refused(capsys, AdapterError, "other are not those of .*linear", linear, other, out=out)
     refused(capsys, AdapterError, "the classes of .* are not those of|was trained on", other, out=out, data=str(table))
     refused(capsys, VisgraftError, "the folder .*none does not exist", linear, out=tmp_path / "none" / "page.html")

@@ -29,8 +29,9 @@ def quick_check(dataset: Dataset) -> list[str]:
         one, other = copies[0]
         lines.insert(
             0,
-            f"{'' if complete else 'at least '}{counted(len(copies), 'file')} in more than one part, such as {readable(str(one))} and "
-            f"{readable(str(other))}; delete the copies, which make the figures too good; `visgraft check` lists all",
+            f"{'' if complete else 'at least '}{counted(len(copies), 'file')} in more than one part, such as "
+            f"{readable(str(one))} and {readable(str(other))}; "
+            f"delete the copies, which make the figures too good; `visgraft check` lists all",
         )
     return lines
 
@@ -45,7 +46,8 @@ def _copies_across_parts(dataset: Dataset) -> tuple[list[tuple[Path, Path]], boo
                     sizes[os.stat(example.path).st_size].append((example.path, part))
                 except OSError:  # training names what cannot be read
                     continue
-    read, pairs = 0, []
+    read = 0
+    pairs: list[tuple[Path, Path]] = []
     for _, files in sorted(_across(sizes.values()), key=lambda item: item[0]):
         if read + len(files) > MOST_READ:
             return pairs, False

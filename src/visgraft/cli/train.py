@@ -35,6 +35,8 @@ def train(
     val_fraction: Annotated[float, typer.Option(help="share of validation images drawn from the data")] = 0.15,
     test_fraction: Annotated[float, typer.Option(help="share of test images drawn where no part is given")] = 0.2,
     init_from: Annotated[Path | None, typer.Option(help="adapter to start from; gives method and backbone")] = None,
+    folds: Annotated[int, typer.Option(help="also cross-validate with so many folds, for few images; 0: do not")] = 0,
+    repeats: Annotated[int, typer.Option(help="times the folds are drawn anew", min=1)] = 2,
     resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted run of this command")] = False,
     cache: Cache = "auto",
     skip_broken: SkipBroken = False,
@@ -50,6 +52,7 @@ def train(
     from visgraft.cli.show import emit, loading_progress, print_figures, training_progress, warn
     from visgraft.data.dataset import Split
     from visgraft.data.images import Loading
+    from visgraft.data.read import read_data
     from visgraft.workflow import train_folder
     from visgraft.workflow.training import Watch
 
@@ -58,6 +61,13 @@ def train(
     origin = dataclasses.replace(origin, seed=recipe.seed)  # the seed of the new head
     if origin.weights == "none":
         warn("--weights none: the backbone is random, so accuracy says little")
+    if folds and init_from:
+        raise VisgraftError(
+            "--folds starts anew in every fold, so it does not go with --init-from; leave one out"
+        )
+    images, split = source(data, csv), Split(val_fraction, test_fraction, recipe.seed)
+    loading = Loading(cache, skip_broken, background)
+    setting = {"backbone": origin, "method_config": config, "train_config": recipe, "loading": loading}
     with (
         training_progress(recipe.epochs) as show,
         loading_progress() as show_loading,
@@ -69,18 +79,29 @@ def train(
             write_log(epoch)
 
         figures = train_folder(
-            source(data, csv),
+            images,
             out,
-            backbone=origin,
-            method_config=config,
-            train_config=recipe,
-            split=Split(val_fraction, test_fraction, recipe.seed),
-            loading=Loading(cache, skip_broken, background),
+            **setting,
+            split=split,
             resume=resume,
             init_from=init_from,
             watch=Watch(tell, show_loading, warn),
         )
+    if folds:
+        figures["cross_validation"] = _cross_validate(read_data(images, split), folds, repeats, setting)
     emit(figures, json, lambda: print_figures(figures))
+
+
+def _cross_validate(dataset: Any, folds: int, repeats: int, setting: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the setting reaches on all training and validation images, each held out in turn."""
+    from visgraft.cli.show import training_progress
+    from visgraft.crossval import cross_validate
+
+    recipe = setting["train_config"]
+    with training_progress(recipe.epochs, f"{folds} folds, {repeats} times; ") as show:
+        return cross_validate(
+            dataset, **setting, folds=folds, repeats=repeats, seed=recipe.seed, on_progress=show
+        ).to_dict()
 
 
 def _start(

@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from visgraft.adapter import read_backbone, read_config
+from visgraft.adapter import CONFIG, read_backbone, read_config
 from visgraft.data.images import Loading
 from visgraft.data.read import AnySource
 from visgraft.errors import AdapterError, VisgraftError, nearest
@@ -104,6 +104,11 @@ def _read(runs: Sequence[str | Path]) -> list[Run]:
     paths = list(dict.fromkeys(Path(run) for run in runs))
     if not paths:
         raise VisgraftError("there are no runs to report on; pass folders that `visgraft train` wrote")
+    for path in paths:
+        if path.exists() and not (path / CONFIG).is_file():
+            raise AdapterError(
+                f"{path} is not an adapter: {CONFIG} is missing; if it holds the images, pass --data {path}"
+            )
     names = [path.resolve().name for path in paths]
     unique = len(set(names)) == len(names)
     found = [

@@ -1,0 +1,84 @@
+"""Every page of docs/: its Python blocks run, its commands run on a tiny backbone, its links lead somewhere."""
+
+import csv
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from test_cli import SMALL, draw, run
+from test_docs import ROOT, blocks
+
+PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
+TRAINED = ("linear", "alore")
+PYTHON = [(page, number) for page in PAGES for number in range(len(blocks(page)))]
+
+
+def commands(page: str) -> list[list[str]]:
+    """The visgraft commands in a page's shell blocks, without those that need a network."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    shells = re.findall(r"^```bash\n(.*?)^```", text, flags=re.M | re.S)
+    lines = "\n".join(shells).replace("\\\n", " ").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [line[1:] for line in words if line[:1] == ["visgraft"] and not any(word.startswith("hf:") for word in line)]
+
+
+def small(words: list[str]) -> list[str]:
+    """The same command on a tiny backbone, with a single epoch."""
+    words = list(words)
+    for option in ("--budget", "--backbone", "--weights", "--image-size"):
+        if option in words:
+            del words[words.index(option) : words.index(option) + 2]
+    if words[0] not in ("train", "compare"):
+        return words
+    extra = [] if "--init-from" in words else list(SMALL)
+    extra += [] if "--epochs" in words else ["--epochs", "1"]
+    return words + extra + (["--trials", "1"] if words[0] == "compare" else [])
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the pages' commands are run on: photos, new-photos, labels.csv and trained adapters."""
+    root = tmp_path_factory.mktemp("pages")
+    draw(root / "photos", 20)
+    for old, new in (("blue", "cat"), ("green", "dog"), ("red", "rabbit")):
+        (root / "photos" / old).rename(root / "photos" / new)
+    shutil.copytree(root / "photos" / "cat", root / "new-photos")
+    with (root / "labels.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["image_path", "label"])
+        rows.writerows([path, path.parent.name] for path in sorted((root / "photos").rglob("*.png")))
+    for method in TRAINED:
+        out = root / f"photos-{method}"
+        code, _, err = run("train", root / "photos", "--out", out, "--method", method, "--epochs", 1, *SMALL)
+        assert code == 0, err
+    return root
+
+
+@pytest.mark.parametrize(("page", "number"), PYTHON)
+def test_python_blocks_run(page: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(blocks(page)[number], f"{page}, block {number}", "exec", dont_inherit=True), {"__name__": "page"})
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
+def test_commands_run(page: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(photos, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    for words in commands(page):
+        code, out, err = run(*small(words))
+        problems = words[0] == "check" and "error" in out  # found in the images, not in the command
+        assert code == 0 or problems, f"{page}: {shlex.join(words)}: {err}"
+
+
+def test_there_is_something_to_run() -> None:
+    assert len(PYTHON) >= 5 and sum(len(commands(page)) for page in PAGES) >= 15
+
+
+def test_all_pages_are_in_the_navigation_and_link_to_files_that_exist() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in PAGES:
+        assert f"- {page.removeprefix('docs/')}\n" in navigation, page
+        for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", (ROOT / page).read_text(encoding="utf-8")):
+            assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
