@@ -80,7 +80,10 @@ def part_findings(dataset: Dataset) -> list[Finding]:
                 f"collect at least {FEW_IN_ALL}, better some hundred; results on fewer depend on chance",
             )
         )
-    purposes = {"val": "settings are chosen by it", "test": "it is the figure that counts"}
+    purposes = {
+        "val": "settings are chosen by it, or let train --folds 5 measure on all images in turn",
+        "test": "it is the figure that counts",
+    }
     for part, purpose in purposes.items():
         count = len(getattr(dataset, part))
         if not count:
