@@ -117,7 +117,7 @@ def _lowest(sums: dict[int, Tensor]) -> Tensor:
     return -_class_aware(sums)
 
 
-_SCORES: dict[str, Callable[[dict[int, Tensor]], Tensor]] = {
+SCORE_FUNCTIONS: dict[str, Callable[[dict[int, Tensor]], Tensor]] = {
     "class_aware": _class_aware,
     "class_agnostic": _class_agnostic,
     "lowest": _lowest,
@@ -168,6 +168,6 @@ def salient_channels_at(
         )
     squares = _squares_at(model, batches, names)
     return {
-        name: [_SCORES[score](sums).topk(channels).indices.sort().values.cpu() for sums in squares[name]]
+        name: [SCORE_FUNCTIONS[score](sums).topk(channels).indices.sort().values.cpu() for sums in squares[name]]
         for name in names
     }

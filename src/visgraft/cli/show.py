@@ -43,8 +43,15 @@ def describe(epoch: Epoch, epochs: int) -> str:
 
 
 @contextmanager
-def training_progress(epochs: int) -> Iterator[Callable[[Epoch], None]]:
-    """Yield a callback for `train`: a live bar on a terminal, otherwise at most `PLAIN_LINES` plain lines."""
+def training_progress(epochs: int, title: str = "") -> Iterator[Callable[[Epoch], None]]:
+    """Yield a callback for `train`: a live bar on a terminal, otherwise at most `PLAIN_LINES` plain lines.
+
+    With a title, only one line: the whole of many short trainings would hide everything else.
+    """
+    if title and not progress_console.is_terminal:
+        progress_console.print(title)
+        yield lambda epoch: None
+        return
     if not progress_console.is_terminal:
         every = -(-epochs // PLAIN_LINES)
 
@@ -65,7 +72,7 @@ def training_progress(epochs: int) -> Iterator[Callable[[Epoch], None]]:
             bar.update(task, completed=epoch.epoch if epoch.complete else epoch.epoch - 1)
             if last:  # its validation figures stay in sight during the next epoch
                 epoch = replace(epoch, val_top1=last.val_top1, val_map=last.val_map)
-            bar.update(task, description=describe(epoch, epochs))
+            bar.update(task, description=f"{title}{describe(epoch, epochs)}")
 
         yield show
 

@@ -62,9 +62,7 @@ def train(
     if origin.weights == "none":
         warn("--weights none: the backbone is random, so accuracy says little")
     if folds and init_from:
-        raise VisgraftError(
-            "--folds starts anew in every fold, so it does not go with --init-from; leave one out"
-        )
+        raise VisgraftError("--folds starts anew in every fold, so it does not go with --init-from; leave one out")
     images, split = source(data, csv), Split(val_fraction, test_fraction, recipe.seed)
     loading = Loading(cache, skip_broken, background)
     setting = {"backbone": origin, "method_config": config, "train_config": recipe, "loading": loading}

@@ -17,7 +17,7 @@ from visgraft.errors import AdapterError
 from visgraft.method import Batches
 from visgraft.registry import get_method
 from visgraft.report.embed import ORANGE, Picture, Values, draw
-from visgraft.salience import _SCORES, channel_squares
+from visgraft.salience import SCORE_FUNCTIONS, channel_squares
 
 Marks = NDArray[np.bool_]
 
@@ -101,7 +101,7 @@ def channel_scores(model: nn.Module, batches: Batches, choice: Choice, score: st
     Where channels were drawn at random, or the lowest taken, it is the class-aware score all the same.
     """
     squares = channel_squares(model, batches, choice.site)
-    formula = _SCORES["class_agnostic" if score == "class_agnostic" else "class_aware"]
+    formula = SCORE_FUNCTIONS["class_agnostic" if score == "class_agnostic" else "class_aware"]
     return np.stack([formula(squares[block]).cpu().numpy() for block in choice.blocks])
 
 
