@@ -65,7 +65,7 @@ def test_the_verdict_says_whether_the_lead_is_certain() -> None:
         gaps = [compare.paired_difference(evaluations[0], evaluations[i], alone(100)) for i in chosen]
         return compare.verdict([rows[i] for i in chosen], "top-1", [None, *gaps[1:]], "validation")
 
-    assert "45.0 points ahead of b" in told(0, 1) and told(0, 1).endswith("the lead is certain.")
+    assert "45.0 points ahead of b" in told(0, 1) and told(0, 1).endswith("the lead is more than chance.")
     assert "1.0 points ahead of c" in told(0, 2) and "includes zero" in told(0, 2)
     assert told(0).endswith("(95 % interval 88.8 to 97.8).")
 

@@ -96,7 +96,7 @@ def _cross_validate(dataset: Any, folds: int, repeats: int, setting: Mapping[str
     from visgraft.crossval import cross_validate
 
     recipe = setting["train_config"]
-    with training_progress(recipe.epochs, f"{folds} folds, {repeats} times; ") as show:
+    with training_progress(recipe.epochs, f"cross-validation, {folds} folds, {repeats} times: ") as show:
         return cross_validate(
             dataset, **setting, folds=folds, repeats=repeats, seed=recipe.seed, on_progress=show
         ).to_dict()

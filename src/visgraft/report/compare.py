@@ -143,7 +143,7 @@ def verdict(rows: Sequence[Row], figure: str, differences: Sequence[Difference |
     if difference is None:
         return (
             f"{told}{within}, the highest recorded figure; {second.name} follows with {percent(second.figure)} %. "
-            "Whether that difference is certain takes a comparison on the same images."
+            "Whether that difference is more than chance takes a comparison on the same images."
         )
     lead = f"{100 * difference.points:.1f} points ahead of" if difference.points >= TIE else "level with"
     ahead = (
@@ -151,7 +151,7 @@ def verdict(rows: Sequence[Row], figure: str, differences: Sequence[Difference |
         f"(95 % interval of the difference on the same images: {signed(difference.low)} to {signed(difference.high)})"
     )
     if difference.certain:
-        return f"{told}, {ahead}. The interval lies above zero, so on images like these the lead is certain."
+        return f"{told}, {ahead}. The interval lies above zero, so on images like these the lead is more than chance."
     return f"{told}, {ahead}. The interval includes zero, so these images do not tell which of the two is better."
 
 
