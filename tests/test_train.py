@@ -87,6 +87,14 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone() -> None:
     assert not torch.equal(again(everything, 1), whole)
 
 
+def test_augmentation_takes_the_strongest_magnitude_of_every_operation() -> None:
+    images = task(4)
+    augment = augmentation(images, False, "rand-m10-n8-mstd0.5-inc1", 0)
+    assert augment is not None
+    for epoch in range(60):
+        assert augment(torch.arange(4), epoch).shape == (4, 3, 16, 16)
+
+
 def test_training_on_cached_features_equals_training_through_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     passes: list[int] = []
     states, figures = [], []

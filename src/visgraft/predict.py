@@ -19,7 +19,7 @@ from visgraft.attach import detach, get_attached
 from visgraft.backbone import Adapted
 from visgraft.data.decode import open_image
 from visgraft.errors import AdapterError, DataError, VisgraftError
-from visgraft.evaluate import make_accelerator, probabilities_of
+from visgraft.evaluate import make_accelerator, probabilities_of, resolve_precision
 
 BATCH_SIZE = 64  # that of `evaluate`, so that both see the same rounding
 THRESHOLD = 0.5
@@ -187,7 +187,9 @@ def _batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
 def _probabilities(one: _Ready, x: Tensor) -> Tensor:
     """Return the probabilities [B, classes] of normalised images [B, 3, H, W], float32 on the CPU."""
     like = next(one.adapted.model.parameters())
-    with torch.inference_mode(), make_accelerator(one.precision).autocast():
+    # What accelerate's autocast does. An Accelerator is never made here: making one clears os.environ for a moment,
+    # and a decoder that looks up a variable in another thread meanwhile (libjpeg does for every image) then crashes.
+    with torch.inference_mode(), torch.autocast(like.device.type, torch.bfloat16, enabled=one.precision == "bf16"):
         logits = one.adapted.model(x.to(like.device, like.dtype)).float()
     return probabilities_of(logits, one.multi_label).cpu()
 
@@ -217,7 +219,7 @@ def _prepare(adapters: Sequence[str | Path | Adapted], weights: str | None) -> l
         name, adapted = (str(number), adapter) if isinstance(adapter, Adapted) else (str(adapter), next(loaded))
         record: Any = getattr(adapted.model, RECORD, {})
         multi_label = bool(record.get("data", {}).get("multi_label"))
-        ready.append(_Ready(name, adapted, record.get("precision", "fp32"), multi_label))
+        ready.append(_Ready(name, adapted, resolve_precision(record.get("precision", "fp32")), multi_label))
     first = ready[0].adapted.transform
     for one in ready[1:]:
         if one.adapted.transform is not first and repr(one.adapted.transform) != repr(first):

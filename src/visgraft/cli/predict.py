@@ -35,7 +35,7 @@ def predict(
     arguments: Annotated[
         list[str],
         typer.Argument(
-            metavar="ADAPTER... IMAGES...",
+            metavar="ADAPTER... IMAGES",
             help="adapter folders; then images: files, folders, quoted patterns, or - for paths on standard input",
             show_default=False,
         ),

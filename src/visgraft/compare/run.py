@@ -108,10 +108,13 @@ def _check(methods: Sequence[str], budget: float | None, trials: int | None, epo
 
 
 def measure_cost(task: Task, method: str) -> Cost:
-    """Time a short training on a few images, at a learning rate that cannot diverge."""
+    """Time a short training on a few images, at a learning rate that cannot diverge.
+
+    Of two epochs after the first, which warms up, the quicker counts: other programs can only slow one down.
+    """
     count = min(PILOT_IMAGES, len(task.images))
     few = select(task.images, np.sort(np.random.default_rng(task.seed).permutation(len(task.images))[:count]))
-    config, recipe = configure(method, {}, epochs=2, lr=1e-6, seed=task.seed, precision=task.precision)
+    config, recipe = configure(method, {}, epochs=3, lr=1e-6, seed=task.seed, precision=task.precision)
     ends = list[float]()
 
     def note(epoch: Epoch) -> None:
@@ -122,7 +125,7 @@ def measure_cost(task: Task, method: str) -> Cost:
     begin = time.perf_counter()
     logits_of(task.bench.model(recipe.drop_path), few, make_accelerator(task.precision))
     forward = (time.perf_counter() - begin) / count
-    return Cost(fit.attach_seconds / count, (ends[1] - ends[0]) / count, forward, fit.head_only)
+    return Cost(fit.attach_seconds / count, float(np.diff(ends).min()) / count, forward, fit.head_only)
 
 
 def _plan(costs: Mapping[str, Cost], examples: Sequence[Example], task: Task, clock: Clock, epochs: int | None) -> Plan:

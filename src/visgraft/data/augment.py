@@ -2,12 +2,12 @@
 
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data.auto_augment import rand_augment_transform
+from timm.data.auto_augment import posterize, rand_augment_transform
 from torch import Tensor
 
 from visgraft.data.images import Images
@@ -33,10 +33,19 @@ def augmentation(
                 f"rand_augment {rand_augment!r} is not in timm's notation; use e.g. rand-m9-mstd0.5-inc1"
             ) from error
 
+        for op in policy.ops:
+            if op.aug_fn is posterize:
+                op.aug_fn = _posterize
+
     def augment(indices: Tensor, epoch: int) -> Tensor:
         return torch.stack([_augment(images.pixels[i], flip, policy, (seed, epoch, int(i))) for i in indices])
 
     return augment
+
+
+def _posterize(picture: Image.Image, bits: int, **options: Any) -> Image.Image:
+    """Keep so many bits of each colour, one at least: timm also asks for none, which newer versions of Pillow refuse."""
+    return cast(Image.Image, posterize(picture, max(bits, 1), **options))
 
 
 def _augment(pixels: Tensor, flip: bool, policy: Any, key: tuple[int, int, int]) -> Tensor:
