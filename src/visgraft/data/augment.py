@@ -44,7 +44,7 @@ def augmentation(
 
 
 def _posterize(picture: Image.Image, bits: int, **options: Any) -> Image.Image:
-    """Keep so many bits of each colour, one at least: timm also asks for none, which newer versions of Pillow refuse."""
+    """Keep so many bits of each colour, at least one: timm also asks for none, which newer Pillows refuse."""
     return cast(Image.Image, posterize(picture, max(bits, 1), **options))
 
 
