@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 OUT    ?= demo-out
 
-.PHONY: install test check demo clean
+.PHONY: install test check demo docs clean
 
 $(VENV)/.base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -32,5 +32,8 @@ check: $(VENV)/.test
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
+docs: $(VENV)/.test
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) $(OUT) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OUT) site .pytest_cache .mypy_cache .ruff_cache

@@ -4,6 +4,8 @@ import csv
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,7 +64,7 @@ def test_python_blocks_run(page: str, number: int, tmp_path: Path, monkeypatch: 
     exec(compile(blocks(page)[number], f"{page}, block {number}", "exec", dont_inherit=True), {"__name__": "page"})
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
+@pytest.mark.parametrize("page", [page for page in ["README.md", *PAGES] if commands(page)])
 def test_commands_run(page: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(photos, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
@@ -70,6 +72,14 @@ def test_commands_run(page: str, photos: Path, tmp_path: Path, monkeypatch: pyte
         code, out, err = run(*small(words))
         problems = words[0] == "check" and "error" in out  # found in the images, not in the command
         assert code == 0 or problems, f"{page}: {shlex.join(words)}: {err}"
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    mkdocs = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", tmp_path / "site"]
+    done = subprocess.run(mkdocs, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "site" / "ja" / "quickstart" / "index.html").read_text(encoding="utf-8")
+    assert "クイックスタート" in page
 
 
 def test_there_is_something_to_run() -> None:

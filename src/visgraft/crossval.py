@@ -3,7 +3,7 @@
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,7 @@ from visgraft.attach import attach, count_parameters, detach, get_attached
 from visgraft.backbone import Backbone, create_backbone, model_data_config
 from visgraft.config import MethodConfig, TrainConfig
 from visgraft.data.dataset import Dataset, Example, listed, stratum
-from visgraft.data.images import Images, load_images
+from visgraft.data.images import Images, Loading, load_images
 from visgraft.data.read import AnySource, read_data
 from visgraft.errors import DataError, TrainingDiverged
 from visgraft.evaluate import Evaluation, logits_of, make_accelerator, probabilities_of, score
@@ -319,6 +319,7 @@ def cross_validate(
     folds: int = 5,
     repeats: int = 2,
     seed: int = 0,
+    loading: Loading = Loading(),  # noqa: B008
     on_progress: Callable[[Epoch], None] | None = None,
 ) -> CrossValidation:
     """Measure a setting on all training and validation images, each predicted by models that did not see it.
@@ -332,9 +333,10 @@ def cross_validate(
     start = time.perf_counter()
     dataset = data if isinstance(data, Dataset) else read_data(data)
     examples = (*dataset.train, *dataset.val)
-    parts = _draw_folds(examples, folds, repeats, seed)
+    _draw_folds(examples, folds, repeats, seed)  # raises before anything is read
     bench = Bench(backbone, len(dataset.classes))
-    images = bench.load(examples)
+    images = bench.load(examples, **asdict(loading))
+    parts = _draw_folds(kept_examples(examples, images), folds, repeats, seed)
     answers, figures = torch.zeros(repeats, len(images), bench.classes), list[float]()
     for number, fold in enumerate(parts):
         fit = fit_fold(bench, method_config, train_config, images, fold, on_progress)

@@ -32,7 +32,7 @@ def wilson(rate: float, count: float) -> tuple[float, float]:
     z = float(norm.ppf(0.975))
     centre = (rate + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * np.sqrt(rate * (1 - rate) / count + z**2 / (4 * count**2))
-    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+    return float(centre - half) if rate > 0 else 0.0, float(centre + half) if rate < 1 else 1.0
 
 
 def rate_interval(right: np.ndarray, members: np.ndarray) -> tuple[float, float]:
