@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -59,7 +59,7 @@ class _Loop:
     schedule: Any
     accelerator: Any
     clock: _Clock
-    loader: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    loader: ThreadPoolExecutor
 
 
 def train(
@@ -101,28 +101,40 @@ def train(
     if resume:
         restore(model, state.tensors)
         restore_optimizer(optimizer, state.optimizer)
-    loop, first = _Loop(task, config, optimizer, schedule, accelerator, _Clock(time.perf_counter())), state.epoch
-    for number in range(first + 1, config.epochs + 1):
-        torch.manual_seed(int(np.random.SeedSequence((config.seed, number)).generate_state(1)[0]))
-        model.train()
-        epoch = _one_epoch(loop, number, on_progress)
-        tensors = _tensors(model)
-        if epoch is None or not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-            restore(model, state.tensors)
-            raise _diverged(number, config)
-        epoch = replace(epoch, complete=True, **_validate(model, task, accelerator))
-        state = state.after(epoch, tensors, optimizer_tensors(optimizer))
-        if on_state:
-            on_state(state)
-        if on_progress:
-            on_progress(epoch)
+    first, clock = state.epoch, _Clock(time.perf_counter())
+    with ThreadPoolExecutor(1) as loader:
+        loop = _Loop(task, config, optimizer, schedule, accelerator, clock, loader)
+        for number in range(first + 1, config.epochs + 1):
+            state = _advance(model, loop, state, number, on_progress)
+            if on_state:
+                on_state(state)
+            if on_progress:
+                on_progress(state.history[-1])
     kept = state.best_epoch if config.select == "val" else config.epochs
     if config.select == "val":
         restore(model, state.best)
     model.eval()
     seconds, seen = time.perf_counter() - begin, (config.epochs - first) * len(images)
-    waiting = loop.clock.waiting / max(loop.clock.stepping, 1e-9)
+    waiting = clock.waiting / max(clock.stepping, 1e-9)
     return Training(state.history, kept, seconds, seen / seconds, peak_memory_bytes(), waiting)
+
+
+def _advance(
+    model: nn.Module, loop: _Loop, state: TrainState, number: int, on_progress: Callable[[Epoch], None] | None
+) -> TrainState:
+    """Train for one epoch, measure, and return the state after it.
+
+    Raises:
+        TrainingDiverged: the model holds the state before the epoch again.
+    """
+    torch.manual_seed(int(np.random.SeedSequence((loop.config.seed, number)).generate_state(1)[0]))
+    model.train()
+    epoch, tensors = _one_epoch(loop, number, on_progress), _tensors(model)
+    if epoch is None or not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        restore(model, state.tensors)
+        raise _diverged(number, loop.config)
+    epoch = replace(epoch, complete=True, **_validate(model, loop.task, loop.accelerator))
+    return state.after(epoch, tensors, optimizer_tensors(loop.optimizer))
 
 
 def _one_epoch(loop: _Loop, number: int, on_progress: Callable[[Epoch], None] | None) -> Epoch | None:
