@@ -164,3 +164,31 @@ def test_resume_without_a_state_says_that_it_starts_from_the_beginning(colours: 
 
 def test_options_of_the_run_are_those_that_decide_its_weights() -> None:
     assert TrainConfig().to_dict().keys() >= {"epochs", "lr", "seed", "class_weights", "sampler", "rand_augment"}
+
+
+def test_curves_go_to_tensorboard_on_request(colours: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trained = succeed(*arguments(colours, tmp_path / "adapter", "linear"), "--log", "tensorboard")
+    events = EventAccumulator(str(tmp_path / "adapter.tensorboard"))
+    events.Reload()
+    assert {"train/loss", "train/top1", "train/lr", "val/loss", "val/top1"} <= set(events.Tags()["scalars"])
+    points = events.Scalars("val/top1")
+    assert [point.step for point in points] == [1, 2, 3]
+    assert points[-1].value == pytest.approx(trained["top1"])
+    assert "must be tensorboard" in run(*arguments(colours, tmp_path / "x"), "--log", "wandb")[2]
+
+
+def test_quiet_prints_the_result_and_nothing_else(colours: Path, tmp_path: Path) -> None:
+    code, out, err = run(*arguments(colours, tmp_path / "adapter", "linear"), "--quiet")
+    assert (code, err) == (0, "") and "top-1" in out
+    assert "epoch" in run(*arguments(colours, tmp_path / "adapter", "linear"))[2], "quiet holds for one run only"
+
+
+def test_few_images_are_cross_validated_on_request(colours: Path, tmp_path: Path) -> None:
+    trained = succeed(*arguments(colours, tmp_path / "adapter", "linear"), "--folds", 3, "--repeats", 2)
+    crossed = trained["cross_validation"]
+    assert (crossed["images"], crossed["folds"], crossed["repeats"]) == (30, 3, 2)
+    assert crossed["interval"][0] <= crossed["figure"] <= crossed["interval"][1]
+    code, out, _ = run(*arguments(colours, tmp_path / "adapter", "linear"), "--folds", 3)
+    assert code == 0 and "cross-validated top-1" in out

@@ -27,10 +27,9 @@ Part = Annotated[str, typer.Option("--split", help="test, val, train or all")]
 
 
 def _quieten(quiet: bool) -> bool:
-    if quiet:
-        from visgraft.cli.show import progress_console
+    from visgraft.cli.show import progress_console
 
-        progress_console.quiet = True
+    progress_console.quiet = quiet
     return quiet
 
 

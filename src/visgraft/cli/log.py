@@ -12,14 +12,14 @@ LOGS = ("tensorboard",)
 
 
 @contextmanager
-def epoch_log(kind: str | None, folder: Path) -> Iterator[Callable[[Epoch], None]]:
-    """Yield a callback for `train` that writes every complete epoch's figures; one that does nothing for None.
+def epoch_log(kind: str | None, folder: Path, show: Callable[[Epoch], None]) -> Iterator[Callable[[Epoch], None]]:
+    """Yield a callback for `train` that calls `show` and writes every complete epoch's figures; for None, `show`.
 
     Raises:
         VisgraftError: no such log, its library is missing, or the folder cannot be written.
     """
     if kind is None:
-        yield lambda epoch: None
+        yield show
         return
     if kind not in LOGS:
         raise VisgraftError(f"--log is {kind!r}, but must be {' or '.join(LOGS)}")
@@ -35,6 +35,7 @@ def epoch_log(kind: str | None, folder: Path) -> Iterator[Callable[[Epoch], None
         raise VisgraftError(f"{folder} cannot be written ({error.strerror}); choose another --out") from error
 
     def write(epoch: Epoch) -> None:
+        show(epoch)
         if not epoch.complete:
             return
         for name, value in dataclasses.asdict(epoch).items():

@@ -122,6 +122,12 @@ def print_figures(figures: Mapping[str, Any]) -> None:
         "time": f"{figures['seconds']:.1f} s, {figures['images_per_second']:.1f} images/s in {figures['precision']}",
         "peak memory": f"{figures['peak_memory_bytes'] / 1e9:.2f} GB",
     }
+    if crossed := figures.get("cross_validation"):
+        low, high = (percent(limit) for limit in crossed["interval"])
+        rows[f"cross-validated {main}"] = (
+            f"{percent(crossed['figure'])} %  (95 % interval {low} to {high}) on {crossed['images']} images, "
+            f"{crossed['folds']} folds, {crossed['repeats']} times"
+        )
     for name, text in rows.items():
         if text != "–":
             table.add_row(name, text)

@@ -69,22 +69,10 @@ def train(
     with (
         training_progress(recipe.epochs) as show,
         loading_progress() as show_loading,
-        epoch_log(log, out.with_name(f"{out.name}.tensorboard")) as write_log,
+        epoch_log(log, out.with_name(f"{out.name}.tensorboard"), show) as tell,
     ):
-
-        def tell(epoch: Any) -> None:
-            show(epoch)
-            write_log(epoch)
-
-        figures = train_folder(
-            images,
-            out,
-            **setting,
-            split=split,
-            resume=resume,
-            init_from=init_from,
-            watch=Watch(tell, show_loading, warn),
-        )
+        watch = Watch(tell, show_loading, warn)
+        figures = train_folder(images, out, **setting, split=split, resume=resume, init_from=init_from, watch=watch)
     if folds:
         figures["cross_validation"] = _cross_validate(read_data(images, split), folds, repeats, setting)
     emit(figures, json, lambda: print_figures(figures))

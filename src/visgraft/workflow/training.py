@@ -71,7 +71,6 @@ def train_folder(
         data: a folder, a table or a data set (see `read_data`), divided by `split` where it does not say.
         resume: go on from the state that an interrupted run with the same arguments left, to the very same weights.
         init_from: an adapter of the same backbone and method to start from; classes may have come or gone.
-        watch: who is told of the progress.
 
     Raises:
         Interrupted: after writing the state, on Ctrl-C.
