@@ -15,6 +15,8 @@ MIN_EPOCHS = 5
 PLANNED_TRIALS = 4
 """Trials per method that the plan makes room for, the default recipe included; pruning makes room for more."""
 MIN_TRIALS = 2
+PRUNED_SHARE = 0.4
+"""What a trial after the first costs on average: most are stopped early."""
 SLACK = 1.15
 """What plans allow for an estimate that is too low."""
 REPEATS = 2
@@ -145,7 +147,7 @@ def make_plan(costs: Mapping[str, Cost], recipes: Mapping[str, int], size: Size,
     def needed(epochs: Mapping[str, int], trials: int, folds: int, repeats: int) -> float:
         return SLACK * sum(
             cost.once(size.train, size.val)
-            + trials * cost.training(epochs[name], size.train, size.val)
+            + (1 + PRUNED_SHARE * (trials - 1)) * cost.training(epochs[name], size.train, size.val)
             + crossval_seconds(cost, epochs[name], size, folds, repeats)
             for name, cost in costs.items()
         )
