@@ -1,5 +1,6 @@
 """Imbalance and several classes per image: weights, samplers, losses, figures; and starting from an adapter."""
 
+import importlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from test_cli import SMALL, draw, fail, run, succeed
 from test_train import DEFAULTS, HALF, RECIPE, fit, held, ready, task, training
 from torch.nn import functional as F
 
-from visgraft import Images, TrainConfig, VisgraftError
+from visgraft import Images, TrainConfig, VisgraftError, load, predict
 from visgraft.adapter import TENSORS
+from visgraft.data.decode import open_image
 from visgraft.evaluate import score
 from visgraft.objective import class_weights, draw_order, make_loss
 
@@ -166,6 +168,36 @@ def test_a_table_with_several_classes_per_image_goes_through_train_eval_and_pred
     code, told, _ = run("eval", out, data)
     assert code == 0 and "mean average precision" in told and "top-1" not in told
     assert "one class per image" in fail("eval", out, draw(tmp_path / "flat", 12))
+    image = data.parent / "3.png"  # red and bright
+    (answers,) = predict(load(out), [image], top=2)
+    (row,) = succeed("predict", out, image)
+    assert {found["class"]: found["probability"] for found in row["classes"]} == pytest.approx(dict(answers))
+    adapted = load(out)
+    with torch.no_grad():
+        each = adapted.model(adapted.transform(open_image(image))[None])[0].sigmoid()
+    expected = {name: p for name, p in zip(("bright", "red"), each.tolist(), strict=True) if p >= 0.5}
+    assert expected and dict(answers) == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_adapter_keeps_the_background_of_its_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, out, colours = draw(tmp_path / "data", 12), tmp_path / "adapter", list[str]()
+
+    def note(source: Any, background: str = "white") -> Image.Image:
+        colours.append(background)
+        return open_image(source, background)
+
+    for place in ("visgraft.data.images", "visgraft.predict"):
+        monkeypatch.setattr(importlib.import_module(place), "open_image", note)
+    train = ["train", data, "--out", out, "--method", "linear", "--epochs", 1, *SMALL]
+    for words, asked, expected in (
+        (train, ["--background", "black"], "black"),
+        (["eval", out, data], [], "black"),
+        (["predict", out, data / "red"], [], "black"),
+        (["predict", out, data / "red"], ["--background", "#00ff00"], "#00ff00"),
+    ):
+        colours.clear()
+        succeed(*words, *asked)
+        assert set(colours) == {expected}, words
 
 
 @pytest.mark.parametrize("method", ["sct", "alore"])

@@ -170,6 +170,7 @@ def load(path: str | Path, *, weights: str | None = None, backbone: nn.Module | 
     except AdapterError:
         detach(model)
         raise
+    model.visgraft_record = config["record"]  # says precision and kind of labels
     return Adapted(model.eval(), transform, tuple(config["classes"]))
 
 

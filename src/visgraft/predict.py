@@ -23,8 +23,6 @@ from visgraft.evaluate import make_accelerator, probabilities_of, resolve_precis
 
 BATCH_SIZE = 64  # that of `evaluate`, so that both see the same rounding
 THRESHOLD = 0.5
-RECORD = "visgraft_record"
-"""Attribute of a loaded model that holds its adapter's record: it says the precision, and whether classes are many."""
 
 Classes = list[tuple[str, float]]
 """Names of classes with their probabilities, most probable first."""
@@ -45,6 +43,7 @@ class _Ready(NamedTuple):
     adapted: Adapted
     precision: str
     multi_label: bool
+    background: str
 
 
 def predict(adapted: Adapted, paths: Sequence[str | Path], top: int = 1) -> list[Classes]:
@@ -64,7 +63,7 @@ def predict_stream(
     top: int | None = None,
     threshold: float | None = None,
     batch_size: int = BATCH_SIZE,
-    background: str = "white",
+    background: str | None = None,
     on_broken: Callable[[Path, str], None] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Iterator[Prediction]:
@@ -81,7 +80,7 @@ def predict_stream(
         top: how many classes to name at most; None: one, or, where images may have several classes, no limit.
         threshold: least probability of a class to be named, of adapters trained on images with several classes; 0.5.
         batch_size: images per forward.
-        background: the colour behind transparent places, by name or as #rrggbb.
+        background: the colour behind transparent places, by name or as #rrggbb; None: as in training.
         on_broken: called with path and reason for each file that is no image, which is left out; None: it is an error.
         on_progress: called with the number of images read so far, after each batch.
 
@@ -94,8 +93,8 @@ def predict_stream(
     ready = _prepare(adapters, weights)
     if threshold is not None and not any(one.multi_label for one in ready):
         raise VisgraftError("threshold is for adapters of images with several classes, and none is; leave it out")
-    transform = ready[0].adapted.transform
-    decoded = _decoded(map(Path, images), lambda path: transform(open_image(path, background)), 2 * batch_size)
+    transform, colour = ready[0].adapted.transform, background or _background(ready)
+    decoded = _decoded(map(Path, images), lambda path: transform(open_image(path, colour)), 2 * batch_size)
     named = partial(_name, top=top, threshold=THRESHOLD if threshold is None else threshold)
     return _run(ready, _batches(decoded, batch_size), named, on_broken, on_progress)
 
@@ -217,14 +216,25 @@ def _prepare(adapters: Sequence[str | Path | Adapted], weights: str | None) -> l
     ready = []
     for number, adapter in enumerate(adapters, 1):
         name, adapted = (str(number), adapter) if isinstance(adapter, Adapted) else (str(adapter), next(loaded))
-        record: Any = getattr(adapted.model, RECORD, {})
-        multi_label = bool(record.get("data", {}).get("multi_label"))
-        ready.append(_Ready(name, adapted, resolve_precision(record.get("precision", "fp32")), multi_label))
+        record: Any = getattr(adapted.model, "visgraft_record", {})
+        data, precision = record.get("data", {}), resolve_precision(record.get("precision", "fp32"))
+        ready.append(_Ready(name, adapted, precision, bool(data.get("multi_label")), data.get("background", "white")))
     first = ready[0].adapted.transform
     for one in ready[1:]:
         if one.adapted.transform is not first and repr(one.adapted.transform) != repr(first):
             raise AdapterError(f"adapters {ready[0].name} and {one.name} prepare images differently; run each apart")
     return ready
+
+
+def _background(ready: Sequence[_Ready]) -> str:
+    """Return the colour behind transparent places with which all adapters were trained."""
+    for one in ready[1:]:
+        if one.background != ready[0].background:
+            raise AdapterError(
+                f"adapters {ready[0].name} and {one.name} were trained with the backgrounds {ready[0].background} and "
+                f"{one.background}; pass background (--background), or run each apart"
+            )
+    return ready[0].background
 
 
 def load_together(paths: Sequence[str | Path], *, weights: str | None = None) -> list[Adapted]:
@@ -241,7 +251,7 @@ def load_together(paths: Sequence[str | Path], *, weights: str | None = None) ->
     check_same_backbone(paths)
     if not paths:
         return []
-    first = _load(paths[0], weights=weights)
+    first = load(paths[0], weights=weights)
     first.model.to(make_accelerator("fp32").device)
     if len(paths) == 1:
         return [first]
@@ -262,13 +272,7 @@ def _load_onto(plain: nn.Module, path: Path) -> Adapted:
         like = next(model.parameters())
         model.reset_classifier(outputs)
         model.to(like.device, like.dtype)
-    return _load(path, backbone=model)
-
-
-def _load(path: str | Path, **how: Any) -> Adapted:
-    adapted = load(path, **how)
-    setattr(adapted.model, RECORD, read_config(path)["record"])
-    return adapted
+    return load(path, backbone=model)
 
 
 def _sharing_copy(model: nn.Module, own: Iterable[str]) -> nn.Module:

@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -37,7 +38,7 @@ def eval_(
     split: Part = "test",
     cache: Cache = "auto",
     skip_broken: SkipBroken = False,
-    background: Background = "white",
+    background: Background = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
@@ -143,21 +144,32 @@ def demo(
     emit(result, json, lambda: print_demo(result))
 
 
-def build() -> typer.Typer:
-    """Return the app; the options of `train` are generated from the registered methods."""
+def _train_verb() -> Callable[..., None]:
+    """Return `train` with the options of all methods, or, while a word of another verb is completed, its name alone."""
+    words = os.environ.get("_TYPER_COMPLETE_ARGS") or os.environ.get("COMP_WORDS") or ""
+    if "_VISGRAFT_COMPLETE" in os.environ and "train" not in words.split():
+
+        def name_only() -> None:
+            """Train a method on labelled images and write a small adapter."""
+
+        return name_only
     from visgraft.cli.options import with_flags
 
+    return with_flags(train)
+
+
+def build() -> typer.Typer:
+    """Return the app; the options of `train` are generated from the registered methods."""
     app = typer.Typer(
         name="visgraft",
         help="Adapt a frozen, pretrained vision backbone with well under 1 % extra parameters.",
         add_completion=True,
         pretty_exceptions_enable=False,
     )
-    for verb in (check, compare, with_flags(train)):
-        app.command()(verb)
-    app.command("eval")(eval_)
-    for verb in (report, predict, merge, info, methods, demo):
-        app.command()(verb)
+    verbs: dict[str, Callable[..., None]] = {"check": check, "compare": compare, "train": _train_verb(), "eval": eval_}
+    verbs |= {"report": report, "predict": predict, "merge": merge, "info": info, "methods": methods, "demo": demo}
+    for name, verb in verbs.items():
+        app.command(name)(verb)
     return app
 
 

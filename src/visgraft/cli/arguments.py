@@ -19,7 +19,10 @@ Csv = Annotated[
     typer.Option(help="table with the columns image_path, label[, split][, group]; DATA is then the images' folder"),
 ]
 SkipBroken = Annotated[bool, typer.Option("--skip-broken", help="leave out images that do not decode; list them")]
-Background = Annotated[str, typer.Option(help="colour behind transparent places, by name or as #rrggbb")]
+Background = Annotated[
+    str | None,
+    typer.Option(help="colour behind transparent places, by name or as #rrggbb; none: white, or the adapter's"),
+]
 Cache = Annotated[
     str, typer.Option(help="where decoded images are kept: auto, ram, disk (later runs share it) or none")
 ]

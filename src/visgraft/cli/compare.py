@@ -62,7 +62,7 @@ def compare(
     train_best: TrainBest = None,
     cache: Cache = "auto",
     skip_broken: SkipBroken = False,
-    background: Background = "white",
+    background: Background = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import typer
 
+import visgraft.methods  # noqa: F401  (registers them, also where `visgraft` itself imports nothing)
 from visgraft.config import MethodConfig, TrainConfig
 from visgraft.errors import VisgraftError
 from visgraft.registry import get_method, method_names

@@ -52,7 +52,7 @@ def predict(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="table to write: .csv or .parquet", show_default=False)] = None,
     skip_broken: SkipBroken = False,
-    background: Background = "white",
+    background: Background = None,
     batch_size: Annotated[int, typer.Option(help="images per forward", min=1)] = 64,
     quiet: Quiet = False,
     json: Json = False,

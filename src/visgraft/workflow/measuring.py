@@ -1,7 +1,7 @@
 """Measure adapters on data, and merge them."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,13 @@ def _examples(dataset: Dataset, same: bool, part: str, adapter: Path) -> tuple[E
     return dataset.part(part)
 
 
+def load_as_trained(examples: Sequence[Example], config: Mapping[str, Any], classes: int, loading: Loading) -> Images:
+    """Load images as they were for the adapter's training."""
+    background = loading.background or config["record"].get("data", {}).get("background")
+    loading = dataclasses.replace(loading, background=background)
+    return load_images(examples, config["data_config"], outputs=classes, **vars(loading))
+
+
 def eval_adapter(
     adapter: Path,
     data: AnySource,
@@ -126,7 +133,7 @@ def measure_adapter(
     dataset, same = adapter_data(adapter, data)
     examples = _examples(dataset, same, part, adapter)
     adapted = load(adapter, weights=weights)
-    images = load_images(examples, config["data_config"], outputs=len(dataset.classes), **vars(loading))
+    images = load_as_trained(examples, config, len(dataset.classes), loading)
     precision = config["record"].get("precision", "fp32")  # as in training, so that figures compare
     evaluation = evaluate(adapted.model, images, precision)
     figures = {
@@ -164,8 +171,7 @@ def merge_adapter(
     if data is not None:
         dataset, _ = adapter_data(adapter, data)
         examples = (dataset.val or dataset.train)[:CERTIFICATE_IMAGES]
-        loaded = load_images(examples, config["data_config"], outputs=len(dataset.classes), **vars(loading))
-        images = loaded.batches()
+        images = load_as_trained(examples, config, len(dataset.classes), loading).batches()
     adapted = load(adapter, weights=weights)
     plain, certificate = merge(adapted.model, images)
     save_plain(plain, out, adapted.classes, config["data_config"], certificate)

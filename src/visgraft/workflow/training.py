@@ -89,7 +89,7 @@ def train_folder(
     images, val = _load(dataset, model, loading, watch)
     begin = time.perf_counter()
     _attach(model, method_config, images, dataset, state, init_from, train_config.seed, watch)
-    record = _record(dataset, split, train_config)
+    record = _record(dataset, split, train_config, loading.background or "white")
 
     def write(**more: Any) -> None:
         save(model, out, classes=dataset.classes, record={**record, **more})
@@ -139,14 +139,16 @@ def _facts(
     }
 
 
-def _record(dataset: Dataset, split: Split, config: TrainConfig) -> dict[str, Any]:
+def _record(dataset: Dataset, split: Split, config: TrainConfig, background: str) -> dict[str, Any]:
     """What the adapter keeps of how it was trained."""
-    data = {"fingerprint": dataset.fingerprint, "layout": dataset.layout, "multi_label": dataset.multi_label}
-    return {
-        "train": config.to_dict(),
-        "precision": config.precision,
-        "data": {**data, **dataclasses.asdict(split)},
+    data = {
+        "fingerprint": dataset.fingerprint,
+        "layout": dataset.layout,
+        "multi_label": dataset.multi_label,
+        "background": background,
+        **dataclasses.asdict(split),
     }
+    return {"train": config.to_dict(), "precision": config.precision, "data": data}
 
 
 def _attach(
