@@ -1,6 +1,8 @@
 """Interruption: a resumed run reaches the very same weights, and whatever cuts a run short leaves it usable."""
 
 import json
+import signal
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support import CONFIGS
-from test_cli import SMALL, draw, run, succeed
+from test_cli import PROGRAM, SMALL, draw, run, succeed
 from test_train import DEFAULTS, RECIPE, fit, held, ready, same, task
 
 from visgraft import Epoch, TrainConfig, TrainState, VisgraftError, load
@@ -128,6 +130,22 @@ def test_ctrl_c_leaves_a_usable_adapter_and_a_state_that_ends_in_the_same_weight
     assert sorted(path.name for path in tmp_path.iterdir()) == ["part", "whole"], "nothing is left beside the adapters"
     code, _, err = run(*arguments(colours, part), "--resume")
     assert code == 1 and "nothing to resume" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_is_told_to_end_says_how_to_go_on(number: signal.Signals, colours: Path, tmp_path: Path) -> None:
+    out = tmp_path / "adapter"
+    command = [PROGRAM, *arguments(colours, out, "lora"), "--epochs", "100000"]
+    with subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("epoch"):
+                break
+        process.send_signal(number)
+        rest = process.stderr.read()
+    assert process.returncode == 130, rest
+    assert "interrupted after epoch" in rest and "Traceback" not in rest
+    assert load(out).classes == ("blue", "green", "red") and state_file(out).is_file()
 
 
 def test_ctrl_c_never_replaces_a_finished_adapter(colours: Path, tmp_path: Path, stop: Callable[[int], None]) -> None:
