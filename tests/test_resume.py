@@ -136,13 +136,15 @@ def test_ctrl_c_leaves_a_usable_adapter_and_a_state_that_ends_in_the_same_weight
 def test_a_process_that_is_told_to_end_says_how_to_go_on(number: signal.Signals, colours: Path, tmp_path: Path) -> None:
     out = tmp_path / "adapter"
     command = [PROGRAM, *arguments(colours, out, "lora"), "--epochs", "100000"]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and theirs, ignore it
     with subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if line.startswith("epoch"):
-                break
-        process.send_signal(number)
-        rest = process.stderr.read()
+        try:
+            assert process.stderr is not None
+            assert any(line.startswith("epoch") for line in process.stderr)
+            process.send_signal(number)
+            rest = process.communicate(timeout=60)[1]
+        finally:
+            process.kill()
     assert process.returncode == 130, rest
     assert "interrupted after epoch" in rest and "Traceback" not in rest
     assert load(out).classes == ("blue", "green", "red") and state_file(out).is_file()
