@@ -135,7 +135,7 @@ def test_ctrl_c_leaves_a_usable_adapter_and_a_state_that_ends_in_the_same_weight
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_process_that_is_told_to_end_says_how_to_go_on(number: signal.Signals, colours: Path, tmp_path: Path) -> None:
     out = tmp_path / "adapter"
-    command = [PROGRAM, *arguments(colours, out, "lora"), "--epochs", "100000"]
+    command = [PROGRAM, *arguments(colours, out, "lora"), "--epochs", "3000"]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and theirs, ignore it
     with subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, text=True) as process:
         try:
