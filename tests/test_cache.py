@@ -13,6 +13,7 @@ from test_cli import SMALL, draw, run, succeed
 from visgraft import DataError, Example, Images, load_images
 from visgraft.adapter import TENSORS
 from visgraft.data import cache as caches
+from visgraft.data.augment import augmentation
 from visgraft.data.decode import open_image
 
 FACTS: dict[str, Any] = {
@@ -54,6 +55,8 @@ def test_all_caches_give_the_same_pixels_however_they_are_indexed(cache: str, ex
     plain, other = (load_images(examples, FACTS, cache=kind) for kind in ("ram", cache))
     assert torch.equal(pixels(other), pixels(plain))
     assert torch.equal(other.pixels[2:5], plain.pixels[2:5]) and torch.equal(other.pixels[3], plain.pixels[3])
+    assert torch.equal(other.pixels[torch.tensor(3)], plain.pixels[3])
+    assert torch.equal(*(augmentation(kind, True, "rand-m5", 0)(torch.arange(12), 1) for kind in (plain, other)))
     assert len(other.pixels) == 12 and other.paths == plain.paths
 
 

@@ -193,7 +193,7 @@ class Decoded:
         return len(self.examples)
 
     def __getitem__(self, index: Any, /) -> Tensor:
-        if isinstance(index, int):
-            return self.decode.function(self.examples[index])
+        if isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0):
+            return self.decode.function(self.examples[int(index)])
         chosen = self.examples[index] if isinstance(index, slice) else [self.examples[int(i)] for i in index]
         return torch.stack(list(self.pool.map(self.decode.function, chosen)))
