@@ -21,9 +21,9 @@ from visgraft.adapter import CARD, CONFIG, TENSORS, read_config
 from visgraft.attach import CHILD
 from visgraft.errors import AdapterError, VisgraftError
 from visgraft.files import check_target
+from visgraft.finding import find_sites
 from visgraft.merge import mergeable
 from visgraft.salience import SCORES
-from visgraft.sites import find_sites
 
 REMEDY = r"restore it|train again|pass |update visgraft|create the backbone|choose another"
 TRIES = settings(max_examples=15, deadline=None, derandomize=True)

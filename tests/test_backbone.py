@@ -11,14 +11,16 @@ import safetensors.torch
 import timm
 import torch
 from PIL import Image
+from published import to_jax
 from support import CLASSES, CONFIGS, TINY, enliven, images, live, logits, vit
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from visgraft import Backbone, attach, create_backbone, load, merge, model_data_config, save
 from visgraft.adapter import save_plain
-from visgraft.backbone import image_transform, load_weights
+from visgraft.backbone import image_transform
 from visgraft.errors import VisgraftError, WeightsError
+from visgraft.weights import load_weights
 
 SMALL: dict[str, Any] = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 WRAPPED: dict[str, Callable[[Any], Any]] = {
@@ -139,36 +141,8 @@ def test_a_head_in_the_file_is_left_out(classes: int, tmp_path: Path) -> None:
         assert torch.equal(model.head.weight, fresh.head.weight)
 
 
-def jax_layout(state: dict[str, Tensor], heads: int = TINY["num_heads"]) -> dict[str, Any]:
-    """The tensors of a plain ViT as Google's JAX code names and shapes them."""
-    arrays = {name: tensor.numpy() for name, tensor in state.items()}
-    width = arrays["cls_token"].shape[-1]
-    out: dict[str, Any] = {
-        "cls": arrays["cls_token"],
-        "embedding/kernel": arrays["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
-        "embedding/bias": arrays["patch_embed.proj.bias"],
-        "Transformer/posembed_input/pos_embedding": arrays["pos_embed"],
-        "Transformer/encoder_norm/scale": arrays["norm.weight"],
-        "Transformer/encoder_norm/bias": arrays["norm.bias"],
-    }
-    if "head.weight" in arrays:
-        out |= {"head/kernel": arrays["head.weight"].T, "head/bias": arrays["head.bias"]}
-    for i in range(len([name for name in arrays if name.endswith("attn.qkv.weight")])):
-        own, jax = f"blocks.{i}", f"Transformer/encoderblock_{i}"
-        attention = f"{jax}/MultiHeadDotProductAttention_1"
-        qkv = (arrays[f"{own}.attn.qkv.weight"], arrays[f"{own}.attn.qkv.bias"])
-        for part, weight, bias in zip(("query", "key", "value"), *(np.split(array, 3) for array in qkv), strict=True):
-            out[f"{attention}/{part}/kernel"] = weight.T.reshape(width, heads, -1)
-            out[f"{attention}/{part}/bias"] = bias.reshape(heads, -1)
-        out[f"{attention}/out/kernel"] = arrays[f"{own}.attn.proj.weight"].T.reshape(heads, -1, width)
-        out[f"{attention}/out/bias"] = arrays[f"{own}.attn.proj.bias"]
-        for ours, theirs in (("norm1", "LayerNorm_0"), ("norm2", "LayerNorm_2")):
-            out[f"{jax}/{theirs}/scale"] = arrays[f"{own}.{ours}.weight"]
-            out[f"{jax}/{theirs}/bias"] = arrays[f"{own}.{ours}.bias"]
-        for ours, theirs in (("fc1", "Dense_0"), ("fc2", "Dense_1")):
-            out[f"{jax}/MlpBlock_3/{theirs}/kernel"] = arrays[f"{own}.mlp.{ours}.weight"].T
-            out[f"{jax}/MlpBlock_3/{theirs}/bias"] = arrays[f"{own}.mlp.{ours}.bias"]
-    return out
+def jax_layout(state: dict[str, Tensor]) -> dict[str, Any]:
+    return to_jax(state, TINY["num_heads"])
 
 
 def test_a_file_in_googles_layout_gives_the_same_features(tmp_path: Path) -> None:
@@ -197,8 +171,9 @@ def test_unknown_names_are_answered_with_the_nearest() -> None:
 
 def test_options_that_a_model_lacks_are_refused() -> None:
     for backbone in (
-        Backbone("test_resnet", "none", image_size=64),
         Backbone("test_vit", "none", arguments={"hue": 1}),
+        Backbone("test_vit", "none", image_size=32, arguments={"hue": 1}),
+        Backbone("test_resnet", "none", arguments={"img_size": 64}),
     ):
         message = refusal(lambda b=backbone: create_backbone(b), VisgraftError)
         assert message.startswith(f"{backbone.name} cannot be created with ")

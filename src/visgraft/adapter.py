@@ -17,6 +17,7 @@ from visgraft.attach import CHILD, assemble, count_parameters, detach, get_attac
 from visgraft.backbone import Adapted, Backbone, create_backbone, image_transform, model_data_config
 from visgraft.errors import AdapterError
 from visgraft.files import new_directory, write_json
+from visgraft.input_size import built_size
 from visgraft.registry import get_method
 
 FORMAT_VERSION = 1
@@ -80,9 +81,12 @@ def _origin(model: nn.Module) -> Backbone:
     facts: Any = getattr(model, "pretrained_cfg", None) or {}
     name = facts.get("architecture", type(model).__name__)
     tag = f".{facts['tag']}" if facts.get("tag") else ""
-    size: Any = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    own = tuple(facts.get("input_size", ()))[1:]
-    return Backbone(f"{name}{tag}", image_size=size[0] if size and tuple(size) != own else None)
+    size = built_size(model)
+    if size is None or size == tuple(facts.get("input_size", ()))[1:]:
+        return Backbone(f"{name}{tag}")
+    if size[0] != size[1]:
+        return Backbone(f"{name}{tag}", arguments={"img_size": list(size)})
+    return Backbone(f"{name}{tag}", image_size=size[0])
 
 
 def _card(config: Mapping[str, Any]) -> str:
@@ -233,8 +237,9 @@ def save_plain(
 ) -> Path:
     """Write a merged plain model in timm's own format; `create_model("local-dir:PATH", pretrained=True)` opens it."""
     facts = {key: tuple(v) if isinstance(v, list) else v for key, v in data_config.items()}
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    config: dict[str, Any] = {"pretrained_cfg": facts, "model_args": {"img_size": list(size)} if size else {}}
+    size, origin = built_size(model), getattr(model, "visgraft_backbone", None)
+    arguments = {**(origin.arguments if origin else {}), **({"img_size": list(size)} if size else {})}
+    config: dict[str, Any] = {"pretrained_cfg": facts, "model_args": arguments}
     if classes:
         config["label_names"] = list(classes)
     with new_directory(Path(path), "config.json") as folder:

@@ -1,7 +1,6 @@
-"""Affine maps behind modules: recover (A, a) by probing in float64, and fold them into neighbouring linear layers."""
+"""Affine maps behind modules: recover (A, a) by probing in float64, and fold them into neighbouring layers."""
 
 import copy
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -9,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from visgraft.errors import MergeError
-from visgraft.method import Grid, Method, Place, Position
-from visgraft.sites import Neighbour, Site
+from visgraft.families import NORMS, norm_parameters
+from visgraft.method import Grid, Method, Position
+from visgraft.sites import Bias, Neighbour, Site
 
 RELATIVE_TOLERANCE = 1e-9  # of float64 arithmetic; an activation function misses it by orders of magnitude
+PROBING_GRID = Grid(4, 4, 0)  # where a site's tensor says by itself how its tokens lie
 
 
 class AffineMap(NamedTuple):
@@ -23,16 +24,18 @@ class AffineMap(NamedTuple):
 
 
 class Fold(NamedTuple):
-    """Where a place folds: the linear layers concerned, and on which side of them the map acts.
+    """Where a place folds: the layers concerned, and on which side of them the map acts.
 
     `input`: W (I + A); `output`: (I + A) W; `beside`: W + A; the last two on `rows` of W where the neighbour has them.
+    `padded`: a constant would have to move behind zeros that are added in between.
     """
 
     side: str
     neighbours: tuple[Neighbour, ...]
+    padded: bool = False
 
 
-def probe(module: Method, position: Position, grid: Grid, shared: nn.Module | None = None) -> AffineMap:
+def probe(module: Method, position: Position, grid: Grid | None, shared: nn.Module | None = None) -> AffineMap:
     """Return the affine map that the module in eval mode adds to every token, found by feeding zero and the identity.
 
     `shared` holds the modules that the method shares between positions, if any.
@@ -42,12 +45,15 @@ def probe(module: Method, position: Position, grid: Grid, shared: nn.Module | No
     """
     # One copy of both, because a method's module refers to the shared ones without owning them.
     exact: Any = copy.deepcopy(nn.ModuleList([module, shared or nn.Identity()])).to("cpu", torch.float64).eval()[0]
+    grid = grid or PROBING_GRID
     tokens = grid.prefix_tokens + grid.height * grid.width
     generator = torch.Generator().manual_seed(0)
 
     def added(x: Tensor) -> Tensor:
         with torch.no_grad():
-            return exact(x, torch.zeros(*x.shape[:-1], position.adds_width, dtype=x.dtype), grid)
+            onto = x if position.place.reads == position.place.adds_to else torch.zeros(1, dtype=x.dtype)
+            onto = onto.expand(*x.shape[:-1], position.adds_width)
+            return exact(x, onto, grid) - onto
 
     shift = added(torch.zeros(1, tokens, position.reads_width, dtype=torch.float64))[0, 0]
     rows = -(-position.reads_width // tokens) * tokens
@@ -63,12 +69,11 @@ def probe(module: Method, position: Position, grid: Grid, shared: nn.Module | No
     return AffineMap(matrix, shift)
 
 
-def fold_target(place: Place, sites: Mapping[str, Site]) -> Fold | None:
-    """Return where a place folds exactly in one block, or None."""
-    reads, adds_to = sites[place.reads], sites[place.adds_to]
+def fold_target(reads: Site, adds_to: Site) -> Fold | None:
+    """Return where a place that reads and adds at these sites folds exactly, or None."""
     if reads is adds_to:
         if reads.feeds:
-            return Fold("input", reads.feeds)
+            return Fold("input", reads.feeds, reads.padded)
         return Fold("output", (reads.produced_by,)) if reads.produced_by else None
     producer = adds_to.produced_by
     if producer and any(feed == replace(producer, rows=None) for feed in reads.feeds):
@@ -76,32 +81,112 @@ def fold_target(place: Place, sites: Mapping[str, Site]) -> Fold | None:
     return None
 
 
+def _homes(model: nn.Module, neighbour: Neighbour) -> tuple[Bias, ...]:
+    """Where the bias of a linear layer is kept; empty where it has none."""
+    if neighbour.biases is not None:
+        return neighbour.biases
+    linear: Any = model.get_submodule(neighbour.path)
+    return () if linear.bias is None else (Bias(f"{neighbour.path}.bias", (0, len(linear.bias))),)
+
+
+def _homeless(model: nn.Module, neighbour: Neighbour) -> Tensor:
+    """Which rows of the neighbour's output can take no constant: bool [rows]."""
+    linear: Any = model.get_submodule(neighbour.path)
+    lacking = torch.ones(linear.weight.shape[0], dtype=torch.bool)
+    for _, (start, stop) in _homes(model, neighbour):
+        lacking[start:stop] = False
+    if neighbour.free:
+        lacking[slice(*neighbour.free)] = False
+    return lacking[slice(*neighbour.rows)] if neighbour.rows else lacking
+
+
+def refusal(model: nn.Module, target: Fold, shifts: bool, diagonal: bool) -> str | None:
+    """Return why a map of this kind does not fold into a target exactly; None where it does."""
+    if shifts and target.padded:
+        return "adds a constant in front of padded windows, whose zeros it would change"
+    for neighbour in target.neighbours:
+        layer: Any = model.get_submodule(neighbour.path)
+        if isinstance(layer, NORMS):
+            if not diagonal:
+                return f"mixes channels, which the norm {neighbour.path} cannot"
+            if shifts and getattr(layer, norm_parameters(layer)[1], None) is None:
+                return f"adds a constant, but {neighbour.path} has no bias to take it"
+        elif shifts and bool(_homeless(model, neighbour).any()):
+            part = "no bias" if not _homes(model, neighbour) else "no bias for keys, where a constant does not cancel"
+            return f"adds a constant, but {neighbour.path} has {part}"
+    return None
+
+
 def fold(model: nn.Module, target: Fold, affine: AffineMap) -> None:
-    """Write the map into its linear layers in place; the arithmetic is float64, rounded once at the end.
+    """Write the map into its layers in place; the arithmetic is float64, rounded once at the end.
 
     Raises:
-        MergeError: the map has a shift and the layer has no bias to take it.
+        MergeError: the map has a constant that a layer cannot take, or mixes channels in front of a norm.
     """
+    off_diagonal = affine.matrix - torch.diag(affine.matrix.diagonal()) if _square(affine.matrix) else affine.matrix
+    reason = refusal(model, target, bool(affine.shift.any()), not bool(off_diagonal.any()))
+    if reason:
+        raise MergeError(f"the adapter {reason}; keep the adapter attached")
+    with torch.no_grad():
+        for neighbour in target.neighbours:
+            layer: Any = model.get_submodule(neighbour.path)
+            if isinstance(layer, NORMS):
+                _fold_norm(layer, affine)
+            else:
+                _fold_linear(model, layer, neighbour, target.side, affine)
+
+
+def _square(matrix: Tensor) -> bool:
+    return matrix.shape[0] == matrix.shape[1]
+
+
+def _fold_norm(norm: Any, affine: AffineMap) -> None:
+    """Scale and shift the norm's own factor and shift."""
+    factor_name, shift_name = norm_parameters(norm)
+    factor, shift = getattr(norm, factor_name), getattr(norm, shift_name, None)
+    scale = (1 + affine.matrix.diagonal()).to(factor.device)
+    factor.copy_((factor.double().flatten() * scale).view_as(factor))
+    if shift is not None:
+        shift.copy_((shift.double().flatten() * scale + affine.shift.to(shift.device)).view_as(shift))
+
+
+def _fold_linear(model: nn.Module, layer: Any, neighbour: Neighbour, side: str, affine: AffineMap) -> None:
+    """Multiply or add to the layer's weight (of a convolution: for each pixel of its kernel), and move the constant."""
+    rows = slice(*neighbour.rows) if neighbour.rows else slice(None)
+    matrix, constant = (tensor.to(layer.weight.device) for tensor in affine)
+    kernel = layer.weight.shape[1:]
+    weight, bias = layer.weight.detach().double().flatten(1)[rows], _read_bias(model, layer, neighbour)[rows]
+    if side == "input":
+        new_weight, new_bias = weight + weight @ matrix, bias + weight @ constant
+    elif side == "output":
+        new_weight, new_bias = weight + matrix @ weight, bias + matrix @ bias + constant
+    else:
+        new_weight, new_bias = weight + matrix, bias + constant
+    if bool(new_bias[_homeless(model, neighbour).to(new_bias.device)].any()):
+        raise MergeError(f"the adapter adds a constant where {neighbour.path} has no bias; keep the adapter attached")
+    layer.weight[rows] = new_weight.unflatten(1, kernel).to(layer.weight.dtype)
+    start = neighbour.rows[0] if neighbour.rows else 0
+    for path, (first, last) in _homes(model, neighbour):
+        low, high = max(first, start), min(last, start + len(new_bias))
+        if low < high:
+            home = model.get_parameter(path)
+            home[low - first : high - first] = new_bias[low - start : high - start].to(home.dtype)
+
+
+def _read_bias(model: nn.Module, layer: Any, neighbour: Neighbour) -> Tensor:
+    """Return the whole bias in float64, zero where there is none."""
+    bias = torch.zeros(layer.weight.shape[0], dtype=torch.float64, device=layer.weight.device)
+    for path, (start, stop) in _homes(model, neighbour):
+        bias[start:stop] = model.get_parameter(path).detach().double()
+    return bias
+
+
+def add_missing_biases(model: nn.Module, target: Fold) -> list[str]:
+    """Give every linear layer of a target that has no bias one of zeros; returns their paths."""
+    added = []
     for neighbour in target.neighbours:
-        linear = model.get_submodule(neighbour.path)
-        assert isinstance(linear, nn.Linear)
-        rows = slice(*neighbour.rows) if neighbour.rows else slice(None)
-        matrix, shift = (tensor.to(linear.weight.device) for tensor in affine)
-        weight = linear.weight.detach().double()[rows]
-        bias = torch.zeros(len(weight)).double() if linear.bias is None else linear.bias.detach().double()[rows]
-        bias = bias.to(weight.device)
-        if target.side == "input":
-            new_weight, change = weight + weight @ matrix, weight @ shift
-        elif target.side == "output":
-            new_weight, change = weight + matrix @ weight, matrix @ bias + shift
-        else:
-            new_weight, change = weight + matrix, shift
-        if linear.bias is None and bool(change.any()):
-            raise MergeError(
-                f"{neighbour.path} has no bias, but the adapter adds a constant there; "
-                "keep the adapter attached, or use a method without bias"
-            )
-        with torch.no_grad():
-            linear.weight[rows] = new_weight.to(linear.weight.dtype)
-            if linear.bias is not None:
-                linear.bias[rows] = (bias + change).to(linear.bias.dtype)
+        layer: Any = model.get_submodule(neighbour.path)
+        if isinstance(layer, nn.Linear | nn.Conv2d) and layer.bias is None and neighbour.biases is None:
+            layer.bias = nn.Parameter(layer.weight.new_zeros(layer.weight.shape[0]))
+            added.append(neighbour.path)
+    return added

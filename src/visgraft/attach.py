@@ -1,6 +1,5 @@
 """Attach a method to a backbone in place, freeze the rest, and take it off again."""
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -12,13 +11,12 @@ from torch import Tensor, nn
 from visgraft.config import MethodConfig
 from visgraft.dryrun import prove_sites
 from visgraft.errors import SiteError, VisgraftError
+from visgraft.finding import find_sites
 from visgraft.method import Batches, Method, Place, Position
 from visgraft.registry import get_method
-from visgraft.sites import Site, find_grid, find_sites
-from visgraft.taps import Apply, ApplyKept, Keep, Kept, tap
-
-CHILD = "visgraft"
-"""Name of the child module that `attach` registers on the backbone; it holds everything that the method adds."""
+from visgraft.sites import Site, Sites
+from visgraft.taps import Apply, ApplyKept, Insert, Keep, Kept, Remove, tap
+from visgraft.tensors import CHILD, backbone_digest, head_paths, own_tensors
 
 
 class Attached(nn.Module):
@@ -39,12 +37,26 @@ class Attached(nn.Module):
         self.originals: dict[str, Tensor] = {}
         self.flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.handles: list[Any] = []
+        self.settings: dict[tuple[str, str], Any] = {}
         self._backbone: tuple[nn.Module] = (model,)  # in a tuple, because a child must not register its parent
 
     @property
     def method(self) -> type[Method]:
         """The registered class of the attached method."""
         return get_method(self.config.method)
+
+    def set(self, path: str, attribute: str, value: Any) -> None:
+        """Set an attribute of one of the backbone's modules, to be set back by `reset`."""
+        module = self._backbone[0].get_submodule(path)
+        self.settings.setdefault((path, attribute), getattr(module, attribute))
+        setattr(module, attribute, value)
+
+    def reset(self) -> None:
+        """Take off the hooks and set back what `set` changed."""
+        for handle in self.handles:
+            handle.remove()
+        for (path, attribute), value in self.settings.items():
+            setattr(self._backbone[0].get_submodule(path), attribute, value)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode; parts of the backbone that do not train stay in eval mode, drop-path excepted.
@@ -76,16 +88,6 @@ class ParameterCount:
         return self.total - self.head - self.adapter
 
 
-def head_paths(model: nn.Module) -> tuple[str, ...]:
-    """Return the paths of the classifier's linear layers, found by identity; empty for `num_classes=0`."""
-    if not hasattr(model, "get_classifier"):
-        return ()
-    found: Any = model.get_classifier()  # type: ignore[operator]
-    heads = found if isinstance(found, tuple | list) else (found,)
-    wanted = {id(head) for head in heads if head is not None and next(head.parameters(), None) is not None}
-    return tuple(path for path, module in model.named_modules() if id(module) in wanted)
-
-
 def get_attached(model: nn.Module) -> Attached:
     """Return what `attach` left on the model.
 
@@ -98,53 +100,61 @@ def get_attached(model: nn.Module) -> Attached:
     return attached
 
 
-def backbone_digest(model: nn.Module) -> str | None:
-    """Return the sha256 of the plain backbone's tensors in order of name; None where tensors hold no data (meta).
+def choose_places(config: MethodConfig, sites: Sites, backbone: str) -> tuple[Place, ...]:
+    """Return the first of the method's sets of places that the backbone offers in every block.
 
-    The head is left out because it is new for every task, and position embeddings because resampling them to
-    another image size may round differently on another machine.
-    """
-    digest, head = hashlib.sha256(), head_paths(model)
-    for name, tensor in sorted(model.state_dict().items()):
-        if tensor.is_meta:
-            return None
-        if name.startswith(tuple(f"{path}." for path in (*head, CHILD))) or name.endswith("pos_embed"):
-            continue
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def choose_places(config: MethodConfig, blocks: Sequence[Mapping[str, Site]], backbone: str) -> tuple[Place, ...]:
-    """Return the first of the method's sets of places that every block offers.
+    A place that reads at one site and adds at another is offered where the tokens of both lie alike.
 
     Raises:
         SiteError: no set is offered; the message names what is missing.
     """
     options = get_method(config.method).placements(config)
+    offered = sites.everywhere()
+    apart: list[Place] = []
     for places in options:
-        if all(name in sites for sites in blocks for place in places for name in place):
-            return places
-    wanted = sorted({name for places in options for place in places for name in place})
-    missing = [name for name in wanted if any(name not in sites for sites in blocks)]
+        if all(name in offered for place in places for name in place):
+            apart = [place for place in places if not _alike(place, sites)]
+            if not apart:
+                return places
+    if apart:
+        raise SiteError(
+            f"{config.method} reads {apart[0].reads} and adds to {apart[0].adds_to}, but the tokens of {backbone} lie "
+            "otherwise there (in windows); choose another place"
+        )
+    missing = sites.missing([name for places in options for place in places for name in place])
     raise SiteError(
-        f"{config.method} needs the site {', '.join(missing)}, which {backbone} lacks "
-        f"(it has {', '.join(sorted(set.intersection(*(set(sites) for sites in blocks))))}); choose among those"
+        f"{config.method} needs the site {', '.join(sorted(missing))}, which {backbone} lacks "
+        f"(it has {', '.join(sorted(offered))}); choose among those"
     )
 
 
-def find_positions(model: nn.Module, config: MethodConfig) -> tuple[list[Position], list[Mapping[str, Site]]]:
+def _alike(place: Place, sites: Sites) -> bool:
+    if place.reads in sites.outside:
+        return place.adds_to in sites.outside
+    return all(block[place.reads].grid == block[place.adds_to].grid for block in sites.blocks)
+
+
+def find_positions(model: nn.Module, config: MethodConfig) -> tuple[list[Position], Sites]:
     """Return where the method stands in this backbone, block by block, and the backbone's sites."""
-    if not get_method(config.method).placements(config):
-        return [], []
-    blocks = list[Mapping[str, Site]](find_sites(model))
-    places = choose_places(config, blocks, type(model).__name__)
-    positions = [
-        Position(index, place, sites[place.reads].width, sites[place.adds_to].width)
-        for index, sites in enumerate(blocks)
+    method = get_method(config.method)
+    if not method.placements(config):
+        return [], Sites()
+    sites = find_sites(model)
+    places = choose_places(config, sites, type(model).__name__)
+    outside = [Position(None, p, *_widths(p, sites.outside, sites.outside)) for p in places if p.reads in sites.outside]
+    inside = [
+        Position(
+            first, place, *_widths(place, sites.blocks[first], sites.blocks[last]), None if first == last else last
+        )
+        for first, last in method.spans(config, sites.stages)
         for place in places
+        if place.reads not in sites.outside
     ]
-    return positions, blocks
+    return [*outside, *inside], sites
+
+
+def _widths(place: Place, reads: Mapping[str, Site], adds: Mapping[str, Site]) -> tuple[int, int]:
+    return reads[place.reads].width, adds[place.adds_to].width
 
 
 def attach(model: nn.Module, config: MethodConfig, batches: Batches | None = None) -> nn.Module:
@@ -171,12 +181,11 @@ def assemble(
     if hasattr(model, CHILD):
         raise VisgraftError(f"{get_attached(model).config.method} is attached already; call visgraft.detach first")
     method = get_method(config.method)
-    positions, blocks = find_positions(model, config)
-    sites = {(p.block, name): blocks[p.block][name] for p in positions for name in p.place}
-    if sites:
-        prove_sites(model, list(sites.values()))
+    positions, sites = find_positions(model, config)
+    if positions:
+        prove_sites(model, list(dict.fromkeys(site for position in positions for site in sites.at(position))))
     attached = Attached(model, config, backbone_digest(model))
-    attached.unfrozen = tuple(method.unfrozen(config, _tensor_names(model, attached.head)))
+    attached.unfrozen = tuple(method.unfrozen(config, own_tensors(model)))
     if not (positions or attached.unfrozen or attached.head):
         raise VisgraftError(
             f"{config.method} would train nothing: this {type(model).__name__} has no head; create it with num_classes"
@@ -190,33 +199,41 @@ def assemble(
     attached.to(like.dtype)
     if calibrate is not None:
         calibrate(method, modules)
-    _hook(model, attached, blocks)
+    _hook(model, attached, sites)
     _freeze(model, attached)
     model.add_module(CHILD, attached)
     model.train(model.training)
     return model
 
 
-def _tensor_names(model: nn.Module, head: Sequence[str]) -> list[str]:
-    """Names of the backbone's own tensors in its state dict, the head's left out."""
-    inside = tuple(f"{path}." for path in head)
-    return [name for name in model.state_dict() if not (inside and name.startswith(inside))]
-
-
-def _hook(model: nn.Module, attached: Attached, blocks: Sequence[Mapping[str, Site]]) -> None:
+def _hook(model: nn.Module, attached: Attached, sites: Sites) -> None:
     """Put every module of the method on its site."""
-    if not attached.where:
-        return
-    grid = find_grid(model)
     for key, position in attached.where.items():
         module: Any = attached.positions[key]
-        reads, adds_to = (blocks[position.block][name] for name in position.place)
-        if reads is adds_to:
-            attached.handles += tap(model, reads, Apply(module, grid))
+        reads, adds_to = sites.at(position)
+        for path in {site.separate_bias for site in (reads, adds_to) if site.separate_bias}:
+            attached.set(path, "qkv_bias_separate", True)
+        if attached.method.inserts:
+            attached.handles += tap(model, reads, Insert(module)) + tap(model, adds_to, Remove(module))
+            _count_tokens(attached, position, sites, module.tokens())
+        elif reads is adds_to:
+            attached.handles += tap(model, reads, Apply(module))
         else:
             kept = Kept()
             attached.handles += tap(model, reads, Keep(kept))
-            attached.handles += tap(model, adds_to, ApplyKept(module, grid, kept))
+            attached.handles += tap(model, adds_to, ApplyKept(module, kept))
+
+
+def _count_tokens(attached: Attached, position: Position, sites: Sites, tokens: int) -> None:
+    """Tell modules that count the prefix tokens by themselves of those that pass through them."""
+    assert position.block is not None
+    last = position.block if position.last is None else position.last
+    for block in sites.blocks[position.block : last + 1]:
+        counter = block[position.place.reads].prefix_counter
+        if counter:
+            prefix = block[position.place.reads].grid
+            assert prefix is not None
+            attached.set(counter, "num_prefix_tokens", prefix.prefix_tokens + tokens)
 
 
 def _freeze(model: nn.Module, attached: Attached) -> None:
@@ -232,8 +249,7 @@ def _freeze(model: nn.Module, attached: Attached) -> None:
 def strip(model: nn.Module) -> nn.Module:
     """Take off hooks and modules and give back the flags, but leave trained values in place."""
     attached = get_attached(model)
-    for handle in attached.handles:
-        handle.remove()
+    attached.reset()
     delattr(model, CHILD)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(attached.flags[name])

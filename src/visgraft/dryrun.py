@@ -1,8 +1,9 @@
 """The dry run: one forward of a copy on the meta device that proves every site sits where its row says.
 
 Counting firings is not enough: a hook in the wrong place fires just as often. So identity is proven as well: the
-tensor that leaves a site *is* the one that enters the linear layers it names, and the one that enters the site *is*
-what it says produced it.
+tensor that leaves a site *is* the one that the linear layers it names multiply, and the one that enters the site *is*
+what it says produced it. In between a tensor may be rolled, padded, cut into windows and laid out anew, as long as
+its channels stay whole and in order; that is proven by doing the same to a tensor that holds the channels' numbers.
 """
 
 import copy
@@ -14,8 +15,17 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from visgraft.errors import SiteError
-from visgraft.sites import Neighbour, Site, find_image_shape
+from visgraft.input_size import input_size
+from visgraft.method import Grid
+from visgraft.sites import Neighbour, Site
 from visgraft.taps import tap
+
+REARRANGEMENTS = {
+    "roll", "pad", "view", "reshape", "permute", "transpose", "contiguous", "flatten", "unflatten", "movedim",
+    "squeeze", "unsqueeze", "__getitem__", "clone",
+}  # fmt: skip
+ADDITIONS = {"add", "__add__", "__radd__"}
+PRODUCTS = {"linear", "conv2d"}
 
 
 class _Recorder:
@@ -25,48 +35,82 @@ class _Recorder:
         self.entered: list[Tensor] = []
         self.left: list[Tensor] = []
 
-    def __call__(self, value: Tensor, onto: Tensor) -> Tensor:
+    def __call__(self, value: Tensor, onto: Tensor, grid: Grid) -> Tensor:
         self.entered.append(onto)
         self.left.append(onto.clone())
         return self.left[-1]
 
 
-class _Sums(TorchFunctionMode):
-    """Remembers every addition: the two tensors added and their sum."""
+class _Trace(TorchFunctionMode):
+    """Remembers additions, rearrangements, and what each linear layer multiplied and returned.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.added: list[tuple[Any, Any, Tensor]] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") in {"add", "__add__", "__radd__"}:
-            self.added.append((args[0], args[1], result))
-        return result
-
-
-class _Seen:
-    """Hooks that remember the inputs or outputs of modules by path."""
+    Layers are known by their weight, so that one whose weight is used without calling it is seen as well.
+    """
 
     def __init__(self, model: nn.Module) -> None:
+        super().__init__()
         self.model = model
-        self.tensors: dict[str, list[Tensor]] = {}
+        self.added: list[tuple[Any, Any, Tensor]] = []
+        self.moved: dict[int, tuple[Tensor, Tensor, Any, tuple[Any, ...], dict[str, Any]]] = {}
+        self.seen: dict[str, list[Tensor]] = {}
+        self.weights = {id(m.weight): path for path, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
 
-    def inputs(self, path: str) -> None:
-        def remember(_: nn.Module, args: tuple[Any, ...]) -> None:
-            self.tensors.setdefault(f"{path} input", []).append(args[0])
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name in ADDITIONS:
+            self.added.append((args[0], args[1], result))
+        elif name in REARRANGEMENTS and isinstance(result, Tensor) and result is not args[0]:
+            self.moved[id(result)] = (result, args[0], func, args[1:], kwargs)
+        elif name in PRODUCTS:
+            path = self.weights.get(id(kwargs.get("weight", args[1] if len(args) > 1 else None)))
+            if path is not None:
+                self.note(f"{path} input", args[0])
+                self.note(f"{path} output", result)
+        return result
 
-        self.model.get_submodule(path).register_forward_pre_hook(remember)
-
-    def outputs(self, path: str) -> None:
-        def remember(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            self.tensors.setdefault(f"{path} output", []).append(output)
-
-        self.model.get_submodule(path).register_forward_hook(remember)
+    def note(self, key: str, tensor: Tensor) -> None:
+        """Remember a tensor under a key."""
+        self.seen.setdefault(key, []).append(tensor)
 
     def only(self, key: str) -> Tensor | None:
-        found = self.tensors.get(key, [])
+        """Return the tensor seen under a key; None unless there was exactly one."""
+        found = self.seen.get(key, [])
         return found[0] if len(found) == 1 else None
+
+    def watch_input(self, path: str) -> None:
+        """Remember what enters a module."""
+        hook = self.model.get_submodule(path).register_forward_pre_hook
+        hook(lambda _, args: self.note(f"{path} input", args[0]))
+
+    def watch_output(self, path: str) -> None:
+        """Remember what leaves a module."""
+        hook = self.model.get_submodule(path).register_forward_hook
+        hook(lambda _, __, output: self.note(f"{path} output", output))
+
+    def last_channels(self, tensor: Tensor) -> Tensor:
+        """Return a [B, C, H, W] tensor with its channels last, remembering where it came from."""
+        with self:
+            return tensor.movedim(1, -1)
+
+    def carries(self, tensor: Tensor | None, root: Tensor | None, axis: int = -1) -> bool:
+        """Whether a tensor is `root` (channels along `axis`), or holds it rearranged with whole channels, last."""
+        steps = []
+        while tensor is not None and tensor is not root and id(tensor) in self.moved:
+            _, tensor, func, args, kwargs = self.moved[id(tensor)]
+            steps.append((func, args, kwargs))
+        if tensor is None or tensor is not root:
+            return False
+        if not steps:
+            return True
+        count = root.shape[axis]
+        numbers = torch.arange(1, count + 1, dtype=torch.int32)
+        shadow = numbers.view([count if i == axis % root.ndim else 1 for i in range(root.ndim)]).expand(root.shape)
+        for func, args, kwargs in reversed(steps):
+            shadow = func(shadow, *args, **kwargs)
+        # Zeros are padding.
+        return shadow.shape[-1] == count and bool(((shadow == numbers) | (shadow == 0)).all())
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
@@ -74,8 +118,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         meta = torch.empty_like(tensor, device="meta")
-        is_parameter = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(meta, requires_grad=tensor.requires_grad) if is_parameter else meta
+        memo[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
     return copy.deepcopy(model, memo)
 
 
@@ -83,45 +126,47 @@ def prove_sites(model: nn.Module, sites: Sequence[Site]) -> None:
     """Run a meta copy of the plain model once and check that every given site is where its row says.
 
     Raises:
-        SiteError: a site does not fire exactly once, or its tensor is not the one that its neighbours see.
+        SiteError: a site does not fire as often as its row says, or its tensor is not the one its neighbours see.
     """
     model = meta_copy(model).eval()
-    recorders = [_Recorder() for _ in sites]
-    seen = _Seen(model)
-    for site in sites:
-        if site.produced_by is not None:
-            seen.outputs(site.produced_by.path)
-    for site in sites:
-        if site.entry is not None:
-            seen.inputs(site.entry)
+    for attention in {site.separate_bias for site in sites if site.separate_bias}:
+        setattr(model.get_submodule(attention), "qkv_bias_separate", True)  # noqa: B010
+    trace, recorders = _Trace(model), [_Recorder() for _ in sites]
+    for path in {site.produced_by.path for site in sites if site.produced_by}:
+        if not isinstance(model.get_submodule(path), nn.Linear | nn.Conv2d):
+            trace.watch_output(path)
     for site, recorder in zip(sites, recorders, strict=True):
         tap(model, site, recorder)
     # Registered after the taps, so that they see what the taps pass on.
-    for path in dict.fromkeys(path for site in sites for path in _readers(site)):
-        seen.inputs(path)
-    parameter = next(model.parameters())
-    images = torch.empty(2, *find_image_shape(model), device="meta", dtype=parameter.dtype)
+    for path in {path for site in sites for path in (site.entry, site.next) if path}:
+        trace.watch_input(path)
+    for path in {site.host for site in sites if site.side == "residual"}:
+        trace.watch_output(path)
+    _run(model, trace)
+    for site, recorder in zip(sites, recorders, strict=True):
+        _check(model, site, recorder, trace)
+
+
+def _run(model: nn.Module, trace: _Trace) -> None:
+    """Run two images without data through the model while the trace looks on."""
+    like = next(model.parameters())
+    images = torch.empty(2, *input_size(model), device="meta", dtype=like.dtype)
     try:
-        with torch.no_grad(), _Sums() as sums:
+        with torch.no_grad(), trace:
             model(images)
     except (RuntimeError, NotImplementedError) as error:
         raise SiteError(
             f"{type(model).__name__} does not run on the meta device ({str(error).strip().splitlines()[0]}), so the "
             "places of its sites cannot be proven; use timm's own model, without a replaced forward"
         ) from error
-    for site, recorder in zip(sites, recorders, strict=True):
-        _check(model, site, recorder, seen, sums)
 
 
-def _readers(site: Site) -> list[str]:
-    """Paths of the modules that the row says receive the site's tensor."""
-    return [*(neighbour.path for neighbour in site.feeds), *([site.next] if site.next else [])]
-
-
-def _check(model: nn.Module, site: Site, recorder: _Recorder, seen: _Seen, sums: _Sums) -> None:
+def _check(model: nn.Module, site: Site, recorder: _Recorder, trace: _Trace) -> None:
     """Raise a SiteError unless the site fired once and its tensors are those of its neighbours."""
-    where = f"the site {site.name} of block {site.block} ({type(model).__name__}, {site.host})"
-    if len(recorder.left) != 1:
+    where = f"the site {site.name}{'' if site.block is None else f' of block {site.block}'} ("
+    where += f"{type(model).__name__}, {site.host})"
+    runs = len(trace.seen.get(f"{site.host} output", [])) if site.side == "residual" else site.calls
+    if len(recorder.left) != 1 or runs != site.calls:
         raise SiteError(
             f"{where} passed {len(recorder.left)} times in one forward instead of once; "
             "this model bypasses or repeats the module, so no method can be attached there"
@@ -129,10 +174,10 @@ def _check(model: nn.Module, site: Site, recorder: _Recorder, seen: _Seen, sums:
     entered, left = recorder.entered[0], recorder.left[0]
     if left.shape[-1] != site.width:
         raise SiteError(f"{where} passes {left.shape[-1]} channels instead of {site.width}")
-    wrong = [n.path for n in site.feeds if seen.only(f"{n.path} input") is not left]
-    if site.entry is not None and not _is_residual(site, left, seen, sums):
+    wrong = [n.path for n in site.feeds if not _feeds(model, n, left, trace)]
+    if site.entry is not None and not _is_residual(site, left, trace):
         wrong.append(str(site.next))
-    if site.produced_by is not None and not _is_output(site, site.produced_by, entered, seen):
+    if site.produced_by is not None and not _is_output(model, site, site.produced_by, entered, trace):
         wrong.append(site.produced_by.path)
     if wrong:
         raise SiteError(
@@ -140,14 +185,28 @@ def _check(model: nn.Module, site: Site, recorder: _Recorder, seen: _Seen, sums:
         )
 
 
-def _is_residual(site: Site, left: Tensor, seen: _Seen, sums: _Sums) -> bool:
+def _feeds(model: nn.Module, neighbour: Neighbour, left: Tensor, trace: _Trace) -> bool:
+    """Whether a linear layer multiplies the channels of the tensor that left the site."""
+    received = trace.only(f"{neighbour.path} input")
+    if received is not None and isinstance(model.get_submodule(neighbour.path), nn.Conv2d):
+        received = trace.last_channels(received)
+    return trace.carries(received, left)
+
+
+def _is_residual(site: Site, left: Tensor, trace: _Trace) -> bool:
     """Whether the module at `next` receives the sum of the block's input and the tensor that left the hook."""
-    entry, received = seen.only(f"{site.entry} input"), seen.only(f"{site.next} input")
-    return received is not None and any(
-        total is received and ((a is entry and b is left) or (a is left and b is entry)) for a, b, total in sums.added
+    entry, received = trace.only(f"{site.entry} input"), trace.only(f"{site.next} input")
+    return any(
+        trace.carries(received, total)
+        and any(trace.carries(x, entry) and trace.carries(y, left) for x, y in ((a, b), (b, a)))
+        for a, b, total in trace.added
     )
 
 
-def _is_output(site: Site, producer: Neighbour, entered: Tensor, seen: _Seen) -> bool:
+def _is_output(model: nn.Module, site: Site, producer: Neighbour, entered: Tensor, trace: _Trace) -> bool:
     """Whether the tensor that entered the site is the producer's output; it is where the site is on the producer."""
-    return site.host == producer.path or entered is seen.only(f"{producer.path} output")
+    if site.host == producer.path:
+        return True
+    made = trace.only(f"{producer.path} output")
+    first = site.channels_first or isinstance(model.get_submodule(producer.path), nn.Conv2d)
+    return trace.carries(entered, made, 1 if first else -1)

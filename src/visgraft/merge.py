@@ -2,19 +2,20 @@
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from visgraft.affine import fold, fold_target, probe
-from visgraft.attach import choose_places, get_attached, strip
+from visgraft.affine import Fold, add_missing_biases, fold, fold_target, probe, refusal
+from visgraft.attach import find_positions, get_attached, strip
 from visgraft.config import MethodConfig
-from visgraft.errors import MergeError, SiteError
+from visgraft.dryrun import meta_copy
+from visgraft.errors import MergeError, VisgraftError
+from visgraft.finding import find_sites
+from visgraft.input_size import input_size
 from visgraft.registry import get_method
-from visgraft.sites import Site, find_grid, find_image_shape, find_sites
 
 NOISE_IMAGES = 16
 
@@ -37,48 +38,85 @@ class Certificate:
     dtype: str
 
 
-def mergeable(config: MethodConfig, blocks: Sequence[Mapping[str, Site]]) -> bool:
-    """Whether a method with these options folds exactly into these blocks; raises SiteError where it cannot attach."""
+def why_not_merged(model: nn.Module, config: MethodConfig, allow_new_bias: bool = False) -> str | None:
+    """Return why a method with these options does not fold exactly into a plain backbone; None where it does.
+
+    Raises:
+        SiteError: it cannot be attached there in the first place.
+    """
     method = get_method(config.method)
-    if not method.placements(config):
-        return True
-    places = choose_places(config, blocks, "this backbone")
-    return method.affine(config) and all(fold_target(place, sites) for sites in blocks for place in places)
+    positions, sites = find_positions(model, config)
+    if method.inserts:
+        return "inserts tokens, which no weight can take over"
+    for position in positions:
+        target = fold_target(*sites.at(position))
+        if target is None:
+            return f"changes {position.place.adds_to}, which no linear layer alone produces or reads"
+        if not method.affine(config):
+            return "is not linear"
+        reason = refusal(model, target, method.shifts(config), method.diagonal(config))
+        if reason and not (allow_new_bias and "no bias" in reason and _can_have_biases(model, target)):
+            return reason
+    return None
 
 
-def _remedy(config: MethodConfig, blocks: Sequence[Mapping[str, Site]]) -> str:
+def _can_have_biases(model: nn.Module, target: Fold) -> bool:
+    return not target.padded and refusal(_with_biases(model, target), target, True, True) is None
+
+
+def _with_biases(model: nn.Module, target: Fold) -> nn.Module:
+    plain = meta_copy(model)
+    add_missing_biases(plain, target)
+    return plain
+
+
+def mergeable(model: nn.Module, config: MethodConfig) -> bool:
+    """Whether a method with these options folds exactly into this plain backbone.
+
+    Raises:
+        SiteError: it cannot be attached there in the first place.
+    """
+    return why_not_merged(model, config) is None
+
+
+def _remedy(model: nn.Module, config: MethodConfig) -> str:
     """Name the options with which the method would fold here."""
     for field in dataclasses.fields(config):
-        for choice in field.metadata.get("choices") or ():
-            value = (choice,) if isinstance(getattr(config, field.name), tuple) else choice
+        current = getattr(config, field.name)
+        values = [not current] if isinstance(current, bool) else field.metadata.get("choices") or ()
+        for choice in values:
+            value = (choice,) if "tuple" in str(field.type) else choice
             try:
-                if mergeable(dataclasses.replace(config, **{field.name: value}), blocks):
+                if mergeable(model, dataclasses.replace(config, **{field.name: value})):
                     return f"train it with {field.name}={choice}, which folds, or keep the adapter attached"
-            except (SiteError, TypeError):
+            except (VisgraftError, TypeError):
                 continue
     return "keep the adapter attached"
 
 
-def _fold_all(model: nn.Module, plain: nn.Module) -> None:
+def _fold_all(model: nn.Module, plain: nn.Module, allow_new_bias: bool) -> None:
     """Fold every position of the attached model into the plain copy."""
     attached = get_attached(model)
+    reason = why_not_merged(plain, attached.config, allow_new_bias)
+    if reason:
+        remedy = _remedy(plain, attached.config)
+        raise MergeError(f"{attached.config.method} {reason}, so it cannot be folded exactly; {remedy}")
     if not attached.where:
         return
-    blocks = find_sites(plain)
+    sites = find_sites(plain)
     for key, position in attached.where.items():
-        target = fold_target(position.place, blocks[position.block])
-        if target is None or not attached.method.affine(attached.config):
-            where = position.place.adds_to
-            reason = "is not linear" if target else f"changes {where}, which no linear layer alone produces or reads"
-            remedy = _remedy(attached.config, blocks)
-            raise MergeError(f"{attached.config.method} {reason}, so it cannot be folded exactly; {remedy}")
+        reads, adds_to = sites.at(position)
+        target = fold_target(reads, adds_to)
+        assert target is not None
         module: Any = attached.positions[key]
-        fold(plain, target, probe(module, position, find_grid(plain), attached.shared))
+        affine = probe(module, position, reads.grid, attached.shared)
+        if allow_new_bias and bool(affine.shift.any()):
+            add_missing_biases(plain, target)
+        fold(plain, target, affine)
 
 
 def _noise(model: nn.Module) -> list[Tensor]:
-    shape = find_image_shape(model) if hasattr(model, "patch_embed") else (3, 224, 224)
-    return [torch.randn(NOISE_IMAGES, *shape, generator=torch.Generator().manual_seed(0))]
+    return [torch.randn(NOISE_IMAGES, *input_size(model), generator=torch.Generator().manual_seed(0))]
 
 
 def _compare(model: nn.Module, plain: nn.Module, images: Any, method: str) -> Certificate:
@@ -101,12 +139,14 @@ def _compare(model: nn.Module, plain: nn.Module, images: Any, method: str) -> Ce
     return Certificate(method, largest, tolerance, agree / count, count, source, str(like.dtype).removeprefix("torch."))
 
 
-def merge(model: nn.Module, images: Any = None) -> tuple[nn.Module, Certificate]:
+def merge(model: nn.Module, images: Any = None, *, allow_new_bias: bool = False) -> tuple[nn.Module, Certificate]:
     """Return a plain copy of the model with the method folded into its weights, and the measured certificate.
 
     Args:
         model: a model with something attached, in float32 or float64; it is left as it is.
         images: preprocessed images [B, 3, H, W], or an iterable of such or of (images, labels); None: seeded noise.
+        allow_new_bias: give a linear layer without bias one, where the adapter adds a constant; the merged model then
+            has tensors that timm's constructor does not make.
 
     Raises:
         MergeError: the method cannot be folded exactly here, or the measured difference is above the tolerance.
@@ -119,7 +159,7 @@ def merge(model: nn.Module, images: Any = None) -> tuple[nn.Module, Certificate]
     plain = strip(copy.deepcopy(model)).eval()
     try:
         model.eval()
-        _fold_all(model, plain)
+        _fold_all(model, plain, allow_new_bias)
         certificate = _compare(model, plain, images, attached.config.method)
     finally:
         model.train(training)

@@ -1,14 +1,16 @@
 """Salient channels: which channels of a frozen backbone answer most strongly to a task's images (SCT, section 1a)."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from visgraft.errors import VisgraftError
-from visgraft.method import Batches
-from visgraft.sites import find_grid, find_sites
+from visgraft.finding import find_sites
+from visgraft.method import Batches, Grid
+from visgraft.sites import Site
 from visgraft.taps import tap
 
 SCORES = ("class_aware", "class_agnostic", "random", "lowest")
@@ -19,13 +21,14 @@ SCORING_BATCH = 32  # fixed, because the batch size changes the rounding of the 
 class _SquareSums:
     """Act that adds the squares of a site's patch tokens to fp64 sums per class: {label: [channels]}."""
 
-    def __init__(self, prefix_tokens: int) -> None:
-        self.prefix_tokens = prefix_tokens
+    def __init__(self) -> None:
+        self.images = 0
         self.members: dict[int, list[int]] = {}
         self.sums: dict[int, Tensor] = {}
 
-    def __call__(self, value: Tensor, onto: Tensor) -> Tensor:
-        squares = value[:, self.prefix_tokens :].double().square().sum(dim=1)
+    def __call__(self, value: Tensor, onto: Tensor, grid: Grid) -> Tensor:
+        squares = value[:, grid.prefix_tokens :].double().square().sum(dim=1)
+        squares = squares.unflatten(0, (self.images, -1)).sum(dim=1)  # the windows of an image follow each other
         for label, rows in self.members.items():
             self.sums[label] = self.sums.get(label, 0) + squares[rows].sum(dim=0)
         return onto
@@ -55,34 +58,45 @@ def channel_squares(model: nn.Module, batches: Batches, site: str) -> list[dict[
 
 def _squares_at(model: nn.Module, batches: Batches, names: Sequence[str]) -> dict[str, list[dict[int, Tensor]]]:
     """`channel_squares` of several sites in one pass over the images."""
-    blocks = find_sites(model)
-    prefix = find_grid(model).prefix_tokens
-    acts = {name: [_SquareSums(prefix) for _ in blocks] for name in names}
+    blocks = find_sites(model).blocks
+    acts = {name: [_SquareSums() for _ in blocks] for name in names}
     handles = [
         handle
         for name in acts
         for sites, act in zip(blocks, acts[name], strict=True)
         for handle in tap(model, sites[name], act)
     ]
+    apart: dict[str, Any] = {path: model.get_submodule(path) for path in _separate_biases(blocks, names)}
+    before = {path: attention.qkv_bias_separate for path, attention in apart.items()}
     modes = {module: module.training for module in model.modules()}
     like = next(model.parameters())
     try:
         model.eval()
+        for attention in apart.values():
+            attention.qkv_bias_separate = True
         with torch.no_grad():
             for images, labels in _rebatch(batches):
                 members = _members(labels)
                 for act in chain.from_iterable(acts.values()):
-                    act.members = members
+                    act.members, act.images = members, len(images)
                 model(images.to(like.device, like.dtype))
     finally:
         for handle in handles:
             handle.remove()
+        for path, attention in apart.items():
+            attention.qkv_bias_separate = before[path]
         for module, mode in modes.items():
             module.training = mode
     sums = {name: [act.sums for act in found] for name, found in acts.items()}
     if not sums[names[0]][0]:
         raise VisgraftError("no images to score channels with: `batches` is empty; pass (images, labels) of the task")
     return sums
+
+
+def _separate_biases(blocks: Sequence[Mapping[str, Site]], names: Sequence[str]) -> set[str]:
+    """Attentions that must be told to add their bias apart, so that the sites' tensors pass."""
+    paths = {sites[name].separate_bias for sites in blocks for name in names}
+    return {path for path in paths if path}
 
 
 def _rebatch(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
@@ -127,17 +141,17 @@ SCORE_FUNCTIONS: dict[str, Callable[[dict[int, Tensor]], Tensor]] = {
 def salient_channels(
     model: nn.Module,
     batches: Batches | None,
-    channels: int,
+    channels: int | None,
     site: str = "stream.mid",
     score: str = "class_aware",
 ) -> list[Tensor]:
-    """Return the `channels` highest-scoring channels of each block, in ascending order: one int64 [channels] per block.
+    """Return the highest-scoring `channels` of each block, in ascending order: one int64 [channels] per block.
 
     Args:
         model: the plain backbone, nothing attached.
         batches: the task's training images [B, 3, H, W] without augmentation, and labels (int64 [B], or [B, classes]
             of 0 and 1 where images may have several classes); not needed for `random`.
-        channels: how many to choose per block.
+        channels: how many to choose per block; None: an eighth of each block's width.
         site: where the features are read: `stream.mid` for SCT's mode attn, `stream.out` for its mode mlp, `attn.q`
             and `attn.v` for its mode qkv.
         score: `class_aware` (the paper's), `class_agnostic`, `lowest` (its opposite) or `random` (torch's generator).
@@ -149,25 +163,36 @@ def salient_channels(
 
 
 def salient_channels_at(
-    model: nn.Module, batches: Batches | None, channels: int, names: Sequence[str], score: str
+    model: nn.Module, batches: Batches | None, channels: int | None, names: Sequence[str], score: str
 ) -> dict[str, list[Tensor]]:
     """`salient_channels` of several sites, each scored on its own, in one pass over the images: {site: per block}."""
     if score not in SCORES:
         raise VisgraftError(f"unknown score {score!r}; choose one of {', '.join(SCORES)}")
-    blocks = find_sites(model)
+    blocks = find_sites(model).blocks
     for name in names:
-        if name not in blocks[0]:
+        if any(name not in sites for sites in blocks):
             raise VisgraftError(f"channels cannot be scored at {name!r}; this backbone has {', '.join(blocks[0])}")
-        if not 0 < channels <= blocks[0][name].width:
-            raise VisgraftError(f"channels is {channels}, but {name} has 1 to {blocks[0][name].width}; choose fewer")
+        narrowest = min(sites[name].width for sites in blocks)
+        if channels is not None and not 0 < channels <= narrowest:
+            raise VisgraftError(f"channels is {channels}, but {name} has 1 to {narrowest}; choose fewer")
+    counts = {name: [channels or sites[name].width // 8 for sites in blocks] for name in names}
     if score == "random":
-        return {n: [torch.randperm(sites[n].width)[:channels].sort().values for sites in blocks] for n in names}
+        return {
+            name: [
+                torch.randperm(sites[name].width)[:k].sort().values
+                for sites, k in zip(blocks, counts[name], strict=True)
+            ]
+            for name in names
+        }
     if batches is None:
         raise VisgraftError(
             f"the score {score!r} looks at the task's images: pass `batches` of (images, labels), or use score 'random'"
         )
-    squares = _squares_at(model, batches, names)
+    squares, formula = _squares_at(model, batches, names), SCORE_FUNCTIONS[score]
     return {
-        name: [SCORE_FUNCTIONS[score](sums).topk(channels).indices.sort().values.cpu() for sums in squares[name]]
+        name: [
+            formula(sums).topk(k).indices.sort().values.cpu()
+            for sums, k in zip(squares[name], counts[name], strict=True)
+        ]
         for name in names
     }

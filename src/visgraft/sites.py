@@ -1,170 +1,109 @@
-"""Sites: the named places of a backbone where a feature tensor passes, from a table keyed by the block's class.
-
-A general rule such as "hook whatever is called norm1" sits in the wrong place in post-norm blocks and looks fine, so
-a block class without a row is refused by name.
+"""Sites: the named places of a backbone where a feature tensor passes.
 
 | site | the tensor |
 |---|---|
-| `attn.in` | what enters attention |
+| `stream.in` | the block's input |
+| `norm1.out`, `norm2.out` | what the block's norms return: before the branch or, in post-norm blocks, after it |
+| `attn.in` | what enters attention; in Swin v1 before the shift and the windows |
+| `qkv.in` | what its projections read: inside the windows where there are any |
 | `attn.q`, `attn.k`, `attn.v`, `attn.qkv` | the query, key, value rows of the qkv projection's output, or all three |
 | `attn.context` | what enters the attention's output projection |
+| `proj.out` | what that projection returns, inside the windows where there are any |
 | `attn.out` | the attention branch before LayerScale, drop-path and the add |
-| `stream.mid` | the residual stream between the attention add and norm2 |
+| `stream.mid` | the residual stream between the attention (or token-mixing) add and the MLP branch |
 | `mlp.in`, `mlp.hidden`, `mlp.act` | what enters the MLP, its first layer's output, what enters its last layer |
 | `mlp.out` | the MLP branch before LayerScale, drop-path and the add |
 | `stream.out` | the block's output |
+| `tokens.in`, `tokens.out` | the block's input and output, where the block takes any number of tokens |
+| `patch.out`, `norm.out` | outside the blocks: the patch embedding's output, the final norm's output |
+
+Which of them a backbone has, and where, stands in the family table, `families.py`; `finding.py` looks them up.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
-from timm.layers import Attention, GluMlp, Mlp, SwiGLU
-from timm.models.vision_transformer import Block
-from torch import nn
+from visgraft.method import Grid, Position
 
-from visgraft.errors import SiteError
-from visgraft.method import Grid
+
+class Bias(NamedTuple):
+    """A parameter that holds some rows of a projection's bias: its path in the model, and those rows."""
+
+    path: str
+    rows: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A linear layer beside a site: its path in the model and the rows of its output (None: all)."""
+    """A layer beside a site, linear or a norm: its path in the model and the rows of its output (None: all).
+
+    `biases` says where its bias is kept if not in the layer itself, and in `free` are rows of the output to which a
+    constant may be added without any effect (a key's bias cancels in the softmax).
+    """
 
     path: str
     rows: tuple[int, int] | None = None
+    biases: tuple[Bias, ...] | None = None
+    free: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class Site:
-    """A place where a tensor [B, N, width] passes.
+    """A place where a tensor of `width` channels passes.
 
     `side` says where it is: the first `input` of the module at `host`, its `output` (only `rows` of the last axis
     where set), or the `residual` sum of the input of `entry` and the output of `host`, which the module at `next`
-    receives. `feeds` are the linear layers that read the tensor, and nothing else does; `produced_by` is the one
-    whose output it is.
+    receives. `calls` is how often the host runs in one forward; the site is its first run. `feeds` are the linear
+    layers that read the tensor, and nothing else does; `produced_by` is the layer whose output it is.
+
+    The tensor is [B, N, width], or [B, H, W, width], or [B, width, H, W] where `channels_first`. `grid` says how N
+    tokens lie; None where the tensor's own shape does. `padded`: zeros are added to the tokens before `feeds` read
+    them, so that a constant cannot move behind the padding.
+
+    `separate_bias` is an attention that adds the qkv bias apart, and only then calls its qkv, once told to.
+    `prefix_counter` is a module that counts the prefix tokens by itself.
     """
 
     name: str
-    block: int
+    block: int | None
     width: int
     host: str
     side: Literal["input", "output", "residual"]
     rows: tuple[int, int] | None = None
     entry: str | None = None
     next: str | None = None
+    calls: int = 1
     feeds: tuple[Neighbour, ...] = ()
     produced_by: Neighbour | None = None
+    grid: Grid | None = None
+    channels_first: bool = False
+    padded: bool = False
+    separate_bias: str | None = None
+    prefix_counter: str | None = None
 
 
-Row = Callable[[Any, str, int], list[Site]]
+@dataclass(frozen=True)
+class Sites:
+    """All sites of a backbone: by name for each block in order, each block's stage, and those outside the blocks."""
 
+    blocks: tuple[Mapping[str, Site], ...] = ()
+    stages: tuple[int, ...] = ()
+    outside: Mapping[str, Site] = field(default_factory=dict)
 
-def _attention(attn: Any, path: str, block: int) -> list[Site]:
-    """Sites of timm's `Attention`; the optional gate reads the same tensor as qkv."""
-    qkv, inner = f"{path}.qkv", attn.attn_dim
-    reads = (Neighbour(qkv), Neighbour(f"{path}.gate")) if attn.gate is not None else (Neighbour(qkv),)
-    parts = {"attn.q": (0, inner), "attn.k": (inner, 2 * inner), "attn.v": (2 * inner, 3 * inner)}
-    proj = Neighbour(f"{path}.proj")
-    return [
-        Site("attn.in", block, attn.qkv.in_features, path, "input", feeds=reads),
-        Site("attn.qkv", block, 3 * inner, qkv, "output", produced_by=Neighbour(qkv)),
-        *(Site(n, block, inner, qkv, "output", rows=r, produced_by=Neighbour(qkv, r)) for n, r in parts.items()),
-        Site("attn.context", block, attn.proj.in_features, proj.path, "input", feeds=(proj,)),
-        Site("attn.out", block, attn.proj.out_features, path, "output", produced_by=proj),
-    ]
+    def at(self, position: Position) -> tuple[Site, Site]:
+        """Return the sites where a position reads and where it adds."""
+        reads, adds_to = position.place
+        if position.block is None:
+            return self.outside[reads], self.outside[adds_to]
+        last = position.block if position.last is None else position.last
+        return self.blocks[position.block][reads], self.blocks[last][adds_to]
 
+    def missing(self, names: Sequence[str]) -> list[str]:
+        """Return those of the names that some block lacks."""
+        return [name for name in dict.fromkeys(names) if name not in self.everywhere()]
 
-def _mlp(mlp: Any, path: str, block: int) -> list[Site]:
-    """Sites of timm's `Mlp`, `GluMlp` (one first layer) and `SwiGLU` (two, so no `mlp.hidden`)."""
-    first = [f"{path}.{name}" for name in ("fc1", "fc1_g", "fc1_x") if hasattr(mlp, name)]
-    layers = dict(mlp.named_children())
-    width_in, fc2 = layers[first[0].rsplit(".", 1)[1]].in_features, Neighbour(f"{path}.fc2")
-    sites = [
-        Site("mlp.in", block, width_in, path, "input", feeds=tuple(Neighbour(name) for name in first)),
-        Site("mlp.act", block, mlp.fc2.in_features, fc2.path, "input", feeds=(fc2,)),
-        Site("mlp.out", block, mlp.fc2.out_features, path, "output", produced_by=fc2),
-    ]
-    if len(first) == 1:
-        hidden = Neighbour(first[0])
-        sites.append(Site("mlp.hidden", block, mlp.fc1.out_features, first[0], "output", produced_by=hidden))
-    return sites
-
-
-ATTENTIONS: dict[type[nn.Module], Row] = {Attention: _attention}
-MLPS: dict[type[nn.Module], Row] = {Mlp: _mlp, GluMlp: _mlp, SwiGLU: _mlp}
-
-
-def _vit_block(block: Any, path: str, index: int) -> list[Site]:
-    """Sites of timm's pre-norm ViT block, with or without LayerScale, q/k norm and drop-path."""
-    sites: list[Site] = []
-    for part, table in (("attn", ATTENTIONS), ("mlp", MLPS)):
-        module = getattr(block, part)
-        if type(module) not in table:
-            known = ", ".join(cls.__name__ for cls in table)
-            raise SiteError(f"no sites are known for {type(module).__name__} at {path}.{part} (known: {known})")
-        sites += table[type(module)](module, f"{path}.{part}", index)
-    width = sites[0].width
-    middle = Site("stream.mid", index, width, f"{path}.drop_path1", "residual", entry=path, next=f"{path}.norm2")
-    return [*sites, middle, Site("stream.out", index, width, path, "output")]
-
-
-BLOCKS: dict[type[nn.Module], Row] = {Block: _vit_block}
-
-
-def find_sites(model: nn.Module) -> list[dict[str, Site]]:
-    """Return one dictionary of site name -> `Site` per block, in the order in which the blocks stand.
-
-    Raises:
-        SiteError: the model has no block of a known class, or mixes one with blocks of an unknown class.
-    """
-    stacks = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Sequential | nn.ModuleList)]
-    found: list[dict[str, Site]] = []
-    unknown: list[type[nn.Module]] = []
-    for path, stack in stacks:
-        members = list(stack.named_children())
-        if any(type(member) in BLOCKS for _, member in members):
-            for name, member in members:
-                if type(member) not in BLOCKS:
-                    raise SiteError(_refusal(model, [type(member)]))
-                sites = BLOCKS[type(member)](member, f"{path}.{name}", len(found))
-                found.append({site.name: site for site in sites})
-        else:
-            unknown += [type(member) for _, member in members if len(list(member.children())) > 1]
-    if not found:
-        raise SiteError(_refusal(model, unknown))
-    return found
-
-
-def _refusal(model: nn.Module, unknown: list[type[nn.Module]]) -> str:
-    names = ", ".join(dict.fromkeys(cls.__name__ for cls in unknown)) or "none that visgraft recognises"
-    known = ", ".join(cls.__name__ for cls in BLOCKS)
-    return (
-        f"{type(model).__name__} has blocks of class {names}, for which no sites are known (known: {known}); "
-        "use a backbone of a known class, or a method that needs no site (linear, full)"
-    )
-
-
-def find_grid(model: nn.Module) -> Grid:
-    """Return how the tokens of a token model lie, from its patch embedding and its number of prefix tokens.
-
-    Raises:
-        SiteError: the model does not say.
-    """
-    size = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-    if size is None:
-        raise SiteError(f"{type(model).__name__} does not say how its patches lie (patch_embed.grid_size)")
-    return Grid(size[0], size[1], getattr(model, "num_prefix_tokens", 0))
-
-
-def find_image_shape(model: nn.Module) -> tuple[int, int, int]:
-    """Return the shape [channels, height, width] of the images that a token model takes.
-
-    Raises:
-        SiteError: the model does not say.
-    """
-    patches: Any = getattr(model, "patch_embed", None)
-    size = getattr(patches, "img_size", None)
-    if size is None:
-        raise SiteError(f"{type(model).__name__} does not say which image size it takes (patch_embed.img_size)")
-    return (patches.proj.in_channels, size[0], size[1])
+    def everywhere(self) -> set[str]:
+        """Return the names of the sites that every block has, and of those outside the blocks."""
+        inside = set.intersection(*(set(sites) for sites in self.blocks)) if self.blocks else set()
+        return inside | set(self.outside)

@@ -22,7 +22,6 @@ from visgraft.evaluate import logits_of, make_accelerator, resolve_precision
 from visgraft.merge import mergeable
 from visgraft.registry import get_method
 from visgraft.resume import Epoch
-from visgraft.sites import find_sites
 
 METHODS = ("linear", "sct", "alore", "lora")
 FEW_IMAGES = 300
@@ -185,8 +184,8 @@ def _candidate(search: Search, task: Task, found: Predictions) -> Candidate:
     assert search.best is not None
     _, setting, fit = search.best
     method, config = search.configured(setting)
-    blocks = find_sites(task.bench.model(config.drop_path)) if get_method(search.method).placements(method) else []
-    return Candidate(search.method, setting, found.figure, fit.parameters, mergeable(method, blocks))
+    folds = mergeable(task.bench.model(config.drop_path), method)
+    return Candidate(search.method, setting, found.figure, fit.parameters, folds)
 
 
 def _row(search: Search, candidate: Candidate, found: Mapping[str, Predictions], verdict: Verdict) -> MethodResult:

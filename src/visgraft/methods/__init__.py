@@ -3,6 +3,18 @@
 from visgraft.methods.sct import SCTConfig as SCTConfig  # isort: skip
 from visgraft.methods.alore import ALoREConfig as ALoREConfig  # isort: skip
 from visgraft.methods.lora import LoRAConfig as LoRAConfig  # isort: skip
+from visgraft.methods.adapter import AdapterConfig as AdapterConfig  # isort: skip
+from visgraft.methods.adaptformer import AdaptFormerConfig as AdaptFormerConfig  # isort: skip
+from visgraft.methods.repadapter import RepAdapterConfig as RepAdapterConfig  # isort: skip
+from visgraft.methods.convpass import ConvpassConfig as ConvpassConfig  # isort: skip
+from visgraft.methods.fact import FacTConfig as FacTConfig  # isort: skip
+from visgraft.methods.arc import ARCConfig as ARCConfig  # isort: skip
+from visgraft.methods.ssf import SSFConfig as SSFConfig  # isort: skip
+from visgraft.methods.vpt import VPTShallowConfig as VPTShallowConfig  # isort: skip
+from visgraft.methods.vpt import VPTDeepConfig as VPTDeepConfig  # isort: skip
+from visgraft.methods.bitfit import BitFitConfig as BitFitConfig  # isort: skip
+from visgraft.methods.norm import NormConfig as NormConfig  # isort: skip
+from visgraft.methods.partial import PartialConfig as PartialConfig  # isort: skip
 from visgraft.methods.linear import LinearConfig as LinearConfig  # isort: skip
 from visgraft.methods.full import FullConfig as FullConfig  # isort: skip
 

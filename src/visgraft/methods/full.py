@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from visgraft.config import MethodConfig, TrainConfig
-from visgraft.method import Method
+from visgraft.method import Method, OwnTensor
 from visgraft.registry import register
 
 
@@ -23,5 +23,5 @@ class Full(Method):
     knobs: ClassVar = {"lr": (1e-5, 3e-5, 1e-4, 3e-4)}
 
     @classmethod
-    def unfrozen(cls, config: FullConfig, tensor_names: Sequence[str]) -> list[str]:
-        return list(tensor_names)
+    def unfrozen(cls, config: FullConfig, tensors: Sequence[OwnTensor]) -> list[str]:
+        return [tensor.name for tensor in tensors]

@@ -1,7 +1,7 @@
 """LoRA (arXiv:2106.09685): a low-rank branch beside frozen projections."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -23,12 +23,21 @@ PROJECTIONS = {
 }
 
 
+def _places(targets: Sequence[str], windows: bool) -> tuple[Place, ...]:
+    """The targets' places; inside the windows of attention, where it has any."""
+    inside = {"attn.in": "qkv.in", "attn.out": "proj.out"} if windows else {}
+    places = [PROJECTIONS[target] for target in targets]
+    return tuple(Place(*(inside.get(name, name) for name in place)) for place in places)
+
+
 @dataclass(frozen=True)
 class LoRAConfig(MethodConfig):
     """Options of LoRA."""
 
     rank: int = option(8, "inner width of each branch (r)")
-    targets: tuple[str, ...] = option(("q", "v"), "projections that get a branch", tuple(PROJECTIONS))
+    targets: tuple[str, ...] | None = option(
+        None, "projections that get a branch; none: q and v, or fc1 and fc2 without attention", tuple(PROJECTIONS)
+    )
     scale: float = option(5.0, "fixed factor of each branch, alpha / r in the paper")
     dropout: float = option(0.0, "dropout on what each branch reads while training")
 
@@ -37,7 +46,7 @@ class LoRAConfig(MethodConfig):
         self.check_positive("rank", "scale")
         if not 0 <= self.dropout < 1:
             raise VisgraftError(f"dropout is {self.dropout}, but must be at least 0 and below 1")
-        if not self.targets:
+        if self.targets is not None and not self.targets:
             raise VisgraftError(f"targets is empty; name at least one of {', '.join(PROJECTIONS)}")
 
 
@@ -59,7 +68,8 @@ class LoRA(Method):
 
     @classmethod
     def placements(cls, config: LoRAConfig) -> tuple[tuple[Place, ...], ...]:
-        return (tuple(PROJECTIONS[target] for target in config.targets),)
+        choices = (config.targets,) if config.targets else (("q", "v"), ("fc1", "fc2"))
+        return tuple(places for targets in choices for places in (_places(targets, False), _places(targets, True)))
 
     @classmethod
     def affine(cls, config: LoRAConfig) -> bool:

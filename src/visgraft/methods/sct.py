@@ -34,6 +34,9 @@ class SCTConfig(MethodConfig):
     )
     form: str | None = option(None, "A: z + s(Wz + b); B: sz + (Wz + b); none: A, and no form in mode qkv", FORMS)
     scale: float | None = option(None, "fixed factor s of the form; none: 1, and no factor in mode qkv")
+    blocks: str = option(
+        "late", "of a backbone with stages: the last half of the third and all of the fourth, or all", ("late", "all")
+    )
     score: str = option("class_aware", "how channels are chosen", SCORES)
     init_std: float = option(0.02, "standard deviation of the truncated normal that W starts from")
 
@@ -73,6 +76,7 @@ class SCT(Method):
         super().__init__(config, position, shared)
         channels = config.channels or position.adds_width // 8
         self.form, self.scale, self.site = config.form, config.scale, position.place.adds_to
+        self.block = position.block
         self.linear = nn.Linear(channels, channels)
         nn.init.trunc_normal_(self.linear.weight, std=config.init_std)
         nn.init.zeros_(self.linear.bias)
@@ -83,7 +87,20 @@ class SCT(Method):
         return (PLACES[config.mode],) if config.mode else (PLACES["attn"], PLACES["mlp"])
 
     @classmethod
+    def spans(cls, config: SCTConfig, stages: Sequence[int]) -> list[tuple[int, int]]:
+        """All blocks, or in four stages the last half of the third, rounded up, and all of the fourth."""
+        every = super().spans(config, stages)
+        if config.blocks == "all" or len(set(stages)) < 4:
+            return every
+        third = stages.count(2)
+        return every[stages.index(3) - (third + 1) // 2 :]
+
+    @classmethod
     def affine(cls, config: SCTConfig) -> bool:
+        return True
+
+    @classmethod
+    def shifts(cls, config: SCTConfig) -> bool:
         return True
 
     @classmethod
@@ -93,10 +110,10 @@ class SCT(Method):
     @classmethod
     def calibrate(cls, config: SCTConfig, model: nn.Module, modules: Sequence["SCT"], batches: Batches | None) -> None:
         sites = dict.fromkeys(SCORED_AT[module.site] for module in modules)
-        chosen = salient_channels_at(model, batches, len(modules[0].index), list(sites), config.score)
-        per_block = {site: iter(indices) for site, indices in chosen.items()}
-        for module in modules:  # they stand in order of the blocks
-            module.index.copy_(next(per_block[SCORED_AT[module.site]]))
+        chosen = salient_channels_at(model, batches, config.channels, list(sites), config.score)
+        for module in modules:
+            assert module.block is not None
+            module.index.copy_(chosen[SCORED_AT[module.site]][module.block])
 
     @classmethod
     def channel_score(cls, config: SCTConfig) -> str | None:

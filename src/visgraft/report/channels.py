@@ -50,21 +50,25 @@ class ChannelMap:
 
 
 def choices(model: nn.Module) -> list[Choice]:
-    """Return the channels that an attached method works on, site by site; empty where it works on all."""
+    """Return the channels that an attached method works on, site by site and, in stages, width by width.
+
+    Empty where it works on all channels.
+    """
     attached = get_attached(model)
     if attached.method.channel_score(attached.config) is None:
         return []
-    found: dict[str, list[tuple[int, torch.Tensor, int]]] = {}
+    found: dict[tuple[str, int], list[tuple[int, torch.Tensor]]] = {}
     for key, position in attached.where.items():
         module: Any = attached.positions[key]
         site, index = module.chosen_channels()
-        found.setdefault(site, []).append((position.block, index, position.adds_width))
+        assert position.block is not None
+        found.setdefault((site, position.adds_width), []).append((position.block, index))
     result = []
-    for site, rows in found.items():
-        marks = np.zeros((len(rows), rows[0][2]), dtype=bool)
-        for row, (_, index, _) in zip(marks, rows, strict=True):
+    for (site, width), rows in found.items():
+        marks = np.zeros((len(rows), width), dtype=bool)
+        for row, (_, index) in zip(marks, rows, strict=True):
             row[index.cpu().numpy()] = True
-        result.append(Choice(site, tuple(block for block, _, _ in rows), marks))
+        result.append(Choice(site, tuple(block for block, _ in rows), marks))
     return result
 
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from visgraft.attach import get_attached
 from visgraft.data.images import Images
 from visgraft.evaluate import evaluate
+from visgraft.finding import find_sites
 from visgraft.merge import merge, mergeable
+from visgraft.method import Grid
 from visgraft.report.embed import Picture, Values, colour_grid, heat_map, photograph
 from visgraft.report.mistakes import picture_of
-from visgraft.sites import find_grid, find_sites
 
 MOST_PARTS = 8
 PICTURES = 4
@@ -81,13 +82,15 @@ def show_parts(model: nn.Module, images: Images, precision: str) -> Parts | None
     if not count or not attached.where:
         return None
     with_parts = count_alone(model, images, count, precision, attached.method.part_name)
-    blocks = len(find_sites(model))
+    blocks = len(find_sites(model).blocks)
     late = max(blocks - 2, 0)  # in the last block only the class token goes on, so patches no longer matter there
-    key, position = next((k, p) for k, p in attached.where.items() if p.block == late)
+    inside = {k: p.block for k, p in attached.where.items() if p.block is not None}
+    late = min(late, max(inside.values()))
+    key = next(k for k, block in inside.items() if block >= late)
+    position = attached.where[key]
     module: Any = attached.positions[key]
     chosen = np.linspace(0, len(images) - 1, min(PICTURES, len(images))).round().astype(int)
-    x = entering(model, module, images.normalised(torch.stack([images.pixels[int(i)] for i in chosen])))
-    grid = find_grid(model)
+    x, grid = entering(model, module, images.normalised(torch.stack([images.pixels[int(i)] for i in chosen])))
     with torch.no_grad():
         patches = x[:, grid.prefix_tokens :]
         added = [module.part_delta(patches, part).float().cpu() for part in range(count)]
@@ -104,10 +107,13 @@ def show_parts(model: nn.Module, images: Images, precision: str) -> Parts | None
     )  # fmt: skip
 
 
-def entering(model: nn.Module, module: nn.Module, x: Tensor) -> Tensor:
-    """Return the tensor [B, N, C] that enters an attached module when the model sees normalised images [B, 3, H, W]."""
-    seen: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+def entering(model: nn.Module, module: nn.Module, x: Tensor) -> tuple[Tensor, Grid]:
+    """Return the tensor [B, N, C] that enters an attached module when the model sees normalised images [B, 3, H, W].
+
+    The grid says how its tokens lie.
+    """
+    seen: list[tuple[Tensor, Grid]] = []
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append((args[0], args[2])))
     like = next(model.parameters())
     try:
         with torch.no_grad():
@@ -166,7 +172,7 @@ def count_alone(
     Each is a plain model, into which only the parts kept were merged, where the method folds into this backbone.
     """
     attached = get_attached(model)
-    folds = mergeable(attached.config, find_sites(model))
+    folds = mergeable(model, attached.config)
     everything = range(count)
 
     def figure(kept: Collection[int]) -> float:

@@ -7,12 +7,11 @@ import timm
 import torch
 from torch import nn
 
-from visgraft.attach import assemble, choose_places, count_parameters
+from visgraft.attach import assemble, count_parameters, find_positions
 from visgraft.backbone import Backbone, create_backbone
 from visgraft.errors import SiteError, VisgraftError
 from visgraft.merge import mergeable
 from visgraft.registry import methods
-from visgraft.sites import find_sites
 
 
 def describe_methods(backbone: str, num_classes: int = 0) -> list[dict[str, Any]]:
@@ -26,10 +25,10 @@ def describe_methods(backbone: str, num_classes: int = 0) -> list[dict[str, Any]
             model = create_backbone(Backbone(backbone, "none"), num_classes or 1)
         row: dict[str, Any] = {"name": name, "paper": method.paper}
         try:
-            blocks = find_sites(model) if method.placements(config) else []
-            places = choose_places(config, blocks, backbone) if blocks else ()
+            positions, _ = find_positions(model, config)
+            places = dict.fromkeys(position.place for position in positions)
             row["places"] = [p.reads if p.reads == p.adds_to else f"{p.reads} -> {p.adds_to}" for p in places]
-            row["mergeable"] = mergeable(config, blocks)
+            row["mergeable"] = mergeable(model, config)
             row["params_adapter"] = count_parameters(assemble(model, config)).adapter
         except SiteError as error:
             row |= {"places": None, "mergeable": None, "params_adapter": None, "refused": str(error)}

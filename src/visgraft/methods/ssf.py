@@ -1,0 +1,103 @@
+"""SSF, Scaling and Shifting Your Features (arXiv:2210.08823): a scale and a shift per channel after every operation."""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from visgraft.config import MethodConfig, TrainConfig, option
+from visgraft.errors import VisgraftError
+from visgraft.method import Grid, Method, Place, Position
+from visgraft.registry import register
+
+# For each kind of operation, the sites behind its layers, in order of preference, as families lack some of them. SwiGLU
+# has no single first layer, so there the hidden features are scaled where they enter the last one.
+SITES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "embed": (("patch.out",),),
+    "attn": (("attn.qkv", "attn.out"), ("attn.q", "attn.k", "attn.v", "attn.out"), ("attn.out",)),
+    "mlp": (("mlp.hidden", "mlp.out"), ("mlp.act", "mlp.out"), ("mlp.out",)),
+    "norm": (
+        ("norm1.out", "norm2.out", "norm.out"),
+        ("norm1.out", "norm2.out"),
+        ("norm2.out", "norm.out"),
+        ("norm2.out",),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class SSFConfig(MethodConfig):
+    """Options of SSF.
+
+    `init` normal is the authors' program: scale ~ N(1, 0.02²), shift ~ N(0, 0.02²), so the model does not start
+    unchanged; identity starts at 1 and 0 exactly. `operations` None takes every operation that the backbone has sites
+    for; named ones must be there.
+    """
+
+    terms: str = option("both", "which of the two to learn", ("both", "scale", "shift"))
+    operations: tuple[str, ...] | None = option(None, "operations to scale and shift behind; none: all", tuple(SITES))
+    init: str = option("identity", "start: scale 1 and shift 0, or around them with std 0.02", ("identity", "normal"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.operations is not None and not self.operations:
+            raise VisgraftError(f"operations is empty; name at least one of {', '.join(SITES)}")
+
+
+@register("ssf", paper="arXiv:2210.08823")
+class SSF(Method):
+    """γ ⊙ x + β behind the patch embedding, every norm, qkv, the attention's projection and both MLP layers.
+
+    Source: section 3.2 of the paper. `gain` [C] holds γ - 1 and `shift` [C] holds β. The authors exempt both from
+    weight decay; decay of the gain rather than of γ pulls towards the frozen model, not towards zero. Layers between
+    stages and ConvNeXt's depth-wise convolution, which the authors' programs scale too, have no sites here.
+    """
+
+    Config = SSFConfig
+    recipe = TrainConfig(lr=5e-3)
+    knobs: ClassVar = {"lr": (1e-3, 2e-3, 5e-3, 1e-2), "init": ("identity", "normal")}
+
+    def __init__(self, config: SSFConfig, position: Position, shared: Mapping[str, nn.Module]) -> None:
+        super().__init__(config, position, shared)
+        width = position.adds_width
+        self.gain = nn.Parameter(torch.zeros(width)) if config.terms != "shift" else None
+        self.shift = nn.Parameter(torch.zeros(width)) if config.terms != "scale" else None
+        if config.init == "normal":
+            for parameter in self.parameters():
+                nn.init.normal_(parameter, std=0.02)
+
+    @classmethod
+    def placements(cls, config: SSFConfig) -> tuple[tuple[Place, ...], ...]:
+        if config.operations is None:
+            choices = [(*SITES[name], ()) if name != "mlp" else SITES[name] for name in SITES]
+        else:
+            choices = [SITES[name] for name in SITES if name in config.operations]
+        # The product counts its last factor up first, so the first set that a backbone has is best in every factor.
+        return tuple(Place.at(*itertools.chain(*sites)) for sites in itertools.product(*choices))
+
+    @classmethod
+    def affine(cls, config: SSFConfig) -> bool:
+        return True
+
+    @classmethod
+    def shifts(cls, config: SSFConfig) -> bool:
+        return config.terms != "scale"
+
+    @classmethod
+    def diagonal(cls, config: SSFConfig) -> bool:
+        return True
+
+    @classmethod
+    def starts_as_identity(cls, config: SSFConfig) -> bool:
+        return config.init == "identity"
+
+    def delta(self, x: Tensor, grid: Grid) -> Tensor:
+        """Return (γ - 1) ⊙ x + β: [B, N, C] -> [B, N, C]."""
+        if self.gain is None:
+            assert self.shift is not None
+            return self.shift.expand_as(x)
+        scaled = self.gain * x
+        return scaled if self.shift is None else scaled + self.shift

@@ -1,0 +1,74 @@
+"""The backbone's own tensors: its head, its digest, and what each tensor is."""
+
+import hashlib
+from typing import Any
+
+import torch
+from timm.models import group_parameters
+from torch import Tensor, nn
+
+from visgraft.families import NORMS
+from visgraft.method import OwnTensor
+
+CHILD = "visgraft"
+"""Name of the child module that `attach` registers on the backbone; it holds everything that the method adds."""
+
+
+def head_paths(model: nn.Module) -> tuple[str, ...]:
+    """Return the paths of the classifier's linear layers, found by identity; empty for `num_classes=0`."""
+    if not hasattr(model, "get_classifier"):
+        return ()
+    found: Any = model.get_classifier()  # type: ignore[operator]
+    heads = found if isinstance(found, tuple | list) else (found,)
+    wanted = {id(head) for head in heads if head is not None and next(head.parameters(), None) is not None}
+    return tuple(path for path, module in model.named_modules() if id(module) in wanted)
+
+
+def backbone_digest(model: nn.Module) -> str | None:
+    """Return the sha256 of the plain backbone's tensors in order of name; None where tensors hold no data (meta).
+
+    The head is left out because it is new for every task, and position embeddings because resampling them to
+    another image size may round differently on another machine.
+    """
+    digest, head = hashlib.sha256(), head_paths(model)
+    for name, tensor in sorted(model.state_dict().items()):
+        if tensor.is_meta:
+            return None
+        if name.startswith(tuple(f"{path}." for path in (*head, CHILD))) or name.endswith("pos_embed"):
+            continue
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def own_tensors(model: nn.Module) -> list[OwnTensor]:
+    """Return what each of the backbone's own tensors is, the head's left out, in the order of the state dict."""
+    inside = tuple(f"{path}." for path in head_paths(model))
+    state: dict[str, Tensor] = {
+        name: tensor for name, tensor in model.state_dict().items() if not (inside and name.startswith(inside))
+    }
+    parameters = {name for name, _ in model.named_parameters()}
+    layers = _layers(model, state)
+    count = max(layers.values(), default=0) + 1
+    found = []
+    for name in state:
+        owner, _, last = name.rpartition(".")
+        is_bias = last in ("bias", "beta") or last.endswith("_bias")
+        role = "buffer" if name not in parameters else "bias" if is_bias else "weight"
+        norm = isinstance(model.get_submodule(owner), NORMS)
+        found.append(OwnTensor(name, role, norm, layers[name], count))  # type: ignore[arg-type]
+    return found
+
+
+def _layers(model: nn.Module, state: dict[str, Tensor]) -> dict[str, int]:
+    """Return each tensor's layer, counted from the images; groups of norms alone belong to the layer before them."""
+    if not hasattr(model, "group_matcher"):
+        return dict.fromkeys(state, 0)
+    groups: dict[str, int] = {}
+    for number, names in group_parameters(model, model.group_matcher(coarse=False)).items():  # type: ignore[operator]
+        groups |= dict.fromkeys(names, number)
+    own = {name: groups[name] for name in state if name in groups}
+    solid = sorted({group for name, group in own.items() if state[name].ndim > 1})
+    layer = {group: max(sum(other <= group for other in solid) - 1, 0) for group in set(own.values())}
+    by_owner = {name.rpartition(".")[0]: layer[group] for name, group in own.items()}
+    return {name: layer[own[name]] if name in own else by_owner.get(name.rpartition(".")[0], 0) for name in state}

@@ -1,0 +1,107 @@
+"""Probe every method on every family and write the page of what works, merges, and why not.
+
+`python tests/capabilities.py` writes docs/capabilities.md; a test compares the page with the probe.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from support import CONFIGS, DEFAULTS, family
+
+from visgraft import methods
+from visgraft.attach import assemble, detach
+from visgraft.errors import SiteError
+from visgraft.merge import why_not_merged
+
+PAGE = Path(__file__).parents[1] / "docs" / "capabilities.md"
+# What the columns are called, and the tiny backbone of tests/support.py that is probed for each.
+COLUMNS = {
+    "ViT": "plain",
+    "ViT without qkv bias": "no_qkv_bias",
+    "ViT, SwiGLU": "swiglu",
+    "DeiT-3": "deit3",
+    "DINOv2": "dinov2",
+    "CLIP": "clip",
+    "SigLIP": "siglip",
+    "DINOv3": "dinov3",
+    "PE": "pe",
+    "BEiT": "beit",
+    "EVA-02, one qkv": "eva_fused",
+    "EVA-02, q, k, v apart": "eva_unfused",
+    "Swin": "swin",
+    "Swin, padded windows": "swin_padded",
+    "Swin V2": "swin_v2",
+    "ConvNeXt": "convnext",
+    "ConvNeXt V2": "convnext_v2",
+    "MLP-Mixer": "mixer",
+    "ResMLP": "resmlp",
+}
+MERGES, WORKS, REFUSED = "merges", "works", "no"
+HEAD = """# What works where
+
+Probed, not claimed: `python tests/capabilities.py` attaches every method with its default options to a small backbone
+of every family and writes this page; `tests/test_capabilities.py` fails when the two differ, and `tests/test_laws.py`
+measures every merge. `visgraft methods --backbone NAME` answers the same for one timm model.
+
+- **merges**: the trained model folds into the plain backbone, with the same answers and no extra cost.
+- **works**: it can be attached and trained, and stays beside the backbone; the reason stands below.
+- **no**: it is refused by name; the reason stands below.
+"""
+
+
+def probe(method: str, kind: str) -> tuple[str, str]:
+    """Return what a method with its default options does on a tiny backbone, and why not more."""
+    model, config = family(kind), methods()[method].Config()
+    try:
+        detach(assemble(model, config))
+    except SiteError as error:
+        return REFUSED, _reason(str(error))
+    why = why_not_merged(model, config)
+    return (WORKS, _reason(why)) if why else (MERGES, "")
+
+
+def _reason(message: str) -> str:
+    """Leave out what differs from model to model: the first part of a line, without block numbers."""
+    first = (
+        message.split(";", maxsplit=1)[0].split(", which", maxsplit=1)[0]
+        if "needs the site" in message
+        else message.split(";", maxsplit=1)[0]
+    )
+    for place in ("layers.0.blocks.0.", "stages.0.blocks.0.", "blocks.0."):
+        first = first.replace(place, "")
+    return first
+
+
+def page() -> str:
+    """Return docs/capabilities.md as the probe finds it."""
+    found = {CONFIGS[n].method: {c: probe(CONFIGS[n].method, k) for c, k in COLUMNS.items()} for n in DEFAULTS}
+    lines = [HEAD, *_table(["backbone", *(f"`{m}`" for m in found)], _rows(found)), "", "## Why not", ""]
+    lines += _table(["method", "backbones", "reason"], _reasons(found))
+    return "\n".join(lines) + "\n"
+
+
+def _rows(found: dict[str, dict[str, tuple[str, str]]]) -> list[list[str]]:
+    return [[column, *(cells[column][0] for cells in found.values())] for column in COLUMNS]
+
+
+def _reasons(found: dict[str, dict[str, tuple[str, str]]]) -> list[list[str]]:
+    rows = []
+    for method, cells in found.items():
+        by_reason: dict[tuple[str, str], list[str]] = {}
+        for column, (outcome, reason) in cells.items():
+            if reason:
+                by_reason.setdefault((outcome, reason), []).append(column)
+        for (outcome, reason), columns in by_reason.items():
+            where = "all" if len(columns) == len(COLUMNS) else "; ".join(columns)
+            told = reason if outcome == WORKS else f"refused: {reason}"
+            rows.append([f"`{method}`", where, told])
+    return rows
+
+
+def _table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"wrote {PAGE.relative_to(Path.cwd()) if PAGE.is_relative_to(Path.cwd()) else PAGE}")
