@@ -43,7 +43,8 @@ Probed, not claimed: `python tests/capabilities.py` attaches every method with i
 of every family and writes this page; `tests/test_capabilities.py` fails when the two differ, and `tests/test_laws.py`
 measures every merge. `visgraft methods --backbone NAME` answers the same for one timm model.
 
-- **merges**: the trained model folds into the plain backbone, with the same answers and no extra cost.
+- **merges**: the trained model folds into the plain backbone (or is one already), with the same answers and no extra
+  cost.
 - **works**: it can be attached and trained, and stays beside the backbone; the reason stands below.
 - **no**: it is refused by name; the reason stands below.
 """
@@ -62,11 +63,9 @@ def probe(method: str, kind: str) -> tuple[str, str]:
 
 def _reason(message: str) -> str:
     """Leave out what differs from model to model: the first part of a line, without block numbers."""
-    first = (
-        message.split(";", maxsplit=1)[0].split(", which", maxsplit=1)[0]
-        if "needs the site" in message
-        else message.split(";", maxsplit=1)[0]
-    )
+    first = message.partition(";")[0]
+    if "needs the site" in first:
+        first = first.partition(", which")[0]
     for place in ("layers.0.blocks.0.", "stages.0.blocks.0.", "blocks.0."):
         first = first.replace(place, "")
     return first

@@ -19,7 +19,7 @@ from visgraft.attach import attach
 from visgraft.cli.options import flags
 from visgraft.data.gauges import draw_gauges
 from visgraft.registry import METHODS
-from visgraft.sites import BLOCKS
+from visgraft.families import BLOCKS
 
 ROOT = Path(__file__).parents[1]
 

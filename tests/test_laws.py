@@ -266,7 +266,8 @@ def test_frozen_parts_stay_in_eval_mode_and_drop_path_follows(name: str, kind: s
             assert module.training, path
         elif path and not f"{path}.".startswith((f"{CHILD}.", *(f"{head}." for head in attached.head))):
             own = path if next(module.parameters(), None) is not None else path.rpartition(".")[0]
-            assert not module.training or any(f"{n}.".startswith(f"{own}.") for n in attached.unfrozen), path
+            prefix = f"{own}." if own else ""
+            assert not module.training or any(name.startswith(prefix) for name in attached.unfrozen), path
     assert all(m.training for m in getattr(model, CHILD).modules())
     model.eval()
     assert not any(m.training for m in model.modules())
