@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 OUT    ?= demo-out
 
-.PHONY: install test check demo docs clean
+.PHONY: install test test-all check demo capabilities docs clean
 
 $(VENV)/.base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,14 @@ check: $(VENV)/.test
 # One thread per process: two processes share two cores, and tiny models only wait for more threads.
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# Everything, with inductor and backbones of full size.
+test-all: check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m ''
+
+# The page of what works where, found by trying.
+capabilities: $(VENV)/.test
+	cd tests && ../$(BIN)/python capabilities.py
 
 docs: $(VENV)/.test
 	$(BIN)/mkdocs build --strict

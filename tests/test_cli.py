@@ -167,7 +167,10 @@ def assert_timm_alone_answers_alike(adapter: Path, plain: Path, file: Path) -> N
 def test_methods_lists_the_published_counts_in_a_process_of_its_own() -> None:
     rows = {row["name"]: row for row in start("methods", "--backbone", "vit_base_patch16_224")}
     assert rows.keys() == methods().keys()
-    assert all(row.keys() == {"name", "paper", "places", "mergeable", "params_adapter"} for row in rows.values())
+    assert all(
+        row.keys() == {"name", "paper", "places", "mergeable", "why_not_merged", "params_adapter"}
+        for row in rows.values()
+    )
     counts = {name: rows[name]["params_adapter"] for name in ("sct", "alore", "lora", "linear")}
     assert counts == {"sct": 111744, "alore": 147520, "lora": 294912, "linear": 0}
     assert [rows[name]["mergeable"] for name in ("sct", "alore", "lora", "linear")] == [False, True, True, True]

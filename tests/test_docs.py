@@ -18,8 +18,8 @@ from visgraft import count_parameters, load, merge, methods, read_folder, save
 from visgraft.attach import attach
 from visgraft.cli.options import flags
 from visgraft.data.gauges import draw_gauges
-from visgraft.registry import METHODS
 from visgraft.families import BLOCKS
+from visgraft.registry import METHODS
 
 ROOT = Path(__file__).parents[1]
 

@@ -124,7 +124,7 @@ def choose_places(config: MethodConfig, sites: Sites, backbone: str) -> tuple[Pl
     missing = sites.missing([name for places in options for place in places for name in place])
     raise SiteError(
         f"{config.method} needs the site {', '.join(sorted(missing))}, which {backbone} lacks "
-        f"(it has {', '.join(sorted(offered))}); choose among those"
+        f"(it has {', '.join(sorted(offered))}); use other options, another method or another backbone"
     )
 
 

@@ -1,6 +1,6 @@
 """Salient channels: which channels of a frozen backbone answer most strongly to a task's images (SCT, section 1a)."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -163,36 +163,41 @@ def salient_channels(
 
 
 def salient_channels_at(
-    model: nn.Module, batches: Batches | None, channels: int | None, names: Sequence[str], score: str
+    model: nn.Module,
+    batches: Batches | None,
+    channels: int | None,
+    names: Sequence[str],
+    score: str,
+    among: Collection[int] | None = None,
 ) -> dict[str, list[Tensor]]:
-    """`salient_channels` of several sites, each scored on its own, in one pass over the images: {site: per block}."""
+    """`salient_channels` of several sites, each scored on its own, in one pass over the images: {site: per block}.
+
+    Of blocks that are not `among` those asked for (None: all) no channel is chosen.
+    """
     if score not in SCORES:
         raise VisgraftError(f"unknown score {score!r}; choose one of {', '.join(SCORES)}")
     blocks = find_sites(model).blocks
+    asked = range(len(blocks)) if among is None else among
+    counts: dict[str, list[int]] = {}
     for name in names:
         if any(name not in sites for sites in blocks):
             raise VisgraftError(f"channels cannot be scored at {name!r}; this backbone has {', '.join(blocks[0])}")
-        narrowest = min(sites[name].width for sites in blocks)
+        narrowest = min(blocks[block][name].width for block in asked)
         if channels is not None and not 0 < channels <= narrowest:
             raise VisgraftError(f"channels is {channels}, but {name} has 1 to {narrowest}; choose fewer")
-    counts = {name: [channels or sites[name].width // 8 for sites in blocks] for name in names}
+        counts[name] = [(channels or s[name].width // 8) if i in asked else 0 for i, s in enumerate(blocks)]
     if score == "random":
-        return {
-            name: [
-                torch.randperm(sites[name].width)[:k].sort().values
-                for sites, k in zip(blocks, counts[name], strict=True)
-            ]
-            for name in names
-        }
-    if batches is None:
+        chosen = {n: [torch.randperm(sites[n].width)[:k] for sites, k in _each(blocks, counts[n])] for n in names}
+    elif batches is None:
         raise VisgraftError(
             f"the score {score!r} looks at the task's images: pass `batches` of (images, labels), or use score 'random'"
         )
-    squares, formula = _squares_at(model, batches, names), SCORE_FUNCTIONS[score]
-    return {
-        name: [
-            formula(sums).topk(k).indices.sort().values.cpu()
-            for sums, k in zip(squares[name], counts[name], strict=True)
-        ]
-        for name in names
-    }
+    else:
+        squares, formula = _squares_at(model, batches, names), SCORE_FUNCTIONS[score]
+        chosen = {n: [formula(sums).topk(k).indices.cpu() for sums, k in _each(squares[n], counts[n])] for n in names}
+    return {name: [index.sort().values for index in per_block] for name, per_block in chosen.items()}
+
+
+def _each(blocks: Sequence[Any], counts: Sequence[int]) -> Iterator[tuple[Any, int]]:
+    """Pair what there is of every block with how many channels it gets."""
+    return zip(blocks, counts, strict=True)

@@ -83,12 +83,9 @@ def classifier_paths(model: nn.Module) -> tuple[str, ...]:
 
     Only the classifier itself: ConvNeXt's final norm, `head.norm`, belongs to the backbone.
     """
-    facts: Any = getattr(model, "pretrained_cfg", None) or {}
-    named = facts.get("classifier") or ()
     found: Any = model.get_classifier() if hasattr(model, "get_classifier") else ()  # type: ignore[operator]
     wanted = {id(module) for module in (found if isinstance(found, tuple | list) else (found,))}
-    paths = [path for path, module in model.named_modules() if id(module) in wanted]
-    return tuple(dict.fromkeys([*paths, *((named,) if isinstance(named, str) else named)]))
+    return tuple(path for path, module in model.named_modules() if id(module) in wanted)
 
 
 def convert(model: nn.Module, state: dict[str, Any]) -> dict[str, Tensor]:

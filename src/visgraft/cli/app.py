@@ -127,8 +127,10 @@ def methods(
 
     def text() -> None:
         print_table(f"on {backbone}, default options, head excluded", columns, shown)
-        for reason in dict.fromkeys(row["refused"] for row in rows if "refused" in row):
-            result_console.print(f"refused: {reason}")
+        for row in rows:
+            if row.get("refused") or row["why_not_merged"]:
+                told = row.get("refused") or f"not merged: {row['name']} {row['why_not_merged']}"
+                result_console.print(told, highlight=False)
 
     emit(rows, json, text)
 

@@ -110,7 +110,8 @@ class SCT(Method):
     @classmethod
     def calibrate(cls, config: SCTConfig, model: nn.Module, modules: Sequence["SCT"], batches: Batches | None) -> None:
         sites = dict.fromkeys(SCORED_AT[module.site] for module in modules)
-        chosen = salient_channels_at(model, batches, config.channels, list(sites), config.score)
+        blocks = {module.block for module in modules if module.block is not None}
+        chosen = salient_channels_at(model, batches, config.channels, list(sites), config.score, blocks)
         for module in modules:
             assert module.block is not None
             module.index.copy_(chosen[SCORED_AT[module.site]][module.block])

@@ -10,7 +10,7 @@ from torch import nn
 from visgraft.attach import assemble, count_parameters, find_positions
 from visgraft.backbone import Backbone, create_backbone
 from visgraft.errors import SiteError, VisgraftError
-from visgraft.merge import mergeable
+from visgraft.merge import why_not_merged
 from visgraft.registry import methods
 
 
@@ -28,10 +28,12 @@ def describe_methods(backbone: str, num_classes: int = 0) -> list[dict[str, Any]
             positions, _ = find_positions(model, config)
             places = dict.fromkeys(position.place for position in positions)
             row["places"] = [p.reads if p.reads == p.adds_to else f"{p.reads} -> {p.adds_to}" for p in places]
-            row["mergeable"] = mergeable(model, config)
+            row["why_not_merged"] = why_not_merged(model, config)
+            row["mergeable"] = row["why_not_merged"] is None
             row["params_adapter"] = count_parameters(assemble(model, config)).adapter
         except SiteError as error:
-            row |= {"places": None, "mergeable": None, "params_adapter": None, "refused": str(error)}
+            row |= {"places": None, "mergeable": None, "why_not_merged": None, "params_adapter": None}
+            row["refused"] = str(error)
         rows.append(row)
     return rows
 
