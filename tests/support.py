@@ -72,7 +72,7 @@ EXTRAS: dict[str, list[dict[str, Any]]] = {
     "adapter": [{"activation": "none", "init_std": 0.05, "norms": True}],
     "adaptformer": [{"form": "sequential"}, {"norm": "after", "learn_scale": True}],
     "repadapter": [{"bias": True}],
-    "fact": [{"form": "tucker", "rank": 4}, {"targets": ["qkv", "proj"], "proj_reads": "input"}],
+    "fact": [{"form": "tucker", "rank": 4}, {"targets": ["qkv", "proj"], "proj_reads": "input", "scale": 1.0}],
     "arc": [{"bias": False}],
     "ssf": [{"terms": "scale", "init": "normal"}],
 }
@@ -131,7 +131,7 @@ def live(model: Any, seed: int = 0) -> Any:
             elif last == "logit_scale":
                 continue
             else:
-                one_like = last in ("weight", "alpha") or last.startswith(("gamma", "ls")) or ".ls" in name
+                one_like = last in ("weight", "alpha") or last.startswith("gamma")
                 parameter.copy_(float(one_like) + 0.3 * noise)
     return model
 

@@ -236,7 +236,13 @@ def save_plain(
     model: nn.Module, path: str | Path, classes: Sequence[str], data_config: Mapping[str, Any], certificate: Any
 ) -> Path:
     """Write a merged plain model in timm's own format; `create_model("local-dir:PATH", pretrained=True)` opens it."""
-    facts = {key: tuple(v) if isinstance(v, list) else v for key, v in data_config.items()}
+    own: Any = getattr(model, "pretrained_cfg", {})
+    facts = {
+        # What timm goes by when it loads the file; the other facts are of where the weights came from.
+        **{key: own[key] for key in ("classifier", "first_conv", "fixed_input_size") if key in own},
+        **{key: tuple(value) if isinstance(value, list) else value for key, value in data_config.items()},
+    }
+    # timm keeps a constructor's arguments only since 1.0.31.
     size, origin = built_size(model), getattr(model, "visgraft_backbone", None)
     arguments = {**(origin.arguments if origin else {}), **({"img_size": list(size)} if size else {})}
     config: dict[str, Any] = {"pretrained_cfg": facts, "model_args": arguments}

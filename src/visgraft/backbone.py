@@ -143,7 +143,7 @@ def _fit_image_size(backbone: Backbone) -> tuple[dict[str, Any], list[str]]:
                 f"image size {size} is not a multiple of the patch size {patch[0]} of {backbone.name}; "
                 f"use {lower} or {lower + patch[0]}"
             )
-        if built_size(own) is None and not own.pretrained_cfg.get("fixed_input_size"):
+        if built_size(own) is None:
             _prove_image_size(own, backbone.name, size, input_size(own)[1])
             return {}, []
         sized = _create(backbone.name, **{**backbone.arguments, "img_size": size})

@@ -16,11 +16,7 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
     Raises:
         SiteError: the model does not say.
     """
-    size = built_size(model)
-    if size is None:
-        asked = getattr(getattr(model, "visgraft_backbone", None), "image_size", None)
-        facts: Any = getattr(model, "pretrained_cfg", None) or {}
-        size = _pair(asked or facts.get("input_size", (0, None))[1:])
+    size = built_size(model) or _created_for(model)
     channels = _channels(model)
     if size is None or channels is None:
         raise SiteError(
@@ -35,9 +31,10 @@ def built_size(model: nn.Module) -> tuple[int, int] | None:
     for child in model.children():  # a patch embedding: ViT's and Swin's `patch_embed`, MLP-Mixer's `stem`
         if hasattr(child, "img_size"):
             return _pair(child.img_size)
-    # CoAtNet, LeViT and others keep the size in no layer; timm keeps the argument that it built them with.
+    # CoAtNet, LeViT and others keep the size in no layer; timm (1.0.31) keeps the argument that it built them with.
     traits: Any = getattr(model, "_traits", None) or {}
-    return _pair(traits.get("img_size"))
+    facts: Any = getattr(model, "pretrained_cfg", None) or {}
+    return _pair(traits.get("img_size")) or (_created_for(model) if facts.get("fixed_input_size") else None)
 
 
 def patch_size(model: nn.Module) -> tuple[int, int] | None:
@@ -46,6 +43,13 @@ def patch_size(model: nn.Module) -> tuple[int, int] | None:
         if hasattr(child, "img_size") and hasattr(child, "patch_size"):
             return _pair(child.patch_size)
     return None
+
+
+def _created_for(model: nn.Module) -> tuple[int, int] | None:
+    """The size that the model was asked for, else that of its weights."""
+    facts: Any = getattr(model, "pretrained_cfg", None) or {}
+    asked = getattr(getattr(model, "visgraft_backbone", None), "image_size", None)
+    return _pair(asked or facts.get("input_size", (0, None))[1:])
 
 
 def _channels(model: nn.Module) -> int | None:
