@@ -366,7 +366,7 @@ def test_data_that_cannot_be_used(
         (["--weights", "lost.safetensors"], ["lost.safetensors does not exist", "--weights"]),
         (["--weights", "{DATA}/red/00.png"], ["00.png cannot be read as weights of test_vit", "pass another file"]),
         (["--image-size", "40"], ["40 is not a multiple of the patch size 16", "use 32 or 48"]),
-        (["--backbone", "test_resnet"], ["test_resnet cannot be created with", "img_size", "leave that option out"]),
+        (["--backbone", "test_resnet"], ["ResNet has blocks of class", "known: vision_transformer.Block"]),
         (["--method", "linear", "--rank", "4"], ["linear has no option --rank", "none of its own"]),
         (["--method", "sct", "--experts", "2"], ["sct has no option --experts", "--channels", "--mode"]),
         (["--method", "alore", "--places", "attn.on"], ["places is 'attn.on'", "did you mean attn.in"]),

@@ -37,8 +37,8 @@ def test_methods_know_neither_timm_nor_the_command_line() -> None:
         if path.name == "__init__.py":
             continue
         text = path.read_text(encoding="utf-8")
-        assert "timm" not in {node.split(".")[0] for node in imported(text)}, path.name
-        assert not {name for name in imported(text) if name.startswith(("visgraft.cli", "visgraft.families"))}, path.name
+        foreign = [n for n in imported(text) if n.split(".")[0] == "timm" or n.startswith("visgraft.cli")]
+        assert not foreign, path.name
 
 
 def imported(text: str) -> set[str]:
