@@ -3,8 +3,8 @@
     python benchmarks/recipes.py --out recipes.json
 
 Three tasks, all offline: drawn gauges, scikit-learn's handwritten digits, and the simulated textile surfaces of the
-package conformal-clip-data. Every method trains on every task with each learning rate of `LRS` and, where it has
-one, each scale of `SCALES`. No test image is read. The table ranks a method's settings by
+package conformal-clip-data. Every method trains on every task with each learning rate of `--lrs` and, where it has
+one, each scale of `--scales`. No test image is read. The table ranks a method's settings by
 their mean validation accuracy over the tasks. A killed run goes on where it stopped.
 """
 
@@ -14,7 +14,7 @@ import json
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,6 @@ from visgraft.img_focus import MODEL_NAME
 from visgraft.registry import get_method
 from visgraft.train import train
 
-LRS = (1e-3, 2e-3, 5e-3)
-SCALES = (1.0, 5.0)
 TRAIN, VAL = 320, 240
 
 
@@ -75,12 +73,14 @@ def textile(root: Path) -> Path:
 TASKS = {"gauges": (gauges, 98), "digits": (digits, 98), "textile": (textile, 112)}
 
 
-def settings(method: str, epochs: int, precision: str) -> Iterator[tuple[MethodConfig, TrainConfig]]:
+def settings(
+    method: str, epochs: int, precision: str, lrs: Sequence[float], scales: Sequence[float | None]
+) -> Iterator[tuple[MethodConfig, TrainConfig]]:
     """Yield what to try of a method."""
     kind, recipe = get_method(method).Config, get_method(method).recipe
-    scales = SCALES if "scale" in {field.name for field in dataclasses.fields(kind)} else (None,)
+    scales = scales if "scale" in {field.name for field in dataclasses.fields(kind)} else (None,)
     warmup = recipe.warmup_epochs * epochs / recipe.epochs
-    for lr in LRS:
+    for lr in lrs:
         for scale in scales:
             chosen = dataclasses.replace(recipe, epochs=epochs, warmup_epochs=warmup, lr=lr, precision=precision)
             yield kind() if scale is None else kind.from_dict({"scale": scale}), chosen
@@ -102,18 +102,23 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--methods", default="sct,alore,lora")
     parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--lrs", default="1e-3,2e-3,5e-3")
+    parser.add_argument("--scales", default="1,5")
+    parser.add_argument("--image-size", type=int, help="of all tasks; otherwise each has its own")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
+    lrs, scales = ([float(value) for value in given.split(",")] for given in (arguments.lrs, arguments.scales))
     for task in arguments.tasks.split(","):
         draw, size = TASKS[task]
+        size = arguments.image_size or size
         with tempfile.TemporaryDirectory() as scratch:
             folder = read_folder(draw(Path(scratch) / task))
             facts = model_data_config(create_backbone(Backbone(MODEL_NAME, "none", size)))
             data = load_images(folder.train, facts), load_images(folder.val, facts)
         for method in arguments.methods.split(","):
-            for config, recipe in settings(method, arguments.epochs, arguments.precision):
-                key = {"task": task, "method": method, "lr": recipe.lr, "epochs": recipe.epochs}
+            for config, recipe in settings(method, arguments.epochs, arguments.precision, lrs, scales):
+                key = {"task": task, "method": method, "lr": recipe.lr, "epochs": recipe.epochs, "size": size}
                 key |= {"scale": getattr(config, "scale", None), "precision": recipe.precision}
                 if any(all(row[name] == value for name, value in key.items()) for row in rows):
                     continue

@@ -192,7 +192,9 @@ def test_what_enters_a_module_is_what_its_delta_was_computed_from() -> None:
     kept = module.delta
     module.delta = lambda x, grid: seen.append(x) or kept(x, grid)
     x = images(3)
-    assert torch.equal(entering(model, module, x), seen[0])
+    entered, grid = entering(model, module, x)
+    assert torch.equal(entered, seen[0])
+    assert grid == (4, 4, 1)
     assert not module._forward_pre_hooks
 
 
