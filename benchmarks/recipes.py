@@ -120,7 +120,7 @@ def main() -> None:
             for config, recipe in settings(method, arguments.epochs, arguments.precision, lrs, scales):
                 key = {"task": task, "method": method, "lr": recipe.lr, "epochs": recipe.epochs, "size": size}
                 key |= {"scale": getattr(config, "scale", None), "precision": recipe.precision}
-                if any(all(row[name] == value for name, value in key.items()) for row in rows):
+                if any(all(row.get(name) == value for name, value in key.items()) for row in rows):
                     continue
                 rows.append({**key, "val_top1": measure(config, recipe, size, data, len(folder.classes))})
                 print(json.dumps(rows[-1]), flush=True)

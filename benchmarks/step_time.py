@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from visgraft.attach import attach
 from visgraft.backbone import Backbone, create_backbone
+from visgraft.errors import SiteError
 from visgraft.finding import find_sites
 from visgraft.registry import get_method, methods
 
@@ -82,9 +83,14 @@ def main() -> None:
         torch.manual_seed(0)
         return create_backbone(Backbone(arguments.backbone, "none", size), 10).to(device)
 
-    models = {"bound": bound(create())}
+    models, refused = {"bound": bound(create())}, {}
     for name in methods() if arguments.methods == "all" else arguments.methods.split(","):
-        models[name] = attach(create(), get_method(name).Config(), [(x, y)]).train()
+        try:
+            models[name] = attach(create(), get_method(name).Config(), [(x, y)]).train()
+        except SiteError as error:
+            if arguments.methods != "all":
+                raise
+            refused[name] = str(error)
     steps = {name: make_step(model, x, y, arguments.bf16) for name, model in models.items()}
     for step in steps.values():
         step()
@@ -92,7 +98,7 @@ def main() -> None:
     for number in range(arguments.rounds):
         names = list(steps)[number % len(steps) :] + list(steps)[: number % len(steps)]
         rounds.append({name: steps[name]() for name in names})
-    result = {"device": str(device), "threads": torch.get_num_threads(), **vars(arguments)}
+    result = {"device": str(device), "threads": torch.get_num_threads(), **vars(arguments), "refused": refused}
     result["bound_ms"] = 1000 * statistics.median(r["bound"] for r in rounds)
     for name in list(steps)[1:]:
         low, middle, high = statistics.quantiles((r[name] / r["bound"] for r in rounds), n=4)
