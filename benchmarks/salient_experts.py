@@ -43,10 +43,7 @@ class SalexConfig(MethodConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("channels", "rank", "experts", "scale")
-        if not 0 <= self.dropout < 1:
-            raise VisgraftError(f"dropout is {self.dropout}, but must be at least 0 and below 1")
-        if self.places is not None and not self.places:
-            raise VisgraftError(f"places is empty; name at least one of {', '.join(SITES)}")
+        self.check_rates("dropout")
         if self.score == "random" and self.order != "index":
             raise VisgraftError(f"order {self.order} needs scores, which random has not; use order index")
 

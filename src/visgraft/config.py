@@ -18,12 +18,14 @@ class Options:
     """A frozen set of options that checks the named choices of its fields.
 
     Raises:
-        VisgraftError: a field with choices holds something else.
+        VisgraftError: a field with choices holds something else, or a tuple of them holds none.
     """
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             choices, value = field.metadata.get("choices"), getattr(self, field.name)
+            if choices and value == ():
+                raise VisgraftError(f"{field.name} is empty; name at least one of {', '.join(choices)}")
             for item in value if isinstance(value, tuple) else (value,):
                 if choices and item is not None and item not in choices:
                     known = f"{', '.join(choices)}{nearest(str(item), choices)}"
@@ -35,6 +37,12 @@ class Options:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise VisgraftError(f"{name} is {value}, but must be above 0")
+
+    def check_rates(self, *names: str) -> None:
+        """Raise a VisgraftError that names the first of the given fields that is below 0, or 1 and above."""
+        for name in names:
+            if not 0 <= getattr(self, name) < 1:
+                raise VisgraftError(f"{name} is {getattr(self, name)}, but must be at least 0 and below 1")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as a dictionary of plain JSON values."""
@@ -103,9 +111,7 @@ class TrainConfig(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("epochs", "batch_size", "lr", "head_lr")
-        for name in ("label_smoothing", "drop_path"):
-            if not 0 <= getattr(self, name) < 1:
-                raise VisgraftError(f"{name} is {getattr(self, name)}, but must be at least 0 and below 1")
+        self.check_rates("label_smoothing", "drop_path")
         for name in ("weight_decay", "warmup_epochs", "seed"):
             if getattr(self, name) < 0:
                 raise VisgraftError(f"{name} is {getattr(self, name)}, but must not be negative")

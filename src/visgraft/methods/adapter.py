@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visgraft.config import MethodConfig, TrainConfig, option
-from visgraft.errors import VisgraftError
 from visgraft.method import Grid, Method, OwnTensor, Place, Position
 from visgraft.registry import register
 
@@ -39,10 +38,7 @@ class AdapterConfig(MethodConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("bottleneck", "scale", "init_std")
-        if not 0 <= self.dropout < 1:
-            raise VisgraftError(f"dropout is {self.dropout}, but must be at least 0 and below 1")
-        if not self.places:
-            raise VisgraftError(f"places is empty; name at least one of {', '.join(SITES)}")
+        self.check_rates("dropout")
 
 
 @register("adapter", paper="arXiv:1902.00751")

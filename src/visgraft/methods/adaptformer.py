@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visgraft.config import MethodConfig, TrainConfig, option
-from visgraft.errors import VisgraftError
 from visgraft.method import Grid, Method, Place, Position
 from visgraft.registry import register
 
@@ -37,8 +36,7 @@ class AdaptFormerConfig(MethodConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("bottleneck", "scale")
-        if not 0 <= self.dropout < 1:
-            raise VisgraftError(f"dropout is {self.dropout}, but must be at least 0 and below 1")
+        self.check_rates("dropout")
 
 
 @register("adaptformer", paper="arXiv:2205.13535")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from visgraft.config import MethodConfig, TrainConfig, option
-from visgraft.errors import SiteError, VisgraftError
+from visgraft.errors import SiteError
 from visgraft.method import Grid, Method, Place, Position
 from visgraft.registry import register
 
@@ -34,10 +34,7 @@ class ALoREConfig(MethodConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("rank", "experts", "scale")
-        if not 0 <= self.dropout < 1:
-            raise VisgraftError(f"dropout is {self.dropout}, but must be at least 0 and below 1")
-        if self.places is not None and not self.places:
-            raise VisgraftError(f"places is empty; name at least one of {', '.join(SITES)}")
+        self.check_rates("dropout")
 
 
 class Bank(nn.Module):

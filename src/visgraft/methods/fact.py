@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from visgraft.config import MethodConfig, TrainConfig, option
-from visgraft.errors import SiteError, VisgraftError
+from visgraft.errors import SiteError
 from visgraft.method import Grid, Method, Place, Position
 from visgraft.registry import register
 
@@ -57,10 +57,7 @@ class FacTConfig(MethodConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("rank", "scale")
-        if not 0 <= self.dropout < 1:
-            raise VisgraftError(f"dropout is {self.dropout}, but must be at least 0 and below 1")
-        if self.targets is not None and not self.targets:
-            raise VisgraftError(f"targets is empty; name at least one of {', '.join(TARGETS)}")
+        self.check_rates("dropout")
 
 
 class Factors(nn.Module):

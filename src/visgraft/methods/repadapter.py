@@ -34,12 +34,9 @@ class RepAdapterConfig(MethodConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("bottleneck", "groups", "scale")
-        if not 0 <= self.dropout < 1:
-            raise VisgraftError(f"dropout is {self.dropout}, but must be at least 0 and below 1")
+        self.check_rates("dropout")
         if self.bottleneck % self.groups:
             raise VisgraftError(f"groups is {self.groups}, which does not divide bottleneck {self.bottleneck}")
-        if self.places is not None and not self.places:
-            raise VisgraftError(f"places is empty; name at least one of {', '.join(SITES)}")
 
 
 @register("repadapter", paper="arXiv:2302.08106")

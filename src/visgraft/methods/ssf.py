@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from visgraft.config import MethodConfig, TrainConfig, option
-from visgraft.errors import VisgraftError
 from visgraft.method import Grid, Method, Place, Position
 from visgraft.registry import register
 
@@ -40,11 +39,6 @@ class SSFConfig(MethodConfig):
     terms: str = option("both", "which of the two to learn", ("both", "scale", "shift"))
     operations: tuple[str, ...] | None = option(None, "operations to scale and shift behind; none: all", tuple(SITES))
     init: str = option("identity", "start: scale 1 and shift 0, or around them with std 0.02", ("identity", "normal"))
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.operations is not None and not self.operations:
-            raise VisgraftError(f"operations is empty; name at least one of {', '.join(SITES)}")
 
 
 @register("ssf", paper="arXiv:2210.08823")

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from visgraft.config import MethodConfig, TrainConfig, option
-from visgraft.errors import VisgraftError
 from visgraft.method import Grid, Method, Place, Position
 from visgraft.registry import register
 
@@ -22,8 +21,7 @@ class _PromptConfig(MethodConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("prompts")
-        if not 0 <= self.dropout < 1:
-            raise VisgraftError(f"dropout is {self.dropout}, but must be at least 0 and below 1")
+        self.check_rates("dropout")
 
 
 @dataclass(frozen=True)
