@@ -3,6 +3,7 @@
 `python tests/capabilities.py` writes docs/capabilities.md; a test compares the page with the probe.
 """
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,14 +12,14 @@ from support import CONFIGS, DEFAULTS, family
 from visgraft import methods
 from visgraft.attach import assemble, detach
 from visgraft.errors import SiteError
-from visgraft.merge import why_not_merged
+from visgraft.merge import remedy, why_not_merged
 
 PAGE = Path(__file__).parents[1] / "docs" / "capabilities.md"
 # What the columns are called, and the tiny backbone of tests/support.py that is probed for each.
 COLUMNS = {
     "ViT": "plain",
-    "ViT without qkv bias": "no_qkv_bias",
-    "ViT, SwiGLU": "swiglu",
+    "ViT (no qkv bias)": "no_qkv_bias",
+    "ViT (SwiGLU)": "swiglu",
     "DeiT-3": "deit3",
     "DINOv2": "dinov2",
     "CLIP": "clip",
@@ -26,10 +27,10 @@ COLUMNS = {
     "DINOv3": "dinov3",
     "PE": "pe",
     "BEiT": "beit",
-    "EVA-02, one qkv": "eva_fused",
-    "EVA-02, q, k, v apart": "eva_unfused",
+    "EVA-02 (one qkv)": "eva_fused",
+    "EVA-02 (q, k, v apart)": "eva_unfused",
     "Swin": "swin",
-    "Swin, padded windows": "swin_padded",
+    "Swin (padded windows)": "swin_padded",
     "Swin V2": "swin_v2",
     "ConvNeXt": "convnext",
     "ConvNeXt V2": "convnext_v2",
@@ -58,7 +59,10 @@ def probe(method: str, kind: str) -> tuple[str, str]:
     except SiteError as error:
         return REFUSED, _reason(str(error))
     why = why_not_merged(model, config)
-    return (WORKS, _reason(why)) if why else (MERGES, "")
+    if not why:
+        return MERGES, ""
+    option = re.match(r"train it with (\S+), which folds", remedy(model, config))
+    return WORKS, _reason(why) + (f"; with `{option[1]}` it does merge" if option else "")
 
 
 def _reason(message: str) -> str:
@@ -74,13 +78,21 @@ def _reason(message: str) -> str:
 def page() -> str:
     """Return docs/capabilities.md as the probe finds it."""
     found = {CONFIGS[n].method: {c: probe(CONFIGS[n].method, k) for c, k in COLUMNS.items()} for n in DEFAULTS}
-    lines = [HEAD, *_table(["backbone", *(f"`{m}`" for m in found)], _rows(found)), "", "## Why not", ""]
+    lines = [HEAD, "Families: " + "; ".join(COLUMNS) + ".\n"]
+    lines += [*_table(["method", MERGES, WORKS, REFUSED], _rows(found)), "", "## Why not", ""]
     lines += _table(["method", "backbones", "reason"], _reasons(found))
     return "\n".join(lines) + "\n"
 
 
 def _rows(found: dict[str, dict[str, tuple[str, str]]]) -> list[list[str]]:
-    return [[column, *(cells[column][0] for cells in found.values())] for column in COLUMNS]
+    """One row per method: where it merges, where it works, where it is refused; the longest list is `all others`."""
+    rows = []
+    for method, cells in found.items():
+        lists = [[c for c in COLUMNS if cells[c][0] == outcome] for outcome in (MERGES, WORKS, REFUSED)]
+        longest = max(lists, key=len)
+        rest = "all" if len(longest) == len(COLUMNS) else "all others"
+        rows.append([f"`{method}`", *(rest if one is longest else "; ".join(one) or "–" for one in lists)])
+    return rows
 
 
 def _reasons(found: dict[str, dict[str, tuple[str, str]]]) -> list[list[str]]:
@@ -92,6 +104,9 @@ def _reasons(found: dict[str, dict[str, tuple[str, str]]]) -> list[list[str]]:
                 by_reason.setdefault((outcome, reason), []).append(column)
         for (outcome, reason), columns in by_reason.items():
             where = "all" if len(columns) == len(COLUMNS) else "; ".join(columns)
+            others = [column for column in COLUMNS if column not in columns]
+            if 0 < len(others) < len(columns) // 2:
+                where = f"all but {'; '.join(others)}"
             told = reason if outcome == WORKS else f"refused: {reason}"
             rows.append([f"`{method}`", where, told])
     return rows

@@ -79,8 +79,8 @@ def mergeable(model: nn.Module, config: MethodConfig) -> bool:
     return why_not_merged(model, config) is None
 
 
-def _remedy(model: nn.Module, config: MethodConfig) -> str:
-    """Name the options with which the method would fold here."""
+def remedy(model: nn.Module, config: MethodConfig) -> str:
+    """Name an option with which the method would fold into this plain backbone, or say what else to do."""
     for field in dataclasses.fields(config):
         current = getattr(config, field.name)
         values = [not current] if isinstance(current, bool) else field.metadata.get("choices") or ()
@@ -99,8 +99,8 @@ def _fold_all(model: nn.Module, plain: nn.Module, allow_new_bias: bool) -> None:
     attached = get_attached(model)
     reason = why_not_merged(plain, attached.config, allow_new_bias)
     if reason:
-        remedy = _remedy(plain, attached.config)
-        raise MergeError(f"{attached.config.method} {reason}, so it cannot be folded exactly; {remedy}")
+        advice = remedy(plain, attached.config)
+        raise MergeError(f"{attached.config.method} {reason}, so it cannot be folded exactly; {advice}")
     if not attached.where:
         return
     sites = find_sites(plain)
