@@ -58,7 +58,7 @@ class ARC(Method):
     """
 
     Config = ARCConfig
-    recipe = TrainConfig(lr=5e-3)
+    recipe = TrainConfig(lr=1e-2)
     knobs: ClassVar = {"lr": (1e-3, 2e-3, 5e-3, 1e-2), "bottleneck": (10, 50, 100)}
 
     def __init__(self, config: ARCConfig, position: Position, shared: Mapping[str, nn.Module]) -> None:

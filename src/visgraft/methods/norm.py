@@ -23,7 +23,7 @@ class Norm(Method):
     """
 
     Config = NormConfig
-    recipe = TrainConfig(lr=5e-3, weight_decay=0.0)  # decay would pull scales near one towards zero
+    recipe = TrainConfig(weight_decay=0.0)  # decay would pull scales near one towards zero
     knobs: ClassVar = {"lr": (5e-4, 1e-3, 2e-3, 5e-3, 1e-2)}
 
     @classmethod

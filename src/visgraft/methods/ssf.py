@@ -51,7 +51,7 @@ class SSF(Method):
     """
 
     Config = SSFConfig
-    recipe = TrainConfig(lr=5e-3)
+    recipe = TrainConfig()
     knobs: ClassVar = {"lr": (1e-3, 2e-3, 5e-3, 1e-2), "init": ("identity", "normal")}
 
     def __init__(self, config: SSFConfig, position: Position, shared: Mapping[str, nn.Module]) -> None:
