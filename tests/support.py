@@ -136,13 +136,13 @@ def live(model: Any, seed: int = 0) -> Any:
     return model
 
 
-def enliven(model: nn.Module, seed: int = 1) -> nn.Module:
+def enliven(model: nn.Module, seed: int = 1, strength: float = 0.1) -> nn.Module:
     """Move what an attached method trains off its start, so that it changes the logits."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter))
+                parameter.add_(strength * torch.randn(parameter.shape, generator=generator).to(parameter))
     return model
 
 

@@ -17,6 +17,7 @@ from support import (
     CONFIGS,
     PAIRS,
     batches,
+    enliven,
     family,
     fitted,
     images,
@@ -211,8 +212,12 @@ def test_11_it_compiles_into_one_graph(name: str, kind: str) -> None:
 
 @each_pair
 def test_12_bf16_autocast_is_finite_and_close(name: str, kind: str) -> None:
-    """Close means within four times the error that the same function, merged into a plain model, has in bf16."""
-    config, model, x = CONFIGS[name], adapted(name, kind), pictures(kind)
+    """Close means within four times the error that the same function, merged into a plain model, has in bf16.
+
+    It is moved off its start only a little: far off, tiny models amplify every rounding until none can be compared.
+    """
+    config, x = CONFIGS[name], pictures(kind)
+    model = enliven(adapted(name, kind, alive=False), strength=0.02).eval()
     peer = family(kind) if why_not_merged(family(kind), config) else merge(model, x)[0]
     assert bf16_error(model, x) <= 4 * bf16_error(peer, x), config
     model.bfloat16()
