@@ -21,7 +21,8 @@ from timm.models.mlp_mixer import MlpMixer
 from torch import Tensor, nn
 
 from visgraft.errors import WeightsError
-from visgraft.weights import classifier_paths, load_weights
+from visgraft.tensors import classifier_paths
+from visgraft.weights import load_weights
 
 OUTPUTS = 3  # of the new head, other than those of the head in the file
 

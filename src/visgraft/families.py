@@ -197,13 +197,13 @@ def _stream_sites(path: str, block: int, width: int, grid: Grid | None, **shape:
     ]
 
 
-def _middle(path: str, block: int, width: int, grid: Grid | None, next: str, host: str = "drop_path1") -> Site:
+def _middle(
+    path: str, block: int, width: int, grid: Grid | None, next: str, host: str = "drop_path1", calls: int = 1
+) -> Site:
     """The stream behind the first residual add; a host that also ends the second branch runs twice."""
-    calls = 1 if host == "drop_path1" else 2
-    next_path = f"{path}.{next}"
     return Site(
         "stream.mid", block, width, f"{path}.{host}", "residual",
-        entry=path, next=next_path, calls=calls, grid=grid,
+        entry=path, next=f"{path}.{next}", calls=calls, grid=grid,
     )  # fmt: skip
 
 
@@ -301,7 +301,7 @@ def _mixer_block(block: Any, path: str, index: int, grid: Grid) -> list[Site]:
         *sites,
         *_norm_site("norm1.out", block.norm1, f"{path}.norm1", index, grid),
         *_norm_site("norm2.out", block.norm2, f"{path}.norm2", index, grid),
-        _middle(path, index, width, grid, "norm2", host="drop_path"),
+        _middle(path, index, width, grid, "norm2", host="drop_path", calls=2),
         *_stream_sites(path, index, width, grid),
     ]
 

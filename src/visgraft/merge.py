@@ -54,17 +54,15 @@ def why_not_merged(model: nn.Module, config: MethodConfig, allow_new_bias: bool 
             return f"changes {position.place.adds_to}, which no linear layer alone produces or reads"
         if not method.affine(config):
             return "is not linear"
-        reason = refusal(model, target, method.shifts(config), method.diagonal(config))
-        if reason and not (allow_new_bias and "no bias" in reason and _can_have_biases(model, target)):
+        taking = _with_biases(model, target) if allow_new_bias else model
+        reason = refusal(taking, target, method.shifts(config), method.diagonal(config))
+        if reason:
             return reason
     return None
 
 
-def _can_have_biases(model: nn.Module, target: Fold) -> bool:
-    return not target.padded and refusal(_with_biases(model, target), target, True, True) is None
-
-
 def _with_biases(model: nn.Module, target: Fold) -> nn.Module:
+    """Return a copy without data in which the target's layers have the biases that they can have."""
     plain = meta_copy(model)
     add_missing_biases(plain, target)
     return plain
@@ -81,7 +79,10 @@ def mergeable(model: nn.Module, config: MethodConfig) -> bool:
 
 def remedy(model: nn.Module, config: MethodConfig) -> str:
     """Name an option with which the method would fold into this plain backbone, or say what else to do."""
-    for field in dataclasses.fields(config):
+    # A switch, such as one for biases, changes less than another place does.
+    for field in sorted(
+        dataclasses.fields(config), key=lambda field: not isinstance(getattr(config, field.name), bool)
+    ):
         current = getattr(config, field.name)
         values = [not current] if isinstance(current, bool) else field.metadata.get("choices") or ()
         for choice in values:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from visgraft.errors import WeightsError
+from visgraft.tensors import classifier_paths
 
 SAFE_CLASSES: list[Any] = [argparse.Namespace]
 """Classes besides torch's own that a file may hold.
@@ -76,16 +77,6 @@ def first_line(error: Exception) -> str:
     if not lines:
         return type(error).__name__
     return lines[0] if len(lines[0]) <= 160 else f"{lines[0][:160]}…"
-
-
-def classifier_paths(model: nn.Module) -> tuple[str, ...]:
-    """Return where the classifier is, or would be with `num_classes=0`: ("head",), ("head.fc",), ("head", "head_dist").
-
-    Only the classifier itself: ConvNeXt's final norm, `head.norm`, belongs to the backbone.
-    """
-    found: Any = model.get_classifier() if hasattr(model, "get_classifier") else ()  # type: ignore[operator]
-    wanted = {id(module) for module in (found if isinstance(found, tuple | list) else (found,))}
-    return tuple(path for path, module in model.named_modules() if id(module) in wanted)
 
 
 def convert(model: nn.Module, state: dict[str, Any]) -> dict[str, Tensor]:

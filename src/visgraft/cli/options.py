@@ -48,9 +48,10 @@ def flags() -> Iterator[Flag]:
         for field in dataclasses.fields(get_method(name).Config):
             owners.setdefault(field.name, []).append((name, field))
     for uses in owners.values():
-        fields = [field for _, field in uses]
+        kinds = {_kind(field) for _, field in uses}
         told = " | ".join(f"{name}: {_help(field)}; default {_shown(field.default)}" for name, field in uses)
-        yield Flag(fields[0], _kind(fields[0]), told, "Method")
+        # Where methods mean different things by one name, only the method chosen says how to read what is typed.
+        yield Flag(uses[0][1], kinds.pop() if len(kinds) == 1 else str, told, "Method")
 
 
 def _shown(value: Any) -> str:
@@ -100,8 +101,22 @@ def method_config(method: str, values: Mapping[str, Any]) -> MethodConfig:
 
 
 def _parse(field: dataclasses.Field[Any], value: Any) -> Any:
-    is_tuple = "tuple" in str(field.type)
-    return tuple(part.strip() for part in value.split(",") if part.strip()) if is_tuple else value
+    """Return a typed value as the field wants it.
+
+    Raises:
+        VisgraftError: it is not of the field's type.
+    """
+    if "tuple" in str(field.type):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    kind = _kind(field)
+    if not isinstance(value, str) or kind is str:
+        return value
+    words = {"true": True, "false": False} if kind is bool else {}
+    try:
+        return words[value.lower()] if kind is bool else kind(value)
+    except (ValueError, KeyError) as error:
+        wanted = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
+        raise VisgraftError(f"--{field.name.replace('_', '-')} is {value!r}, but must be {wanted}") from error
 
 
 def train_config(method: str, values: Mapping[str, Any]) -> TrainConfig:

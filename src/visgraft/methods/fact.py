@@ -33,8 +33,8 @@ GATHERS = ("attn.out", "proj.out", "mlp.out")
 class FacTConfig(MethodConfig):
     """Options of FacT.
 
-    `targets` None takes all four, or as many as the backbone offers: no proj in windows (in Swin v1 no qkv either), no
-    fc1 and fc2 where the MLP has two first layers, those two alone without attention. The authors chose `rank` and
+    `targets` None takes all four, or as many as the backbone offers: no fc1 and fc2 where the MLP has two first layers,
+    those two alone without attention. The authors chose `rank` and
     `scale` task by task: ranks of 4 to 16 for tt and of 16 and 32 for tucker, scales of 0.01 to 100, whose median is
     10 in both forms.
 
@@ -154,7 +154,7 @@ def _squares(position: Position) -> tuple[int, int]:
     if site in GATHERS:
         wide, width = width, wide
     if wide % width:
-        names = {"mlp.hidden": "fc1 and fc2", "mlp.out": "fc1 and fc2", "attn.out": "proj"}.get(site, "qkv")
+        names = "fc1 and fc2" if site.startswith("mlp.") else "proj" if site in GATHERS else "qkv"
         raise SiteError(
             f"{position.place.reads} to {site} is {position.reads_width} × {position.adds_width}, which FacT cannot "
             f"cut into squares of {width}; leave {names} out of targets"
