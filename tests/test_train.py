@@ -160,6 +160,29 @@ def test_the_learning_rate_warms_up_to_its_peak_and_falls_to_zero_as_a_cosine() 
     assert rates[-1] < 1e-5
 
 
+def test_the_rate_can_change_once_per_epoch_between_a_floor_and_the_peak() -> None:
+    rates: list[float] = []
+    note = lambda epoch: None if epoch.complete else rates.append(epoch.lr)  # noqa: E731
+    recipe = replace(RECIPE, epochs=20, warmup_epochs=2.0, lr=1e-3, batch_size=5, min_lr=1e-5, warmup_lr=1e-4)
+    fit(ready(DEFAULTS["linear"]), replace(recipe, schedule="epoch"), on_progress=note)
+    by_epoch = np.array(rates).reshape(20, 4)
+    assert np.array_equal(by_epoch, np.repeat(by_epoch[:, :1], 4, axis=1))
+    expected = [1e-4, 5.5e-4, *(1e-5 + (1e-3 - 1e-5) / 2 * (1 + np.cos(np.pi * epoch / 18)) for epoch in range(18))]
+    assert by_epoch[:, 0] == pytest.approx(expected)
+    with pytest.raises(VisgraftError, match=r"min_lr is 0\.01, above the peak of 0\.001"):
+        fit(ready(DEFAULTS["linear"]), replace(recipe, min_lr=1e-2))
+
+
+def test_the_last_batch_can_be_left_out_where_it_is_not_full() -> None:
+    seen: list[int] = []
+    head = ready(DEFAULTS["linear"])
+    head.get_classifier().register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))  # type: ignore[operator]
+    fit(head, replace(RECIPE, epochs=2, batch_size=8, drop_last=True))
+    assert seen == [8, 8] * 2
+    with pytest.raises(VisgraftError, match="drop_last leaves none of 20 images in batches of 32"):
+        fit(ready(DEFAULTS["linear"]), replace(RECIPE, batch_size=32, drop_last=True))
+
+
 @pytest.mark.parametrize(("epochs", "warmup"), [(1, 0.0), (1, 5.0), (2, 0.5)])
 def test_short_runs_and_long_warm_ups_train_too(epochs: int, warmup: float) -> None:
     rates: list[float] = []

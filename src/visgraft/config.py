@@ -91,10 +91,14 @@ class TrainConfig(Options):
     """How to train: optimiser, schedule, regularisation, augmentation and precision."""
 
     epochs: int = option(30, "passes over the training images")
-    warmup_epochs: float = option(3.0, "epochs over which the learning rate rises linearly from a thousandth")
+    warmup_epochs: float = option(3.0, "epochs over which the learning rate rises linearly")
     batch_size: int = option(32, "images per step")
     lr: float = option(2e-3, "peak learning rate of AdamW")
     head_lr: float | None = option(None, "peak learning rate of the head; none: the same as --lr")
+    min_lr: float = option(0.0, "learning rate that the cosine ends at")
+    warmup_lr: float | None = option(None, "learning rate that the warm-up starts at; none: a thousandth of the peak")
+    schedule: str = option("step", "change the learning rate with every step, or once per epoch", ("step", "epoch"))
+    drop_last: bool = option(False, "leave out an epoch's last batch where it is not full")
     weight_decay: float = option(1e-4, "decoupled weight decay, on every trained tensor")
     label_smoothing: float = option(0.0, "label smoothing of the cross-entropy, between 0 and 1")
     class_weights: str = option(
@@ -110,8 +114,8 @@ class TrainConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_positive("epochs", "batch_size", "lr", "head_lr")
+        self.check_positive("epochs", "batch_size", "lr", "head_lr", "warmup_lr")
         self.check_rates("label_smoothing", "drop_path")
-        for name in ("weight_decay", "warmup_epochs", "seed"):
+        for name in ("weight_decay", "warmup_epochs", "min_lr", "seed"):
             if getattr(self, name) < 0:
                 raise VisgraftError(f"{name} is {getattr(self, name)}, but must not be negative")

@@ -128,6 +128,11 @@ class Method(nn.Module):
         return []
 
     @classmethod
+    def head_only(cls, config: Any) -> bool:
+        """Whether nothing but the head trains, so that the backbone's features never change."""
+        return not cls.placements(config) and cls.unfrozen.__func__ is Method.unfrozen.__func__  # type: ignore[attr-defined]
+
+    @classmethod
     def affine(cls, config: Any) -> bool:
         """Whether `delta` is an affine map of each token, so that it may fold into a neighbouring linear layer."""
         return False

@@ -73,7 +73,7 @@ def train(
     resume: TrainState | None = None,
     on_state: Callable[[TrainState], None] | None = None,
 ) -> Training:
-    """Train what `attach` left trainable: AdamW, linear warm-up, cosine to zero, cross-entropy.
+    """Train what `attach` left trainable: AdamW, linear warm-up, cosine, cross-entropy.
 
     Where images may have several classes, the loss is binary cross-entropy. Chance depends on (seed, epoch, index)
     alone. A head that trains alone on images without augmentation sees features computed once.
@@ -177,23 +177,41 @@ def _optimizer(model: nn.Module, config: TrainConfig, images: int) -> tuple[torc
     rest = [p for name, p in trained if not (inside and name.startswith(inside))]
     groups = [{"params": rest, "lr": config.lr}, {"params": head, "lr": config.head_lr or config.lr}]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, weight_decay=config.weight_decay)
-    per_epoch = -(-images // config.batch_size)
+    per_epoch = steps_per_epoch(images, config)
+    lowest = min(config.lr, config.head_lr or config.lr)
+    if config.min_lr > lowest:
+        raise VisgraftError(f"min_lr is {config.min_lr}, above the peak of {lowest}; lower it")
     warmup = min(round(config.warmup_epochs * per_epoch), config.epochs * per_epoch - 1)
     schedule = CosineLRScheduler(
         optimizer,
         t_initial=config.epochs * per_epoch - warmup,
         warmup_t=warmup,
-        warmup_lr_init=min(config.lr, config.head_lr or config.lr) * 1e-3,  # one start for both groups; both rise
+        lr_min=config.min_lr,
+        warmup_lr_init=config.warmup_lr or lowest * 1e-3,  # one start for both groups; both rise
         warmup_prefix=True,
         t_in_epochs=False,
     )
     return optimizer, schedule
 
 
+def steps_per_epoch(images: int, config: TrainConfig) -> int:
+    """Return how many steps an epoch over so many images has.
+
+    Raises:
+        VisgraftError: `drop_last` leaves none.
+    """
+    if config.drop_last and images < config.batch_size:
+        raise VisgraftError(
+            f"drop_last leaves none of {images} images in batches of {config.batch_size}; lower the batch size"
+        )
+    return images // config.batch_size if config.drop_last else -(-images // config.batch_size)
+
+
 def _batches(loop: _Loop, number: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (inputs, labels) of an epoch's batches; the next one is made ready while the model computes."""
     task = loop.task
-    parts = draw_order(task.labels, loop.config, number).split(loop.config.batch_size)
+    size = loop.config.batch_size
+    parts = draw_order(task.labels, loop.config, number).split(size)[: steps_per_epoch(len(task.labels), loop.config)]
     ready: Future[Tensor] = loop.loader.submit(task.inputs, parts[0], number)
     for indices, following in zip(parts, (*parts[1:], None), strict=True):
         begin = time.perf_counter()
@@ -208,12 +226,12 @@ def _batches(loop: _Loop, number: int) -> Iterator[tuple[Tensor, Tensor]]:
 def _steps(loop: _Loop, number: int) -> Iterator[Epoch]:
     """Make one pass over the images and yield the figures so far after every step."""
     task, config, optimizer, clock = loop.task, loop.config, loop.optimizer, loop.clock
-    count = len(task.labels)
-    steps = -(-count // config.batch_size)
+    steps = steps_per_epoch(len(task.labels), config)
+    count = min(len(task.labels), steps * config.batch_size)
     loss_sum = torch.zeros((), device=loop.accelerator.device)
     right, seen = torch.zeros_like(loss_sum), 0
     for step, (x, y) in enumerate(_batches(loop, number)):
-        loop.schedule.step_update((number - 1) * steps + step)
+        loop.schedule.step_update((number - 1) * steps + (step if config.schedule == "step" else 0))
         with loop.accelerator.autocast():
             logits = task.network(x)
         loss = task.loss(logits.float(), y)

@@ -11,6 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from visgraft.cli import bench
 from visgraft.cli.arguments import (
     Adapter,
     Background,
@@ -174,6 +175,7 @@ def build() -> typer.Typer:
     verbs |= {"report": report, "predict": predict, "merge": merge, "info": info, "methods": methods, "demo": demo}
     for name, verb in verbs.items():
         app.command(name)(verb)
+    app.add_typer(bench.build(), name="bench")
     return app
 
 

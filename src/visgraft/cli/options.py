@@ -10,7 +10,7 @@ import typer
 
 import visgraft.methods  # noqa: F401  (registers them, also where `visgraft` itself imports nothing)
 from visgraft.config import MethodConfig, TrainConfig
-from visgraft.errors import VisgraftError
+from visgraft.errors import VisgraftError, nearest
 from visgraft.registry import get_method, method_names
 
 C = TypeVar("C", MethodConfig, TrainConfig)
@@ -106,6 +106,8 @@ def _parse(field: dataclasses.Field[Any], value: Any) -> Any:
     Raises:
         VisgraftError: it is not of the field's type.
     """
+    if value is None:
+        return None
     if "tuple" in str(field.type):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     kind = _kind(field)
@@ -117,6 +119,21 @@ def _parse(field: dataclasses.Field[Any], value: Any) -> Any:
     except (ValueError, KeyError) as error:
         wanted = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
         raise VisgraftError(f"--{field.name.replace('_', '-')} is {value!r}, but must be {wanted}") from error
+
+
+def parse_option(method: str | None, name: str, text: str) -> Any:
+    """Return an option's value from how it is typed: of a method, or of training (also a method's, by its name).
+
+    Raises:
+        VisgraftError: there is no such option, or the text is not of its type.
+    """
+    classes: list[type[MethodConfig] | type[TrainConfig]] = [get_method(method).Config] if method else []
+    known = {field.name: field for kind in (TrainConfig, *classes) for field in dataclasses.fields(kind)}
+    if name not in known:
+        owner = method or "training"
+        remedy = "" if method else "; an option of a method is METHOD.OPTION=VALUE"
+        raise VisgraftError(f"{owner} has no option {name!r}{nearest(name, known)}{remedy}")
+    return _parse(known[name], None if text == "none" else text)
 
 
 def train_config(method: str, values: Mapping[str, Any]) -> TrainConfig:

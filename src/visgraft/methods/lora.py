@@ -52,7 +52,7 @@ class LoRA(Method):
 
     Config = LoRAConfig
     recipe = TrainConfig()
-    knobs: ClassVar = {"lr": (5e-4, 1e-3, 2e-3, 5e-3), "rank": (2, 4, 8, 16), "scale": (1.0, 5.0)}
+    knobs: ClassVar = {"lr": (5e-4, 1e-3, 2e-3, 5e-3), "scale": (1.0, 5.0), "rank": (2, 4, 8, 16)}
 
     def __init__(self, config: LoRAConfig, position: Position, shared: Mapping[str, nn.Module]) -> None:
         super().__init__(config, position, shared)

@@ -1,0 +1,1 @@
+"""Run protocols trial by trial, and read their results."""

@@ -1,0 +1,200 @@
+"""Which trials a benchmark consists of, and which of them can run now: a pure function of the results so far."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from visgraft.backbone import Backbone
+from visgraft.bench.settings import Candidates, Recipe, candidates, with_epochs
+from visgraft.bench.trial import Result, Trial, split_digest
+from visgraft.errors import VisgraftError
+from visgraft.evaluate import resolve_precision
+from visgraft.protocols.opening import open_task
+from visgraft.protocols.row import Protocol, Task
+from visgraft.registry import get_method
+
+Done = Mapping[str, Result]
+"""Finished trials by their keys."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for: methods on the tasks of a protocol, seed by seed.
+
+    `tasks` None means all. `any_size` accepts images in other numbers than the published ones, and the results say so.
+    Settings are chosen with the first seed and kept for the others.
+    """
+
+    protocol: Protocol
+    root: Path
+    methods: tuple[str, ...]
+    backbone: Backbone
+    recipe: Recipe
+    seeds: tuple[int, ...] = (0,)
+    tasks: tuple[str, ...] | None = None
+    normalisation: str | None = None
+    precision: str = "auto"
+    any_size: bool = False
+
+    @cached_property
+    def chosen_tasks(self) -> tuple[Task, ...]:
+        """The tasks asked for, in the protocol's order.
+
+        Raises:
+            VisgraftError: the protocol has no such task.
+        """
+        names = [task.name for task in self.protocol.tasks]
+        unknown = next((name for name in self.tasks or () if name not in names), None)
+        if unknown is not None:
+            raise VisgraftError(f"{self.protocol.name} has no task {unknown!r}; it has {', '.join(names)}")
+        return tuple(task for task in self.protocol.tasks if self.tasks is None or task.name in self.tasks)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one task: the trials that choose its setting, and the final one of each seed."""
+
+    task: str
+    method: str
+    tuning: tuple[Trial, ...]
+    finals: tuple[Trial, ...]
+    """With the first candidate's setting; the chosen one is put in once it is known."""
+    candidates: Candidates
+    varied: tuple[str, ...]
+
+    def chosen(self, done: Done) -> int | None:
+        """Return the number of the candidate that is best on the validation images; None: not all are measured."""
+        if not self.tuning:
+            return 0
+        if any(trial.key not in done for trial in self.tuning):
+            return None
+        figures = [done[trial.key].measured["val"].top1 for trial in self.tuning]
+        return figures.index(max(figures))
+
+    def final_trials(self, done: Done) -> tuple[Trial, ...]:
+        """Return the final trials with the chosen setting; none before it is chosen."""
+        number = self.chosen(done)
+        if number is None:
+            return ()
+        method, config = self.candidates.settings[number]
+        keys = tuple(trial.key for trial in self.tuning)
+        return tuple(
+            replace(
+                trial,
+                method_options=method.to_dict(),
+                train=replace(config, seed=trial.seed, precision=trial.train["precision"]).to_dict(),
+                chosen_from=keys,
+            )
+            for trial in self.finals
+        )
+
+    def ready(self, done: Done) -> list[Trial]:
+        """Return the trials that can run now and are not done."""
+        trials = self.final_trials(done) or self.tuning
+        return [trial for trial in trials if trial.key not in done]
+
+    def left(self, done: Done) -> int:
+        """Return how many trials are not done yet."""
+        tuning = sum(trial.key not in done for trial in self.tuning)
+        finals = self.final_trials(done)
+        return tuning + (sum(trial.key not in done for trial in finals) if finals else len(self.finals))
+
+    @property
+    def total(self) -> int:
+        """How many trials there are in all."""
+        return len(self.tuning) + len(self.finals)
+
+    def selection(self, done: Done) -> dict[str, Any]:
+        """Say how the setting was chosen, for the result of a final trial."""
+        if not self.tuning:
+            return {"rule": "none", "tried": [], "seconds": 0.0}
+        number = self.chosen(done)
+        assert number is not None
+        tried = [
+            {"setting": self._varied(trial), "figure": done[trial.key].measured["val"].top1, "key": trial.key}
+            for trial in self.tuning
+        ]
+        return {
+            "rule": "validation",
+            "measured_on": "val",
+            "epochs": self.tuning[0].train["epochs"],
+            "seed": self.tuning[0].seed,
+            "tried": tried,
+            "chosen": self._varied(self.tuning[number]),
+            "seconds": sum(done[trial.key].seconds for trial in self.tuning),
+        }
+
+    def _varied(self, trial: Trial) -> dict[str, Any]:
+        return {name: trial.setting[name] for name in self.varied}
+
+
+def plan(request: Request) -> list[Cell]:
+    """Return what there is to do: one cell per task and method.
+
+    Raises:
+        DataError: a task's images are missing, or not those of the protocol.
+        VisgraftError: a method, recipe or option does not exist.
+    """
+    precision = resolve_precision(request.precision)
+    offered = {
+        (task.name, method): candidates(request.recipe, request.protocol, task, method)
+        for task in request.chosen_tasks
+        for method in request.methods
+    }  # before any image is looked for: a typing error should not wait for a hundred thousand files
+    cells = []
+    for task in request.chosen_tasks:
+        splits = {seed: _split(request, task, seed) for seed in (request.seeds if task.shots else request.seeds[:1])}
+        cells += [
+            _cell(request, task, method, offered[task.name, method], splits, precision) for method in request.methods
+        ]
+    return cells
+
+
+def _split(request: Request, task: Task, seed: int) -> str:
+    return split_digest(open_task(request.protocol, task, request.root, seed, any_size=request.any_size), request.root)
+
+
+def _cell(
+    request: Request, task: Task, method: str, found: Candidates, splits: Mapping[int, str], precision: str
+) -> Cell:
+    first = request.seeds[0]
+
+    def trial(kind: str, number: int, seed: int) -> Trial:
+        config, recipe = found.settings[number]
+        recipe = replace(recipe, seed=seed, precision=precision)
+        if kind == "tune" and not get_method(method).head_only(config):
+            share = max(1, math.ceil(recipe.epochs * request.protocol.tune_share))
+            recipe = with_epochs(recipe, {"epochs": share})
+        split_seed = seed if task.shots else first
+        return Trial(
+            protocol=request.protocol.name,
+            task=task.name,
+            group=task.group,
+            classes=task.classes,
+            shots=task.shots,
+            kind=kind,
+            method=method,
+            method_options=config.to_dict(),
+            train=recipe.to_dict(),
+            recipe=request.recipe.name,
+            backbone=replace(request.backbone, seed=seed).to_dict(),
+            seed=seed,
+            split=splits[split_seed],
+            split_seed=split_seed,
+            final_parts=request.protocol.final_parts,
+            normalisation=request.normalisation or found.normalisation,
+            squash=request.protocol.squash,
+            reduced=request.any_size,
+        )
+
+    tuning = tuple(trial("tune", n, first) for n in range(len(found.settings))) if len(found.settings) > 1 else ()
+    finals = tuple(trial("final", 0, seed) for seed in request.seeds)
+    return Cell(task.name, method, tuning, finals, found, found.varied)
+
+
+def schedule(cells: Sequence[Cell], done: Done) -> list[Trial]:
+    """Return all trials that can run now, in the order of the cells."""
+    return [trial for cell in cells for trial in cell.ready(done)]

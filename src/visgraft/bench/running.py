@@ -1,0 +1,236 @@
+"""Run one trial: from its row to its result, with nothing else to go by than the images and the weights."""
+
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import nn
+
+from visgraft.adapter import adapter_tensors
+from visgraft.attach import attach, count_parameters, get_attached
+from visgraft.backbone import create_backbone, model_data_config
+from visgraft.bench.trial import Measured, Result, Trial, backbone_of, split_digest
+from visgraft.config import MethodConfig
+from visgraft.data.dataset import Example
+from visgraft.data.images import Images, load_images
+from visgraft.errors import TrainingDiverged, VisgraftError
+from visgraft.evaluate import Evaluation, logits_of, make_accelerator, peak_memory_bytes, score
+from visgraft.method import Method
+from visgraft.protocols.opening import open_task
+from visgraft.protocols.row import Parts, Protocol
+from visgraft.registry import get_method
+from visgraft.report.tables import calibration
+from visgraft.resume import Epoch
+from visgraft.train import train
+
+NORMALISATIONS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a trial finds what its row does not hold: the protocol's rows, its images, and a file of weights."""
+
+    protocol: Protocol
+    root: Path
+    weights: str | None = None
+    """A file, where the trial's backbone comes from one."""
+    cache: str | None = None
+    """Where decoded images are kept; None: where the protocol says."""
+
+
+def run_trial(
+    trial: Trial,
+    place: Place,
+    selection: Mapping[str, Any] | None = None,
+    on_progress: Callable[[Epoch], None] | None = None,
+) -> Result:
+    """Train and measure.
+
+    A trial that tunes never opens a test image: its parts lose them before anything is read. A final one is measured on
+    each test set once, after its last epoch.
+
+    Args:
+        trial: the row.
+        place: where images and weights are.
+        selection: how a final trial's setting was chosen, to be kept with the result.
+        on_progress: called after every step of training.
+
+    Raises:
+        DataError: the images are missing, or no longer those that the trial was planned with.
+        VisgraftError: the backbone, the method or an option cannot be used.
+    """
+    parts = _open(trial, place)
+    if trial.kind == "tune":
+        parts = parts._replace(tests={})
+        learned, measured = parts.train, {"val": parts.val}
+    else:
+        learned = _merged(parts.train, parts.val) if trial.final_parts == "train+val" else parts.train
+        measured = dict(parts.tests)
+    return _measure(
+        trial, place, learned, measured, selection or {"rule": "none", "tried": [], "seconds": 0.0}, on_progress
+    )
+
+
+def _open(trial: Trial, place: Place) -> Parts:
+    """Find the images and check that they are the trial's."""
+    task = place.protocol.task(trial.task)
+    if task is None:
+        raise VisgraftError(f"{place.protocol.name} has no task {trial.task!r}; the trial belongs to another protocol")
+    parts = open_task(place.protocol, task, place.root, trial.split_seed, any_size=trial.reduced)
+    if split_digest(parts, place.root) != trial.split:
+        raise VisgraftError(
+            f"the images or labels of {trial.task} below {place.root} are no longer those that the trial was planned "
+            "with; start `visgraft bench run` again"
+        )
+    return parts
+
+
+def _merged(first: Sequence[Example], second: Sequence[Example]) -> tuple[Example, ...]:
+    return tuple(sorted((*first, *second), key=lambda example: (example.label, str(example.path))))
+
+
+def _measure(
+    trial: Trial,
+    place: Place,
+    learned: Sequence[Example],
+    measured: Mapping[str, Sequence[Example]],
+    selection: Mapping[str, Any],
+    on_progress: Callable[[Epoch], None] | None,
+) -> Result:
+    config = trial.train_config()
+    origin = backbone_of({**trial.backbone, **({"weights": place.weights} if place.weights else {})})
+    model = create_backbone(origin, trial.classes, config.drop_path)
+    facts = preprocessing(model, trial)
+    cached = place.cache or place.protocol.cache
+    images = load_images(learned, facts, outputs=trial.classes, cache=cached)
+    begin = time.perf_counter()
+    torch.manual_seed(config.seed)
+    attach(model, method_config(trial), images.batches())
+    outcome, rate = "finished", 0.0
+    try:
+        rate = train(model, images, config, on_progress=on_progress).images_per_second
+    except TrainingDiverged:
+        outcome = "diverged"
+    seconds, counts = time.perf_counter() - begin, count_parameters(model)
+    found = {
+        name: measure(model, load_images(examples, facts, outputs=trial.classes, cache=cached), config.precision)
+        for name, examples in measured.items()
+    }
+    return Result(
+        trial=trial,
+        outcome=outcome,
+        measured=found,
+        selection=selection,
+        images={"learned": len(images), **{name: len(examples) for name, examples in measured.items()}},
+        epochs=config.epochs,
+        parameters=counts.adapter,
+        head_parameters=counts.head,
+        backbone_parameters=counts.backbone,
+        adapter_bytes=len(safetensors.torch.save(adapter_tensors(model))),
+        seconds=seconds,
+        images_per_second=rate,
+        peak_memory_bytes=peak_memory_bytes(),
+        device=device(),
+        threads=torch.get_num_threads(),
+        precision=config.precision,
+        backbone_digest=get_attached(model).digest or "",
+        preprocessing=facts,
+        versions={"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        revision=revision(),
+        when=datetime.now(UTC).isoformat(timespec="seconds"),
+        channels=chosen_channels(model),
+    )
+
+
+def method_config(trial: Trial) -> MethodConfig:
+    """Return the options of a trial's method."""
+    return get_method(trial.method).Config.from_dict(trial.method_options)
+
+
+def preprocessing(model: nn.Module, trial: Trial) -> dict[str, Any]:
+    """Return timm's preprocessing facts, with the trial's normalisation, and resized without a crop if it says so."""
+    facts = model_data_config(model)
+    if trial.squash:
+        facts |= {"crop_pct": 1.0, "crop_mode": "squash"}
+    if trial.normalisation != "model":
+        mean, std = NORMALISATIONS[trial.normalisation]
+        facts |= {"mean": list(mean), "std": list(std)}
+    return facts
+
+
+def measure(model: nn.Module, images: Images, precision: str) -> Measured:
+    """Measure a model on a test set, answers taken among the classes that the set has images of."""
+    classes = int(model.num_classes)  # type: ignore[arg-type]
+    present = torch.unique(images.labels)
+    begin = time.perf_counter()
+    logits = logits_of(model, images, make_accelerator(precision)).nan_to_num()  # of a training that diverged
+    if len(present) < classes:
+        kept = torch.full_like(logits, -torch.inf)
+        kept[:, present] = logits[:, present]
+        logits = kept
+    found = score(logits.softmax(-1), images.labels, time.perf_counter() - begin)
+    assert found.top1 is not None and found.top1_ci95 is not None
+    return Measured(
+        images=len(images),
+        top1=found.top1,
+        top1_ci95=found.top1_ci95,
+        macro_f1=found.macro_f1,
+        calibration_error=calibration(found).error,
+        per_class=per_class(found, classes),
+        restricted_to=len(present) if len(present) < classes else None,
+    )
+
+
+def per_class(found: Evaluation, classes: int) -> tuple[float | None, ...]:
+    """Return the share of right answers of each class; None where there is no image of it."""
+    labels, right = found.labels.numpy(), (found.probabilities.argmax(-1) == found.labels).numpy()
+    counts = np.bincount(labels, minlength=classes)
+    hits = np.bincount(labels, right, minlength=classes)
+    return tuple(float(h / n) if n else None for h, n in zip(hits, counts, strict=True))
+
+
+def chosen_channels(model: nn.Module) -> dict[str, list[list[int]]]:
+    """Return the channels that the attached method chose, by site and in the order of its modules; else nothing."""
+    attached = get_attached(model)
+    if attached.method.channel_score(attached.config) is None:
+        return {}
+    found: dict[str, list[list[int]]] = {}
+    for module in attached.positions.values():
+        assert isinstance(module, Method)
+        site, index = module.chosen_channels()
+        found.setdefault(site, []).append(index.tolist())
+    return found
+
+
+def device() -> str:
+    """Return what computes."""
+    return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else "CPU"
+
+
+@cache
+def revision() -> str:
+    """Return the source's git revision, with "+changes" where files differ from it; else the package's version."""
+    try:
+        _git("ls-files", "--error-unmatch", Path(__file__).name)  # an installed package may lie in a user's repository
+        return _git("describe", "--always", "--dirty=+changes", "--exclude=*")
+    except (OSError, subprocess.SubprocessError):
+        return f"visgraft {version('visgraft')}"
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

