@@ -5,7 +5,10 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 OUT    ?= demo-out
 
-.PHONY: install test test-all check demo capabilities docs clean
+# Debian's package of Fashion-MNIST; elsewhere torchvision downloads the same images when they are needed.
+FASHION := /usr/share/datasets/fashion-mnist
+
+.PHONY: install fashion test test-all check demo bench capabilities docs clean
 
 $(VENV)/.base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +23,11 @@ $(VENV)/.test: $(VENV)/.base
 
 install: $(VENV)/.base
 
+fashion:
+	@if [ ! -d $(FASHION) ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get install -y -qq dataset-fashion-mnist >/dev/null || echo "dataset-fashion-mnist could not be installed"; \
+	fi
+
 demo: $(VENV)/.base
 	$(BIN)/visgraft demo --out $(OUT)
 
@@ -29,12 +37,16 @@ check: $(VENV)/.test
 	$(BIN)/mypy
 
 # One thread per process: two processes share two cores, and tiny models only wait for more threads.
-test: check
+test: check fashion
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # Everything, with inductor and backbones of full size.
-test-all: check
+test-all: check fashion
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m ''
+
+# The offline suite on real pretrained weights: killed, the same command goes on.
+bench: $(VENV)/.test fashion
+	$(BIN)/visgraft bench run offline --out results --workers 2
 
 # The page of what works where, found by trying.
 capabilities: $(VENV)/.test

@@ -46,25 +46,19 @@ class State:
         return sum(cell.left(self.done) for cell in self.cells)
 
     def seconds_left(self, workers: int) -> float | None:
-        """Return about how long it still takes, from what this run's trials took; None before the first is done.
+        """Return about how long it still takes; None where there is a method left of which no training is done.
 
-        Trials of one method and kind take alike; of a kind that was not seen yet, the mean counts.
+        A training takes as long as the method's others did for each epoch.
         """
-        mine = list(self.done.values())
-        if not mine:
+        took: dict[str, list[float]] = {}
+        for result in self.done.values():
+            took.setdefault(result.trial.method, []).append(result.seconds / result.epochs)
+        trials = [t for cell in self.cells for t in (*cell.tuning, *(cell.final_trials(self.done) or cell.finals))]
+        left = [trial for trial in trials if trial.key not in self.done]
+        if any(trial.method not in took for trial in left):
             return None
-        mean = sum(result.seconds for result in mine) / len(mine)
-        took: dict[tuple[str, str], list[float]] = {}
-        for result in mine:
-            took.setdefault((result.trial.method, result.trial.kind), []).append(result.seconds)
-        total = 0.0
-        for cell in self.cells:
-            finals = cell.final_trials(self.done) or cell.finals
-            for trial in (*cell.tuning, *finals):
-                if trial.key not in self.done:
-                    known = took.get((trial.method, trial.kind), [mean])
-                    total += sum(known) / len(known)
-        return total / max(workers, 1)
+        seconds = sum(trial.train["epochs"] * sum(took[trial.method]) / len(took[trial.method]) for trial in left)
+        return seconds / max(workers, 1)
 
 
 Tell = Callable[[State], None]

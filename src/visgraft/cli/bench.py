@@ -180,7 +180,8 @@ def table(
     if against not in (None, "published"):
         raise VisgraftError(f"--against is {against!r}, but can only be published")
     found = read_results(results)
-    text = tables.markdown(found, against=against) if format == "markdown" else tables.csv(found, against=against)
+    write = tables.markdown if format == "markdown" else tables.csv
+    text = write(found, _order(), against)
     if out is None:
         typer.echo(text)
         return
@@ -202,8 +203,15 @@ def plot(
     from visgraft.bench.plot import plot as draw
     from visgraft.cli.show import emit, result_console
 
-    files = [str(file) for file in draw(read_results(results), out)]
+    files = [str(file) for file in draw(read_results(results), out, _order())]
     emit(files, json, lambda: result_console.print("\n".join(files)))
+
+
+def _order() -> list[str]:
+    """All tasks in their protocols' order, for tables and pictures."""
+    from visgraft.protocols import PROTOCOLS
+
+    return [task.name for protocol in PROTOCOLS.values() for task in protocol.tasks]
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -117,13 +117,13 @@ def draw_gauge(position: int, rng: np.random.Generator, size: int) -> Image.Imag
     if size < SMALLEST_SIZE:
         raise DataError(f"a gauge of {size} pixels cannot be read; use a size of at least {SMALLEST_SIZE}")
     face, rim, ink, needle = _choose_colours(rng)
-    canvas = _draw_background(rng, size * SUPERSAMPLING)
+    canvas = draw_background(rng, size * SUPERSAMPLING)
     housing = _outline(float(rng.choice([2, 2, 2, 5, 14])), rng.uniform(1.06, 1.2))
     pen = _aim_camera(rng, canvas, housing)
     _draw_housing(pen, rng, face, rim, housing)
     _draw_scale(pen, rng, face, ink)
     _draw_needle(pen, rng, needle, rim, position * 360 / POSITIONS + rng.uniform(-NEEDLE_JITTER, NEEDLE_JITTER))
-    return _photograph(canvas.resize((size, size), Image.Resampling.LANCZOS), rng)
+    return photograph(canvas.resize((size, size), Image.Resampling.LANCZOS), rng)
 
 
 def _turn(angle: float) -> complex:
@@ -166,7 +166,7 @@ def _colour(values: NDArray[np.float64]) -> Colour:
     return tuple(int(value) for value in np.clip(values, 0, 255))
 
 
-def _visible_on(face: Colour, rng: np.random.Generator, difference: float) -> Colour:
+def visible_on(face: Colour, rng: np.random.Generator, difference: float) -> Colour:
     """Return a strong colour whose lightness, 0 to 1, differs from `face`; black or white does so by at least 0.45."""
     candidates = [face, *(STRONG_COLOURS[number] for number in rng.permutation(len(STRONG_COLOURS)))]
     lightness = ((np.array(candidates) / 255) ** 2.2 @ np.array([0.2126, 0.7152, 0.0722])) ** (1 / 2.2)
@@ -178,10 +178,10 @@ def _choose_colours(rng: np.random.Generator) -> tuple[Colour, Colour, Colour, C
     darkest, lightest = ((205, 255), (12, 50), (30, 235))[int(rng.choice(3, p=[0.45, 0.3, 0.25]))]
     face = _colour(rng.uniform(darkest, lightest, size=3))
     rim = _colour(rng.uniform(20, 225) + rng.uniform(-20, 20, size=3))
-    return face, rim, _visible_on(face, rng, 0.35), _visible_on(face, rng, 0.45)
+    return face, rim, visible_on(face, rng, 0.35), visible_on(face, rng, 0.45)
 
 
-def _draw_background(rng: np.random.Generator, side: int) -> Image.Image:
+def draw_background(rng: np.random.Generator, side: int) -> Image.Image:
     """Return a canvas with a gradient, clouds or a grain: a coarse grid of colours, stretched smoothly."""
     cells = int(rng.choice([2, 2, 3, 6, 12, 40]))
     base = rng.uniform(40, 215) + rng.uniform(-45, 45, size=3)
@@ -238,7 +238,7 @@ def _draw_needle(pen: _Pen, rng: np.random.Generator, colour: Colour, rim: Colou
     pen.fill(_outline(2.0, 0.45 * hub), _colour(np.array(paint) * 0.6))
 
 
-def _photograph(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+def photograph(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Add what a camera adds: blur, a spot of glare, brightness and noise."""
     size = picture.width
     pixels = np.asarray(picture.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.007) * size)), dtype=np.float64)

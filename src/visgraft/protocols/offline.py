@@ -144,7 +144,7 @@ def _fashion_part(scratch: Path, train: bool) -> tuple[np.ndarray, np.ndarray]:
 
 def _textile() -> Drawn:
     try:
-        from conformal_clip_data import textile_simulated_root
+        from conformal_clip_data import textile_simulated_root  # type: ignore[import-untyped]
     except ImportError as error:
         raise DataError(
             "the task textile needs a package: pip install --no-deps conformal-clip-data==0.1.4, or leave the task out "

@@ -1,6 +1,6 @@
 """Open the images of a protocol's task, and check them before anything is trained."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +29,8 @@ def open_task(protocol: Protocol, task: Task, root: Path, seed: int = 0, *, any_
         any_size: accept other numbers of images than the task's.
 
     Raises:
-        DataError: the folder is missing or laid out otherwise, a part is empty, the numbers of images are not the task's,
-            a label is no class, a class has no training image, or an image is in two parts.
+        DataError: the folder is missing or laid out otherwise, a part is empty, the numbers of images are not the
+            task's, a label is no class, a class has no training image, or an image is in two parts.
     """
     parts = task.open(root / task.folder, task, seed)
     wrong = list(problems(parts, task, any_size=any_size))
@@ -62,11 +62,11 @@ def problems(parts: Parts, task: Task, *, any_size: bool = False) -> list[str]:
             )
     absent = set(range(len(parts.classes))) - {e.label for e in parts.train}
     if absent:
-        found.append(f"classes without a training image: {listed(parts.classes[i] for i in absent)}")  # type: ignore[index]
+        found.append(f"classes without a training image: {listed(parts.classes[i] for i in absent)}")
     return [*found, *leaks(by_name)]
 
 
-def leaks(by_name: dict[str, Sequence[Example]]) -> list[str]:
+def leaks(by_name: Mapping[str, Sequence[Example]]) -> list[str]:
     """Name the first image that is in two parts: what is chosen or learned on it would be measured on it again."""
     seen: dict[Path, str] = {}
     for name, examples in by_name.items():
