@@ -98,7 +98,9 @@ def test_a_sweep_tunes_on_validation_and_measures_each_test_set_once(swept: tupl
     assert final.trial.setting["lr"] == final.selection["chosen"]["lr"]
     assert final.epochs == 3 and final.selection["epochs"] == 1
     assert final.measured["test"].images == 12 and len(final.measured["test"].per_class) == 3
-    assert final.channels.keys() == {"stream.mid"} and final.parameters > 0 and final.adapter_bytes > 4 * final.parameters
+    assert (
+        final.channels.keys() == {"stream.mid"} and final.parameters > 0 and final.adapter_bytes > 4 * final.parameters
+    )
     assert final.preprocessing["crop_mode"] == "squash" and torch.__version__.startswith(final.versions["torch"])
     assert len(final.backbone_digest) == 64 and final.revision
 
@@ -256,8 +258,8 @@ def test_scts_paper_recipe_is_the_authors_table() -> None:
     assert (train.min_lr, train.warmup_lr, train.schedule, train.drop_last) == (1e-5, 1e-6, "epoch", True)
     augmented = {name for name, one in found.items() if one.settings[0][1].flip}
     assert augmented == {
-        "dtd", "oxford_iiit_pet", "svhn", "patch_camelyon", "eurosat", "resisc45", "diabetic_retinopathy", "clevr_count",
-        "clevr_dist", "dmlab", "kitti",
+        "dtd", "oxford_iiit_pet", "svhn", "patch_camelyon", "eurosat", "resisc45", "diabetic_retinopathy",
+        "clevr_count", "clevr_dist", "dmlab", "kitti",
     }  # fmt: skip
 
 

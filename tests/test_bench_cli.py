@@ -102,12 +102,12 @@ def test_table_and_plot_read_what_run_wrote(results: Path, tmp_path: Path) -> No
 def test_check_names_what_is_wrong(tmp_path: Path) -> None:
     code, out, err = run("bench", "check", "vtab-1k", "--root", tmp_path, "--tasks", "svhn,dtd")
     assert code == 1 and "2 of 2 tasks of vtab-1k" in err and len(err.splitlines()) == 1
-    assert "svhn" in out and "train800val200.txt" in out
+    assert "svhn" in out and "train800val200" in out
 
 
 def test_protocols_are_listed() -> None:
     names = {row["protocol"] for row in succeed("bench", "list")}
-    assert names == {"offline", "offline-few-shot", "vtab-1k", "fgvc", "few-shot", "domains"}
+    assert names == {"offline", "offline-few-shot", "vtab-1k", "fgvc", "few-shot", "domain-generalisation"}
 
 
 @pytest.mark.parametrize(

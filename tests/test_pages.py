@@ -29,6 +29,8 @@ def commands(page: str) -> list[list[str]]:
 def small(words: list[str]) -> list[str]:
     """The same command on a tiny backbone, with a single epoch."""
     words = list(words)
+    if words[:2] == ["bench", "run"]:
+        return small_benchmark(words)
     for option in ("--budget", "--backbone", "--weights", "--image-size"):
         if option in words:
             del words[words.index(option) : words.index(option) + 2]
@@ -39,6 +41,15 @@ def small(words: list[str]) -> list[str]:
     return words + extra + (["--trials", "1"] if words[0] == "compare" else [])
 
 
+def small_benchmark(words: list[str]) -> list[str]:
+    """The same benchmark on a tiny backbone, of one task and two settings."""
+    for option in ("--workers", "--seeds", "--trials", "--tasks"):
+        if option in words:
+            del words[words.index(option) : words.index(option) + 2]
+    extra = ["--set", "epochs=1", "--workers", "0", "--trials", "2", "--precision", "fp32"]
+    return words + SMALL + extra + (["--tasks", "orientation"] if words[2] == "offline" else [])
+
+
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the pages' commands are run on: photos, new-photos, labels.csv and trained adapters."""
@@ -47,6 +58,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for old, new in (("blue", "cat"), ("green", "dog"), ("red", "rabbit")):
         (root / "photos" / old).rename(root / "photos" / new)
     shutil.copytree(root / "photos" / "cat", root / "new-photos")
+    shutil.copytree(root / "photos", root / "photos-winter")
     with (root / "labels.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["image_path", "label"])
@@ -68,6 +80,7 @@ def test_python_blocks_run(page: str, number: int, tmp_path: Path, monkeypatch: 
 def test_commands_run(page: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(photos, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("VISGRAFT_CACHE", str(tmp_path / "cache"))
     for words in commands(page):
         code, out, err = run(*small(words))
         problems = words[0] == "check" and "error" in out  # found in the images, not in the command

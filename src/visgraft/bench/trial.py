@@ -93,12 +93,13 @@ def digest(value: Any) -> str:
 
 
 def split_digest(parts: Parts, root: Path) -> str:
-    """Return the sha256 of which images, by their places below `root`, are in which part with which label."""
+    """Return the sha256 of which images, by their places below `root` and sizes, are in which part with which label."""
     found = hashlib.sha256("\0".join(parts.classes).encode("utf-8", "surrogateescape"))
     for part, examples in {"train": parts.train, "val": parts.val, **parts.tests}.items():
         for example in examples:
             place = os.path.relpath(example.path, root).replace(os.sep, "/")
-            found.update(f"{part}\0{place}\0{example.label}\n".encode("utf-8", "surrogateescape"))
+            size = os.stat(example.path).st_size if example.content is None else 0
+            found.update(f"{part}\0{place}\0{size}\0{example.label}\n".encode("utf-8", "surrogateescape"))
     return found.hexdigest()
 
 

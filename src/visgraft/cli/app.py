@@ -11,7 +11,6 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from visgraft.cli import bench
 from visgraft.cli.arguments import (
     Adapter,
     Background,
@@ -25,6 +24,7 @@ from visgraft.cli.arguments import (
     Weights,
     source,
 )
+from visgraft.cli.bench import build as build_bench
 from visgraft.cli.check import check
 from visgraft.cli.compare import compare
 from visgraft.cli.predict import predict
@@ -175,7 +175,7 @@ def build() -> typer.Typer:
     verbs |= {"report": report, "predict": predict, "merge": merge, "info": info, "methods": methods, "demo": demo}
     for name, verb in verbs.items():
         app.command(name)(verb)
-    app.add_typer(bench.build(), name="bench")
+    app.add_typer(build_bench(), name="bench")
     return app
 
 

@@ -1,10 +1,16 @@
 """The field's protocols, and the offline suite, as rows of data."""
 
 from visgraft.errors import VisgraftError, nearest
+from visgraft.protocols.domains import DOMAINS
+from visgraft.protocols.few_shot import FEW_SHOT
+from visgraft.protocols.fgvc import FGVC
 from visgraft.protocols.offline import OFFLINE, OFFLINE_FEW_SHOT
 from visgraft.protocols.row import Protocol
+from visgraft.protocols.vtab import VTAB
 
-PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in (OFFLINE, OFFLINE_FEW_SHOT)}
+PROTOCOLS: dict[str, Protocol] = {
+    protocol.name: protocol for protocol in (OFFLINE, OFFLINE_FEW_SHOT, VTAB, FGVC, FEW_SHOT, DOMAINS)
+}
 
 
 def get_protocol(name: str) -> Protocol:

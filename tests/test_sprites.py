@@ -1,0 +1,150 @@
+"""Drawn tasks: every label is exact, the look says nothing about it, and a folder is there whole or not at all."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import ndimage
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import cross_val_score
+
+from visgraft.data import sprites
+from visgraft.data.painting import Points, Scene, Solid, paint
+from visgraft.data.sprites import TASKS, arrange, class_name, draw_sprite, draw_sprites
+from visgraft.errors import DataError
+
+
+def rng(*seed: int) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def outline(scene: Scene) -> Points:
+    """The outline of a scene's only solid."""
+    assert len(scene.solids) == 1 and len(scene.solids[0].faces) == 1
+    return scene.solids[0].faces[0][0]
+
+
+def covered(points: Points, side: int = 800) -> np.ndarray:
+    """Which pixels a polygon covers, found by crossing numbers and not by the painter."""
+    rows, columns = np.mgrid[0:side, 0:side]
+    x, y = (columns + 0.5) / side, (rows + 0.5) / side
+    inside = np.zeros(x.shape, dtype=bool)
+    for a, b in zip(points, np.roll(points, -1), strict=True):
+        crosses = (a.imag > y) != (b.imag > y)
+        inside ^= crosses & (x < (b.real - a.real) * (y - a.imag) / (b.imag - a.imag + 1e-300) + a.real)
+    return inside
+
+
+@pytest.mark.parametrize("label", [0, 5, 15])
+def test_the_location_is_the_bin_of_the_centre_of_the_area(label: int) -> None:
+    for seed in range(4):
+        mask = covered(outline(arrange("location", label, rng(seed))))
+        x = ((np.nonzero(mask)[1] + 0.5) / mask.shape[1]).mean()
+        place = (x - 0.15) / 0.7 * 16
+        assert int(place) == label and 0.25 < place - label < 0.75
+
+
+@pytest.mark.parametrize("label", [0, 3, 8, 13])
+def test_the_orientation_is_where_the_front_points(label: int) -> None:
+    for seed in range(6):
+        points = outline(arrange("orientation", label, rng(seed)))
+        mask = covered(points, 300)
+        rows, columns = np.nonzero(mask)
+        centre = complex(columns.mean() + 0.5, rows.mean() + 0.5) / 300
+        tip = points[np.argmax(np.abs(points - centre) * (np.arange(len(points)) == 0))]
+        angle = np.rad2deg(np.angle((tip - centre) * 1j)) % 360  # clockwise from the top
+        wrong = (angle - label * 22.5 + 180) % 360 - 180
+        assert abs(wrong) < 3.5
+
+
+@pytest.mark.parametrize("label", range(8))
+def test_the_count_is_the_number_of_separate_things(label: int) -> None:
+    scene = arrange("count", label, rng(label, 1))
+    assert len(scene.solids) == label + 3
+    mask = sum(covered(solid.faces[0][0], 600).astype(int) for solid in scene.solids)
+    assert mask.max() == 1, "none overlaps another"
+    assert ndimage.label(mask, np.ones((3, 3)))[1] == label + 3  # a star's tips are a pixel wide
+    points = np.concatenate([solid.faces[0][0] for solid in scene.solids])
+    assert points.real.min() > 0 and points.real.max() < 1 and points.imag.min() > 0 and points.imag.max() < 1
+
+
+@pytest.mark.parametrize("label", range(6))
+def test_the_distance_is_that_of_the_nearest_solid_by_size_and_by_contact(label: int) -> None:
+    edges = np.geomspace(1.1, 4.5, 7)
+    for seed in range(8):
+        scene = arrange("distance", label, rng(seed, label))
+        assert scene.horizon is not None
+        depths = [solid.depth for solid in scene.solids]
+        assert depths == sorted(depths, reverse=True) and len(depths) >= 3
+        assert edges[label] < depths[-1] < edges[label + 1] and depths[-2] > 1.2 * depths[-1]
+        for solid in scene.solids:
+            points = np.concatenate([face for face, _ in solid.faces])
+            assert (points.imag.max() - scene.horizon) * solid.depth == pytest.approx(0.55, rel=0.01)
+            width = (points.real.max() - points.real.min()) * solid.depth
+            assert min(abs(width - 2 * 0.55 * true) for true in (0.3, 0.55)) < 0.01
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_picture_depends_on_the_generator_and_the_label_alone(task: str) -> None:
+    first, again = (draw_sprite(task, 1, rng(3), 64) for _ in range(2))
+    assert first.mode == "RGB" and first.size == (64, 64)
+    assert first.tobytes() == again.tobytes() != draw_sprite(task, 1, rng(4), 64).tobytes()
+    other = draw_sprite(task, 1, rng(3), 64, "restyled")
+    assert np.abs(np.asarray(first, float) - np.asarray(other, float)).mean() > 10
+    scenes = [arrange(task, 1, rng(3).spawn(2)[0]) for _ in range(2)]
+    assert len(scenes[0].solids) == len(scenes[1].solids)
+
+
+@pytest.mark.parametrize("style", sprites.STYLES)
+def test_the_look_is_the_same_for_every_label(style: str) -> None:
+    """One state of the generator: the corner, where no sprite of these labels is, looks the same."""
+    for seed in range(4):
+        pictures = [np.asarray(draw_sprite("location", label, rng(seed), 64, style)) for label in (0, 7)]
+        assert np.array_equal(pictures[0][:6, -6:], pictures[1][:6, -6:])
+
+
+@pytest.mark.parametrize("task", ["location", "orientation"])
+def test_mean_colours_do_not_tell_the_class(task: str) -> None:
+    labels = np.arange(320) % TASKS[task]
+    pictures = [np.asarray(draw_sprite(task, label, rng(9, i), 48), float) for i, label in enumerate(labels)]
+    features = np.array([[*p.mean((0, 1)), *p.std((0, 1))] for p in pictures]) / 255
+    found = cross_val_score(LogisticRegression(max_iter=500), features, labels, cv=4).mean()
+    assert found < 1 / TASKS[task] + 4 * np.sqrt(1 / TASKS[task] / 320)
+
+
+def test_edges_are_smooth() -> None:
+    square = Solid.flat(np.array([0.2 + 0.2j, 0.81 + 0.25j, 0.75 + 0.8j, 0.2 + 0.75j]))
+    picture = np.asarray(paint(Scene((square,)), rng(1), 64, restyled=True), float)
+    assert len(np.unique(picture[20:40, 8:20].round(-1))) > 3
+
+
+def test_a_folder_is_drawn_whole_with_its_restyled_pictures(tmp_path: Path) -> None:
+    root = draw_sprites("distance", tmp_path / "d", train=7, val=6, test=6, restyled=6, size=48)
+    found = {str(p.relative_to(root).parent): len(list(p.parent.iterdir())) for p in root.rglob("*.png")}
+    assert found["images/train/distance_00"] == 2 and found["restyled/distance_05"] == 1 and len(found) == 24
+    again = draw_sprites("distance", tmp_path / "e", train=1, val=0, test=0, restyled=6, size=48)
+    for name in ("images/train/distance_00/00000.png", "restyled/distance_05/00005.png"):
+        assert (root / name).read_bytes() == (again / name).read_bytes()
+    with (
+        Image.open(root / "images/test/distance_00/00000.png") as test,
+        Image.open(root / "images/train/distance_00/00000.png") as train,
+    ):
+        assert test.tobytes() != train.tobytes()
+    with pytest.raises(DataError, match="already exists and is not an empty folder"):
+        draw_sprites("distance", root)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_mistakes_are_named(tmp_path: Path) -> None:
+    for call, says in (
+        (lambda: draw_sprites("locaton", tmp_path / "x"), "did you mean location"),
+        (lambda: draw_sprites("count", tmp_path / "x", train=-1), "must not be negative"),
+        (lambda: draw_sprite("count", 8, rng(0), 64), "must be 0 to 7, got 8"),
+        (lambda: draw_sprite("count", 1, rng(0), 64, "chalk"), "unknown style 'chalk'"),
+        (lambda: draw_sprite("count", 1, rng(0), 32), "use a size of at least 48"),
+    ):
+        with pytest.raises(DataError, match=says):
+            call()
+    assert not (tmp_path / "x").exists()
+    assert class_name("count", 0) == "count_03"
