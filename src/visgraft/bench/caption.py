@@ -29,7 +29,7 @@ def caption(table: Table) -> str:
         f"Cells: top-1 in percent on the test images{spread}",
         *([f"Brackets: 95 % interval {over}"] if over else []),
         *(["Δ: paired difference in points, over the same tasks and seeds"] if table.baselines else []),
-        f"Device: {one.device} ({' or '.join(map(str, threads))} threads per training), {one.precision}",
+        f"Device: {one.device} ({' or '.join(map(str, threads))} CPU threads per training), {one.precision}",
         f"Versions: {', '.join(sorted(versions))}; source {', '.join(revisions)}",
     ]
     if one.reduced:

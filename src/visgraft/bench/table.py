@@ -152,7 +152,7 @@ def _notes(table: Table) -> Iterator[str]:
     for row in table.rows:
         missing = row.missing(table.tasks)
         if missing:
-            yield f"{NONE} {row.label} has no result for {', '.join(missing)}, and so no means."
+            yield f"{NONE}: {row.label} has no result for {', '.join(missing)}, and so no means."
         counts = {len(seeds) for seeds in row.cells().values()}
         if len(counts) > 1:
             yield f"{row.label} has {min(counts)} to {max(counts)} seeds per task."
@@ -184,7 +184,7 @@ def _shifted(table: Table) -> Sheet:
         if measured.restricted_to
     }
     lacking = [
-        f"{NONE} {row.label} has no result on {name} for {', '.join(row.missing(names, name))}."
+        f"{NONE}: {row.label} has no result on {name} for {', '.join(row.missing(names, name))}."
         for row in table.rows
         for name, names in sets.items()
         if row.missing(names, name)

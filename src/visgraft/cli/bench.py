@@ -1,20 +1,20 @@
 """`visgraft bench`: run a protocol, check its images, and read its results."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from visgraft.cli.arguments import Json, Quiet
-from visgraft.errors import VisgraftError, nearest
+from visgraft.errors import Interrupted, VisgraftError, nearest
 
 if TYPE_CHECKING:
     from visgraft.bench.plan import Request
     from visgraft.bench.running import Place
     from visgraft.bench.sweep import State
+    from visgraft.bench.trial import Result
     from visgraft.protocols.row import Protocol
 
 METHODS = "linear,full,bitfit,lora,ssf,sct,alore"
@@ -30,6 +30,7 @@ Shifted = Annotated[
     list[str] | None,
     typer.Option(help="PROTOCOL folder: NAME=FOLDER, a further test set of the same classes; repeatable"),
 ]
+Only = Annotated[str | None, typer.Option(help="only these methods, with commas")]
 AnySize = Annotated[bool, typer.Option("--any-size", help="accept other numbers of images; the results say so")]
 Places = Annotated[list[Path], typer.Argument(help="folders or files of results", metavar="RESULTS...")]
 Set = Annotated[
@@ -50,8 +51,8 @@ def list_protocols(*, json: Json = False) -> None:
         }
         for p in PROTOCOLS.values()
     ]  # fmt: skip
-    rows = [[p.name, len(p.tasks), p.title, p.final_parts, p.backbone] for p in PROTOCOLS.values()]
-    columns = ["protocol", "tasks", "what", "final run trains on", "backbone"]
+    rows = [[p.name, len(p.tasks), p.title, p.final_parts] for p in PROTOCOLS.values()]
+    columns = ["protocol", "tasks", "what", "final run trains on"]
     emit(values, json, lambda: print_table("", columns, rows))
 
 
@@ -114,6 +115,7 @@ def run(
     json: Json = False,
 ) -> None:
     """Run methods on a protocol's tasks; give the command again to go on where it stopped."""
+    from visgraft.backbone import create_backbone
     from visgraft.bench.plan import Request, plan
     from visgraft.bench.running import Place
     from visgraft.bench.settings import Recipe
@@ -135,6 +137,7 @@ def run(
         table = [list(fact.values()) for fact in facts]
         emit(facts, json, lambda: print_table("", ["task", "method", "tune", "final"], table))
         return
+    create_backbone(request.backbone, 2)  # what cannot be had is said once, before any trial is started
     place = Place(rows, folder, _file_of_weights(request), cache)
     state = _sweep(request, cells, place, file, workers)
     _conclude(state, file, json)
@@ -142,9 +145,13 @@ def run(
 
 def _sweep(request: "Request", cells: Sequence[Any], place: "Place", file: Path, workers: int) -> "State":
     from visgraft.bench.sweep import sweep
+    from visgraft.cli.bench_progress import sweep_progress
 
     with sweep_progress(request.methods, workers) as (show, tell):
-        return sweep(cells, place, file, workers=workers, on_change=show, on_result=tell)
+        try:
+            return sweep(cells, place, file, workers=workers, on_change=show, on_result=tell)
+        except KeyboardInterrupt:
+            raise Interrupted(f"interrupted; what is done is in {file}: give the same command to go on") from None
 
 
 def _conclude(state: "State", file: Path, json: bool) -> None:
@@ -152,18 +159,21 @@ def _conclude(state: "State", file: Path, json: bool) -> None:
     from visgraft.cli.show import emit, result_console
 
     facts = {"results": str(file), "trials": state.total, "left": state.left, "failed": list(state.failed.values())}
-    done = f"{state.total - state.left} of {state.total} trials are done: {file}"
-    emit(facts, json, lambda: result_console.print(f"{done}\nread them with: visgraft bench table {file.parent}"))
+    done = f"{state.total - state.left} of {state.total} trials are done"
+    read = f": {file}\nread them with: visgraft bench table {file.parent}" if file.is_file() else ""
+    emit(facts, json, lambda: result_console.print(f"{done}{read}"))
     if state.failed:
         first = next(iter(state.failed.values()))
         raise VisgraftError(
-            f"{len(state.failed)} trials failed, e.g. {first}; give the command again once it is mended"
+            f"{len(state.failed)} trials failed, e.g. {first}; give the command again once that is mended"
         )
 
 
 def table(
     results: Places,
     *,
+    tasks: Tasks = None,
+    methods: Only = None,
     against: Annotated[str | None, typer.Option(help="published: the papers' figures, in a table of their own")] = None,
     format: Annotated[str, typer.Option(help="markdown or csv")] = "markdown",
     out: Annotated[Path | None, typer.Option(help="file to write; none: print", show_default=False)] = None,
@@ -179,7 +189,7 @@ def table(
         )
     if against not in (None, "published"):
         raise VisgraftError(f"--against is {against!r}, but can only be published")
-    found = read_results(results)
+    found = _of(read_results(results), tasks, methods)
     write = tables.markdown if format == "markdown" else tables.csv
     text = write(found, _order(), against)
     if out is None:
@@ -195,6 +205,8 @@ def table(
 def plot(
     results: Places,
     *,
+    tasks: Tasks = None,
+    methods: Only = None,
     out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("plots"),
     json: Json = False,
 ) -> None:
@@ -203,8 +215,26 @@ def plot(
     from visgraft.bench.plot import plot as draw
     from visgraft.cli.show import emit, result_console
 
-    files = [str(file) for file in draw(read_results(results), out, _order())]
+    files = [str(file) for file in draw(_of(read_results(results), tasks, methods), out, _order())]
     emit(files, json, lambda: result_console.print("\n".join(files)))
+
+
+def _of(results: list["Result"], tasks: str | None, methods: str | None) -> list["Result"]:
+    """Return the results of some tasks and methods only.
+
+    Raises:
+        VisgraftError: there is none of a task or a method that was asked for.
+    """
+    for option, typed, name_of in (
+        ("tasks", tasks, lambda result: result.trial.task),
+        ("methods", methods, lambda result: result.trial.method),
+    ):
+        wanted, known = _names(typed or ""), {name_of(result) for result in results}
+        unknown = next((name for name in wanted if name not in known), None)
+        if unknown is not None:
+            raise VisgraftError(f"there are no results of {unknown!r} (--{option}){nearest(unknown, known)}")
+        results = [result for result in results if not wanted or name_of(result) in wanted]
+    return results
 
 
 def _order() -> list[str]:
@@ -298,77 +328,6 @@ def _parse(options: Sequence[str], methods: Sequence[str]) -> tuple[dict[str, An
         target = own.setdefault(method, {}) if dot else common
         target[option.replace("-", "_")] = parse_option(method or None, option.replace("-", "_"), value)
     return common, own
-
-
-@contextmanager
-def sweep_progress(
-    methods: Sequence[str], workers: int
-) -> Iterator[tuple[Callable[["State"], None], Callable[[Any], None]]]:
-    """Yield callbacks for `sweep`: a table that lives on a terminal, otherwise a line for every result."""
-    from rich.live import Live
-
-    from visgraft.cli.show import progress_console
-
-    latest: list[Any] = []
-    live = Live(console=progress_console, refresh_per_second=2) if progress_console.is_terminal else None
-
-    def show(state: "State") -> None:
-        latest[:] = [state]
-        if live is not None:
-            live.update(progress_table(state, methods, workers))
-
-    def tell(result: Any) -> None:
-        if live is None:
-            left = latest[0].left if latest else 0
-            progress_console.print(f"{describe(result)}; {left} left{_time_left(latest[0], workers)}")
-
-    if live is None:
-        yield show, tell
-    else:
-        with live:
-            yield show, tell
-
-
-def _time_left(state: "State", workers: int) -> str:
-    from visgraft.compare.budget import duration
-
-    seconds = state.seconds_left(workers)
-    return "" if seconds is None or not state.left else f", about {duration(seconds)}"
-
-
-def describe(result: Any) -> str:
-    """One line on a result."""
-    from visgraft.cli.show import percent
-
-    figures = ", ".join(f"{name} {percent(one.top1)} %" for name, one in result.measured.items())
-    varied = result.trial.train["lr"]
-    outcome = "" if result.outcome == "finished" else f" ({result.outcome})"
-    return f"{result.trial.name} (lr {varied:g}): {figures}{outcome}, {result.seconds:.0f} s"
-
-
-def progress_table(state: "State", methods: Sequence[str], workers: int) -> Any:
-    """A table of tasks and methods: trials done and in all, and the epoch of what runs."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    grid = Table(
-        box=SIMPLE_HEAD, title=f"{state.total - state.left} of {state.total} trials{_time_left(state, workers)}"
-    )
-    grid.add_column("task")
-    for method in methods:
-        grid.add_column(method, justify="right")
-    by_task: dict[str, dict[str, str]] = {}
-    running: Mapping[tuple[str, str], str] = {
-        (trial.task, trial.method): f" [cyan]{epoch}/{epochs}[/]" for trial, epoch, epochs in state.running.values()
-    }
-    for cell in state.cells:
-        finished = cell.total - cell.left(state.done)
-        colour = "green" if finished == cell.total else "default"
-        text = f"[{colour}]{finished}/{cell.total}[/]{running.get((cell.task, cell.method), '')}"
-        by_task.setdefault(cell.task, {})[cell.method] = text
-    for task, cells in by_task.items():
-        grid.add_row(task, *(cells.get(method, "") for method in methods))
-    return grid
 
 
 def build() -> typer.Typer:

@@ -1,0 +1,79 @@
+"""What a benchmark shows while it runs: a table that lives on a terminal, otherwise a line for every result."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from visgraft.bench.sweep import State
+
+
+@contextmanager
+def sweep_progress(
+    methods: Sequence[str], workers: int
+) -> Iterator[tuple[Callable[["State"], None], Callable[[Any], None]]]:
+    """Yield callbacks for `sweep`: a table that lives on a terminal, otherwise a line for every result."""
+    from rich.live import Live
+
+    from visgraft.cli.show import progress_console
+
+    latest: list[Any] = []
+    live = Live(console=progress_console, refresh_per_second=2) if progress_console.is_terminal else None
+
+    def show(state: "State") -> None:
+        latest[:] = [state]
+        if live is not None:
+            live.update(progress_table(state, methods, workers))
+
+    def tell(result: Any) -> None:
+        if live is None:
+            left = latest[0].left if latest else 0
+            progress_console.print(f"{describe(result)}; {left} left{_time_left(latest[0], workers)}")
+
+    if live is None:
+        yield show, tell
+    else:
+        with live:
+            yield show, tell
+
+
+def _time_left(state: "State", workers: int) -> str:
+    from visgraft.compare.budget import duration
+
+    seconds = state.seconds_left(workers)
+    return "" if seconds is None or not state.left else f", about {duration(seconds)}"
+
+
+def describe(result: Any) -> str:
+    """One line on a result."""
+    from visgraft.cli.show import percent
+
+    figures = ", ".join(f"{name} {percent(one.top1)} %" for name, one in result.measured.items())
+    varied = result.trial.train["lr"]
+    outcome = "" if result.outcome == "finished" else f" ({result.outcome})"
+    return f"{result.trial.name} (lr {varied:g}): {figures}{outcome}, {result.seconds:.0f} s"
+
+
+def progress_table(state: "State", methods: Sequence[str], workers: int) -> Any:
+    """A table of tasks and methods: trials done and in all, and the epoch of what runs."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    grid = Table(
+        box=SIMPLE_HEAD, title=f"{state.total - state.left} of {state.total} trials{_time_left(state, workers)}"
+    )
+    grid.add_column("task")
+    for method in methods:
+        grid.add_column(method, justify="right")
+    by_task: dict[str, dict[str, str]] = {}
+    running: Mapping[tuple[str, str], str] = {
+        (trial.task, trial.method): f" [cyan]{epoch}/{epochs}[/]" for trial, epoch, epochs in state.running.values()
+    }
+    for cell in state.cells:
+        finished = cell.total - cell.left(state.done)
+        colour = "green" if finished == cell.total else "default"
+        text = f"[{colour}]{finished}/{cell.total}[/]{running.get((cell.task, cell.method), '')}"
+        by_task.setdefault(cell.task, {})[cell.method] = text
+    for task, cells in by_task.items():
+        grid.add_row(task, *(cells.get(method, "") for method in methods))
+    return grid
