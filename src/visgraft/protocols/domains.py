@@ -101,4 +101,5 @@ DOMAINS = Protocol(
     (Task("imagenet", "imagenet", 1_000, _IMAGES, ".", open_imagenet, LAYOUT, shots=16),),
     "images as DATASETS.md of github.com/KaiyangZhou/CoOp says",
     final_parts="train",
+    epochs=100,
 )

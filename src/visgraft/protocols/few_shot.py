@@ -121,4 +121,5 @@ FEW_SHOT = Protocol(
     tuple(one.task(shots) for one in _SETS for shots in SHOTS),
     "images and split files as DATASETS.md of github.com/KaiyangZhou/CoOp says",
     final_parts="train",
+    epochs=100,
 )

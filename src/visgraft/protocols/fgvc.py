@@ -74,5 +74,6 @@ FGVC = Protocol(
     ),
     "images of each set's own site; split files of visual prompt tuning, see README of github.com/KMnP/vpt",
     final_parts="train",
+    epochs=100,
     squash=False,
 )

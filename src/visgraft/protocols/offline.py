@@ -187,6 +187,7 @@ OFFLINE_FEW_SHOT = replace(
     name="offline-few-shot",
     title="the offline suite, few-shot",
     final_parts="train",
+    epochs=100,
     tasks=tuple(
         replace(
             task,

@@ -63,7 +63,7 @@ class Protocol:
     image_size: int | None = None
     squash: bool = True
     epochs: int | None = None
-    """Of each training where more than a head trains; None: the recipe's."""
+    """Of each training where more than a head trains; None: the recipe's. Most programs of the field train for 100."""
     tune_share: float = 1.0
     """The share of those epochs that a training gets when settings are compared on the validation images."""
     cache: str = "auto"

@@ -99,4 +99,5 @@ VTAB = Protocol(
         _row("smallnorb_ele", "structured", 9, 12_150),
     ),
     "lists and images as data/vtab-source/get_vtab1k.py of github.com/ZhangYuanhan-AI/NOAH makes them",
+    epochs=100,
 )
