@@ -164,3 +164,9 @@ def test_table_and_plot_can_be_of_some_methods_and_tasks(results: Path, tmp_path
     for more, says in ((("--methods", "alroe"), "no results of 'alroe' (--methods)"), (("--tasks", "x"), "--tasks")):
         code, _, err = run("bench", "plot", results, *more, "--out", tmp_path / "plots")
         assert code == 1 and says in err and not (tmp_path / "plots").exists()
+
+
+def test_a_wrong_name_does_not_wait_for_images_to_be_drawn(tmp_path: Path) -> None:
+    for more in (("--methods", "alroe"), ("--tasks", "locaton"), ("--recipe", "sct-paper", "--methods", "sct")):
+        code, _, err = run("bench", "run", "offline", "--root", tmp_path / "images", *more)
+        assert code == 1 and not (tmp_path / "images").exists(), err

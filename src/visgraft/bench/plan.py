@@ -131,6 +131,19 @@ class Cell:
         return {name: trial.setting[name] for name in self.varied}
 
 
+def settings_of(request: Request) -> dict[tuple[str, str], Candidates]:
+    """Return what to try, by task and method; no image is looked for, so that a typing error is answered at once.
+
+    Raises:
+        VisgraftError: a task, method, recipe or option does not exist.
+    """
+    return {
+        (task.name, method): candidates(request.recipe, request.protocol, task, method)
+        for task in request.chosen_tasks
+        for method in request.methods
+    }
+
+
 def plan(request: Request) -> list[Cell]:
     """Return what there is to do: one cell per task and method.
 
@@ -138,12 +151,7 @@ def plan(request: Request) -> list[Cell]:
         DataError: a task's images are missing, or not those of the protocol.
         VisgraftError: a method, recipe or option does not exist.
     """
-    precision = resolve_precision(request.precision)
-    offered = {
-        (task.name, method): candidates(request.recipe, request.protocol, task, method)
-        for task in request.chosen_tasks
-        for method in request.methods
-    }  # before any image is looked for: a typing error should not wait for a hundred thousand files
+    precision, offered = resolve_precision(request.precision), settings_of(request)
     cells = []
     for task in request.chosen_tasks:
         splits = {seed: _split(request, task, seed) for seed in (request.seeds if task.shots else request.seeds[:1])}

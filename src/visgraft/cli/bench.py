@@ -116,7 +116,7 @@ def run(
 ) -> None:
     """Run methods on a protocol's tasks; give the command again to go on where it stopped."""
     from visgraft.backbone import create_backbone
-    from visgraft.bench.plan import Request, plan
+    from visgraft.bench.plan import Request, plan, settings_of
     from visgraft.bench.running import Place
     from visgraft.bench.settings import Recipe
     from visgraft.cli.show import emit, print_table
@@ -128,6 +128,7 @@ def run(
         Recipe(recipe, trials, common, own), tuple(range(seeds)), tuple(_names(tasks)) if tasks else None,
         _normalisation(normalisation), precision, any_size,
     )  # fmt: skip
+    settings_of(request)
     if rows.prepare is not None:
         rows.prepare(folder, [task.name for task in request.chosen_tasks])
     cells = plan(request)
