@@ -66,7 +66,7 @@ def test_a_method_that_lacks_a_task_has_no_mean_and_the_table_names_the_task() -
     row = dict(zip(sheet.heads, sheet.rows[2], strict=True))
     assert row["a"] == "90.0"
     assert row["b"] == row["mean of 2 tasks"] == row["Δ linear"] == row["Δ full"] == row["minutes per training"] == "–"
-    assert sheet.notes == ("– sct has no result for b, and so no means.",)
+    assert sheet.notes == ("–: sct has no result for b, and so no means.",)
     assert [point.label for point in parameter_points(table)] == ["linear", "full"]
     assert not any(line["method"] == "sct" and line["of"] != "task" for line in parsed(csv(results)))
 

@@ -20,7 +20,7 @@ def complete(*words: str) -> list[str]:
 def test_verbs_are_completed() -> None:
     assert complete("visgraft", "tr") == ["train"]
     assert set(complete("visgraft", "")) == {
-        "check", "compare", "train", "eval", "report", "predict", "merge", "info", "methods", "demo"
+        "bench", "check", "compare", "train", "eval", "report", "predict", "merge", "info", "methods", "demo"
     }  # fmt: skip
 
 
