@@ -41,10 +41,29 @@ def test_fgvc_classes_are_renumbered_in_order(tmp_path: Path, name: str, place: 
     assert (parts.val[0].label, parts.tests["test"][0].label) == (1, 2)
     (tmp_path / task.folder / "val.json").write_text('{"d/1.jpg": 11}')
     assert "val.json gives d/1.jpg the class 11, which" in refused(FGVC, task, tmp_path)
+    (tmp_path / task.folder / "val.json").write_text('{"b/2.jpg": true}')
+    assert "val.json gives b/2.jpg the class True, but must give a whole number" in refused(FGVC, task, tmp_path)
     (tmp_path / task.folder / "val.json").write_text("[1]")
     assert "val.json holds a JSON list instead of an object" in refused(FGVC, task, tmp_path)
     (tmp_path / task.folder / "val.json").write_text("{")
     assert "val.json, line 1, is not JSON" in refused(FGVC, task, tmp_path)
+
+
+def test_fgvc_classes_may_be_numbers_written_as_text(tmp_path: Path) -> None:
+    """As those of CUB's files are."""
+    task = task_of(FGVC, "cub_200_2011", classes=3)
+    (tmp_path / task.folder).mkdir()
+    for part, entries in {
+        "train": {"a/1.jpg": "100", "b/1.jpg": "009", "c/1.jpg": "10"},
+        "val": {"b/2.jpg": "009"},
+        "test": {"a/2.jpg": "100", "c/2.jpg": 10},
+    }.items():
+        (tmp_path / task.folder / f"{part}.json").write_text(json.dumps(entries))
+    parts = opened(FGVC, task, tmp_path)
+    assert parts.classes == ("9", "10", "100")
+    assert [[e.label for e in of] for of in (parts.train, parts.val, parts.tests["test"])] == [[2, 0, 1], [0], [2, 1]]
+    (tmp_path / task.folder / "val.json").write_text('{"b/2.jpg": "9 "}')
+    assert "val.json gives b/2.jpg the class '9 '" in refused(FGVC, task, tmp_path)
 
 
 def examples_of(*counts: int) -> list[Example]:
@@ -62,7 +81,10 @@ def test_shots_are_nested_and_each_class_is_drawn_on_its_own() -> None:
     assert [e.label for e in drawn[2]] == [0, 0, 1, 1, 2, 2]
     assert draw_shots(examples_of(20, 30, 16, 20), 8, seed=1)[:24] == drawn[8]
     assert draw_shots(examples, 8, seed=1) == drawn[8] != draw_shots(examples, 8, seed=2)
-    assert [str(e.path) for e in draw_shots(examples, 16, seed=1)[:2]] == sorted(str(e.path) for e in drawn[16][:2])
+    positions = [examples.index(e) for e in drawn[16]]
+    assert positions == sorted(positions)
+    same_size = draw_shots(examples_of(20, 20), 8, seed=1)
+    assert [e.path.name for e in same_size[:8]] != [e.path.name for e in same_size[8:]]
 
 
 def test_a_class_with_too_few_images_is_named() -> None:
@@ -134,10 +156,22 @@ def domains(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for number in range(3 if place == TRAIN_FOLDER else 1):
                 (root / place / name / f"{number}.JPEG").touch()
     (root / FOLDERS["imagenet-a"] / "README.txt").touch()
+    (root / FOLDERS["imagenet-a"] / wordnet_numbers("a")[0] / "._0.JPEG").touch()
     return root
 
 
 IMAGENET = task_of(DOMAINS, "imagenet", shots=1)
+
+
+def test_imagenet_and_its_four_sets_lie_where_coop_puts_them() -> None:
+    assert TRAIN_FOLDER == "imagenet/images/train"
+    assert FOLDERS == {
+        "test": "imagenet/images/val",
+        "imagenet-v2": "imagenetv2/imagenetv2-matched-frequency-format-val",
+        "imagenet-sketch": "imagenet-sketch/images",
+        "imagenet-a": "imagenet-adversarial/imagenet-a",
+        "imagenet-r": "imagenet-rendition/imagenet-r",
+    }
 
 
 def test_imagenet_and_its_four_sets_are_found(domains: Path) -> None:

@@ -12,7 +12,7 @@ from protocol_tasks import names, opened, refused, task_of, write_image
 
 from visgraft.bench.published import published_groups
 from visgraft.bench.trial import split_digest
-from visgraft.data.dataset import Split
+from visgraft.data.dataset import Example, Split
 from visgraft.errors import DataError, VisgraftError
 from visgraft.protocols import PROTOCOLS, get_protocol
 from visgraft.protocols.domains import DOMAINS
@@ -20,6 +20,7 @@ from visgraft.protocols.few_shot import FEW_SHOT
 from visgraft.protocols.fgvc import FGVC
 from visgraft.protocols.folder import folder_protocol
 from visgraft.protocols.opening import check_root, open_task
+from visgraft.protocols.row import Parts
 from visgraft.protocols.vtab import VTAB
 
 VTAB_ROWS = """
@@ -133,7 +134,7 @@ def test_vtab_lists_are_read_where_each_list_has_images_of_its_own(vtab: Path) -
 def test_a_vtab_union_of_shared_images_must_hold_the_same_images(vtab: Path) -> None:
     folder = vtab / "kitti"
     both = (folder / "train800.txt").read_text() + (folder / "val200.txt").read_text()
-    (folder / "train800val200.txt").write_text(both)
+    (folder / "train800val200.txt").write_text(both.replace("images/", "./images//"))
     assert len(opened(VTAB, KITTI, vtab).train) == 4
     (folder / "train800val200.txt").write_text(both.replace("val200/000000.jpg", "val200/000009.jpg"))
     text = refused(VTAB, KITTI, vtab)
@@ -152,8 +153,9 @@ def test_a_line_without_a_known_label_is_named(vtab: Path) -> None:
     assert "test.txt, line 2 has the label 2, but those of kitti are 0 to 1" in refused(VTAB, KITTI, vtab)
     file.write_text("images/test/000000.jpg\n")
     assert "test.txt, line 1 is 'images/test/000000.jpg', but must be" in refused(VTAB, KITTI, vtab)
-    file.write_text("../other/000000.jpg 0\n")
-    assert "is not below" in refused(VTAB, KITTI, vtab)
+    for outside in ("../other/000000.jpg", "images/../../other/000000.jpg", "/other/000000.jpg"):
+        file.write_text(f"{outside} 0\n")
+        assert f"test.txt, line 1 names {outside}, which is not below" in refused(VTAB, KITTI, vtab)
 
 
 def test_missing_folders_and_files_are_named_with_the_layout(vtab: Path) -> None:
@@ -234,6 +236,14 @@ def test_a_check_tells_all_that_is_wrong_with_each_task(vtab: Path) -> None:
     assert "1 image file is missing" in only.text and "test/000002.jpg" in only.text
 
 
+def test_a_check_looks_for_no_file_where_an_image_is_inside_a_data_set() -> None:
+    image = Example(Path("rows 1"), 0, content=bytes)
+    parts = Parts(("cat",), (image,), (image._replace(path=Path("rows 2")),), {"test": (Example(Path("rows 3"), 0),)})
+    task = replace(KITTI, classes=1, images={}, open=lambda *_: parts)
+    (finding,) = check_root(replace(VTAB, tasks=(task,)), Path())
+    assert finding.text == "1 image file is missing: rows 3; complete them"
+
+
 # Any folder
 
 
@@ -257,6 +267,15 @@ def test_a_folder_becomes_a_protocol_with_shifted_tests(tmp_path: Path) -> None:
         folder_protocol(photos, shifted={"art": write_classes(tmp_path / "sea", crab=2, eel=2)})
     with pytest.raises(DataError, match="is called 'val'"):
         folder_protocol(photos, shifted={"val": art})
+
+
+def test_of_a_shifted_set_with_a_test_part_only_that_is_taken(tmp_path: Path) -> None:
+    photos = write_classes(tmp_path / "photos", cat=9, dog=9)
+    write_classes(tmp_path / "art" / "train", cat=3, dog=3)
+    write_classes(tmp_path / "art" / "test", cat=1, dog=2)
+    protocol = folder_protocol(photos, shifted={"art": tmp_path / "art"})
+    found = open_task(protocol, protocol.tasks[0], photos).tests["art"]
+    assert names(found, tmp_path / "art") == [("test/cat/00.png", 0), ("test/dog/00.png", 1), ("test/dog/01.png", 1)]
 
 
 def test_a_folder_can_be_learned_from_few_shots(tmp_path: Path) -> None:

@@ -262,7 +262,7 @@ def _protocol(
         found = get_protocol(name)
         if root is None and found.prepare is None:
             raise VisgraftError(f"pass --root, the folder that holds the images of {name}")
-        return found, root or cache_folder() / "offline-1"
+        return found, root or cache_folder() / "offline-2"
     from visgraft.protocols.folder import folder_protocol
 
     if root is None:

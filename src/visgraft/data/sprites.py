@@ -28,9 +28,14 @@ ORIENTATIONS, WOBBLE = 16, 3.0  # degrees, of a step of 22.5
 FEWEST, COUNTS = 3, 8
 NEAREST, FARTHEST, DISTANCES = 1.1, 4.5, 6  # in camera heights above the ground
 FOCUS = 0.55  # picture heights: what stands z away touches the ground FOCUS / z below the horizon
+# Half the width of the two true sizes, in camera heights. They differ by two whole bins of distance: by any other ratio
+# the apparent size alone would tell them apart, and with it the distance.
+HALF_WIDTHS = (0.25, 0.25 * (FARTHEST / NEAREST) ** (2 / DISTANCES))
 JITTER = 0.2  # of a bin: how far a value strays from the bin's middle, to either side at most
 
 Generator = np.random.Generator
+Faces = tuple[tuple[Points, float], ...]
+"""Outlines and how light each is, as in a `Solid`."""
 
 
 def _polygon(corners: int, inner: float = 1.0, start: float = 0.0) -> Points:
@@ -134,32 +139,49 @@ def _distance(label: int, rng: Generator) -> Scene:
 
 
 def _standing(depth: float, horizon: float, rng: Generator) -> Solid:
-    """Return a ball, a box or a cylinder of one of two true sizes that touches the ground `depth` away."""
-    radius = FOCUS * float(rng.choice([0.3, 0.55])) / depth
+    """Return a ball, a box or a cylinder, as wide as high, of one of two true sizes.
+
+    Its lowest point in the picture is where it touches the ground, `depth` away, and its front is as wide as its true
+    size is at that distance. All are lower than the camera, so that it sees their tops.
+    """
+    half = float(rng.choice(HALF_WIDTHS))
+    radius = FOCUS * half / depth
     ground = horizon + FOCUS / depth
-    at = complex(rng.uniform(min(radius, 0.45), 1 - min(radius, 0.45)), ground - radius)
-    flat = 0.3  # how much of a circle on the ground the camera sees
+    at = complex(rng.uniform(radius, 1 - radius), ground - radius)
     disc = closed(48)
-    shadow = at + 1j * radius + radius * (1.15 * disc.real + 0.35j * disc.imag)
+    shadow = at + 1j * radius + radius * (1.15 * disc.real + 0.3j * disc.imag)
     kind = int(rng.integers(3))
     if kind == 0:
-        ball = at + radius * disc
         light = at + radius * (-0.35 - 0.4j) + 0.3 * radius * disc
-        return Solid(((ball, 1.0), (light, 1.3)), shadow, depth)
-    lid = at - 1j * radius + radius * (disc.real + 1j * flat * disc.imag)
-    if kind == 1:
-        lower = disc[disc.imag >= 0]
-        side = np.concatenate([[at - radius - 1j * radius, at + radius - 1j * radius], _foot(at, radius, lower, flat)])
-        return Solid(((side, 0.85), (lid, 1.2)), shadow, depth)
+        return Solid(((at + radius * disc, 1.0), (light, 1.3)), shadow, depth)
+    faces = _cylinder if kind == 1 else _box
+    return Solid(faces(at, radius, half, depth, horizon), shadow, depth)
+
+
+def _cylinder(at: complex, radius: float, half: float, depth: float, horizon: float) -> Faces:
+    """Return the wall and the lid of a cylinder around `at`, whose circles are as flat as the camera sees them."""
+    disc = closed(48)
+    back = depth / (depth + 2 * half)  # how much smaller the far end of a circle looks
+    foot, lid = (((y - horizon) * (1 - back) / 2) for y in (at.imag + radius, at.imag - radius))
+    bottom = at + 1j * (radius - foot) + radius * disc.real + 1j * foot * disc.imag
+    top = at - 1j * (radius + lid) + radius * disc.real + 1j * lid * disc.imag
+    lower = disc.imag > -1e-9
+    wall = np.concatenate([bottom[lower], top[lower][::-1]])
+    return (wall, 0.85), (top, 1.2)
+
+
+def _box(at: complex, radius: float, half: float, depth: float, horizon: float) -> Faces:
+    """Return the front of a box around `at`, its top, and the side that the camera, in the middle, sees."""
     front = at + radius * _path(-1 - 1j, 1 - 1j, 1 + 1j, -1 + 1j)
-    top = at + radius * _path(-1 - 1j, 1 - 1j, 0.7 - 1.35j, -0.7 - 1.35j)
-    return Solid(((front, 0.85), (top, 1.2)), shadow, depth)
-
-
-def _foot(at: complex, radius: float, lower: Points, flat: float) -> Points:
-    """Return the lower edge of a cylinder, whose lowest point touches the ground; from right to left."""
-    edge = lower[np.argsort(-lower.real)]
-    return np.asarray(at + radius * (edge.real + 1j * (1 - flat + flat * edge.imag)))
+    vanishing = complex(0.5, horizon)
+    behind = vanishing + (front - vanishing) * depth / (depth + 2 * half)
+    seen = [((0, 1), 1.2)]  # corners of the edge at which a face leaves the front, and how light that face is
+    if front[1].real < vanishing.real:
+        seen.append(((1, 2), 0.65))
+    if front[0].real > vanishing.real:
+        seen.append(((3, 0), 0.65))
+    receding = [(_path(front[i], front[j], behind[j], behind[i]), light) for (i, j), light in seen]
+    return (front, 0.85), *receding
 
 
 _ARRANGE: dict[str, tuple[int, Callable[[int, Generator], Scene]]] = {
@@ -194,8 +216,8 @@ def arrange(task: str, label: int, rng: Generator) -> Scene:
 def draw_sprite(task: str, label: int, rng: Generator, size: int, style: str = "plain") -> Image.Image:
     """Return one RGB picture of `size` × `size` pixels.
 
-    The arrangement and the look come from two generators that `rng` spawns: the same state of `rng` gives the same
-    scene in both styles, and the same look to every label.
+    The arrangement and the look come from two generators that `rng` spawns: a new generator of the same seed gives the
+    same scene in both styles, and the same look to every label.
 
     Raises:
         DataError: there is no such task, label or style, or `size` is too small to see anything.

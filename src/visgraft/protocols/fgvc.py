@@ -2,9 +2,12 @@
 
 Source: Jia et al., "Visual Prompt Tuning", 2022, and its program (KMnP/vpt): the folders that come with its splits,
 src/data/datasets/json_dataset.py and train.py. There, train.json, val.json and test.json map image paths to class
-numbers, which are renumbered from 0 in their order. Its FGVC runs train on train.json alone, the final ones too (only
-its VTAB runs train on both parts); val.json chooses the settings. Images are resized by their shorter side and cropped,
-not squashed.
+numbers (as text in those of CUB), which are renumbered from 0 in their order. Its FGVC runs train on train.json alone,
+the final ones too (only its VTAB runs train on both parts); val.json chooses the settings. Images are resized by their
+shorter side and cropped, not squashed.
+
+Here the numbers of train.json give the labels of all three files. That program renumbers each file by itself, so that
+the labels of nabirds' val.json, which lacks two of the 555 classes, are not those that it trains on.
 """
 
 from functools import partial
@@ -40,11 +43,15 @@ def open_json(folder: Path, task: Task, seed: int, *, images: str = "") -> Parts
 
 
 def _entries(file: Path, task: Task) -> dict[str, int]:
-    stored = read_json(file, task.layout)
-    for name, number in stored.items():
-        if isinstance(number, bool) or not isinstance(number, int):
-            raise DataError(f"{file} gives {name} the class {number!r}, but must give a whole number; fetch it again")
-    return stored
+    return {name: _whole(number, name, file) for name, number in read_json(file, task.layout).items()}
+
+
+def _whole(number: object, name: str, file: Path) -> int:
+    if isinstance(number, int) and not isinstance(number, bool):
+        return number
+    if isinstance(number, str) and number.isdecimal():
+        return int(number)
+    raise DataError(f"{file} gives {name} the class {number!r}, but must give a whole number; fetch it again")
 
 
 def _row(name: str, folder: str, classes: int, counts: tuple[int, int, int], images: str = "") -> Task:
