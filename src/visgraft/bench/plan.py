@@ -10,7 +10,6 @@ from typing import Any
 from visgraft.backbone import Backbone
 from visgraft.bench.settings import Candidates, Recipe, candidates, with_epochs
 from visgraft.bench.trial import Result, Trial, split_digest
-from visgraft.errors import VisgraftError
 from visgraft.evaluate import resolve_precision
 from visgraft.protocols.opening import open_task
 from visgraft.protocols.row import Protocol, Task
@@ -46,11 +45,7 @@ class Request:
         Raises:
             VisgraftError: the protocol has no such task.
         """
-        names = [task.name for task in self.protocol.tasks]
-        unknown = next((name for name in self.tasks or () if name not in names), None)
-        if unknown is not None:
-            raise VisgraftError(f"{self.protocol.name} has no task {unknown!r}; it has {', '.join(names)}")
-        return tuple(task for task in self.protocol.tasks if self.tasks is None or task.name in self.tasks)
+        return self.protocol.tasks if self.tasks is None else self.protocol.only(self.tasks)
 
 
 @dataclass(frozen=True)
@@ -63,7 +58,6 @@ class Cell:
     finals: tuple[Trial, ...]
     """With the first candidate's setting; the chosen one is put in once it is known."""
     candidates: Candidates
-    varied: tuple[str, ...]
 
     def chosen(self, done: Done) -> int | None:
         """Return the number of the candidate that is best on the validation images; None: not all are measured."""
@@ -128,7 +122,7 @@ class Cell:
         }
 
     def _varied(self, trial: Trial) -> dict[str, Any]:
-        return {name: trial.setting[name] for name in self.varied}
+        return {name: trial.setting[name] for name in self.candidates.varied}
 
 
 def settings_of(request: Request) -> dict[tuple[str, str], Candidates]:
@@ -200,7 +194,7 @@ def _cell(
 
     tuning = tuple(trial("tune", n, first) for n in range(len(found.settings))) if len(found.settings) > 1 else ()
     finals = tuple(trial("final", 0, seed) for seed in request.seeds)
-    return Cell(task.name, method, tuning, finals, found, found.varied)
+    return Cell(task.name, method, tuning, finals, found)
 
 
 def schedule(cells: Sequence[Cell], done: Done) -> list[Trial]:

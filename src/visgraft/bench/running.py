@@ -33,7 +33,7 @@ from visgraft.report.tables import calibration
 from visgraft.resume import Epoch
 from visgraft.train import train
 
-NORMALISATIONS = {
+MEANS_AND_DEVIATIONS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
@@ -167,7 +167,7 @@ def preprocessing(model: nn.Module, trial: Trial) -> dict[str, Any]:
     if trial.squash:
         facts |= {"crop_pct": 1.0, "crop_mode": "squash"}
     if trial.normalisation != "model":
-        mean, std = NORMALISATIONS[trial.normalisation]
+        mean, std = MEANS_AND_DEVIATIONS[trial.normalisation]
         facts |= {"mean": list(mean), "std": list(std)}
     return facts
 

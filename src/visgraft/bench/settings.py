@@ -12,7 +12,6 @@ from visgraft.protocols.row import Protocol, Task
 from visgraft.registry import get_method
 
 RECIPES = ("validated", "default", *PAPER_RECIPES)
-SELECTS = ("validation", "none")
 
 
 @dataclass(frozen=True)

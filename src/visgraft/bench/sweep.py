@@ -7,13 +7,12 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from visgraft.bench.ledger import append, read_file
 from visgraft.bench.plan import Cell, schedule
@@ -31,7 +30,6 @@ class State:
     done: dict[str, Result] = field(default_factory=dict)
     running: dict[str, tuple[Trial, int, int]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
-    started: float = field(default_factory=time.monotonic)
     before: int = 0
     """Trials that an earlier run had finished."""
 
@@ -153,8 +151,7 @@ def _side_by_side(state: State, place: Place, workers: int, keep: Callable[[Resu
                 on_change(state)
             if not live:
                 return
-            for connection in wait(list(live)):
-                assert isinstance(connection, Connection)
+            for connection in cast(list[Connection], wait(list(live))):
                 process, trial = live[connection]
                 if _listen(connection, process, trial, state, keep):
                     del live[connection]

@@ -70,7 +70,7 @@ def check(
     from visgraft.protocols.opening import check_root
 
     rows, folder = _protocol(protocol, root, shots, shifted)
-    rows = dataclasses.replace(rows, tasks=_chosen(rows, tasks))
+    rows = dataclasses.replace(rows, tasks=rows.only(_names(tasks)) if tasks else rows.tasks)
     if rows.prepare is not None:
         rows.prepare(folder, [task.name for task in rows.tasks])
     found = check_root(rows, folder)
@@ -276,15 +276,6 @@ def _protocol(
     except ValueError as error:
         raise VisgraftError(f"--shots is {shots!r}, but must be whole numbers with commas, e.g. 1,2,4") from error
     return folder_protocol(root, shots=counts, shifted={title: Path(folder) for title, _, folder in pairs}), root
-
-
-def _chosen(rows: "Protocol", tasks: str | None) -> tuple[Any, ...]:
-    wanted = _names(tasks) if tasks else tuple(task.name for task in rows.tasks)
-    known = [task.name for task in rows.tasks]
-    unknown = next((name for name in wanted if name not in known), None)
-    if unknown is not None:
-        raise VisgraftError(f"{rows.name} has no task {unknown!r}{nearest(unknown, known)}")
-    return tuple(task for task in rows.tasks if task.name in wanted)
 
 
 def _backbone(rows: "Protocol", name: str | None, weights: str | None, image_size: int | None) -> Any:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from visgraft.data.dataset import Example
+from visgraft.errors import VisgraftError, nearest
 
 TEST = "test"
 
@@ -74,6 +75,20 @@ class Protocol:
     def task(self, name: str) -> Task | None:
         """Return the task of this name."""
         return next((task for task in self.tasks if task.name == name), None)
+
+    def only(self, names: Sequence[str]) -> tuple[Task, ...]:
+        """Return the tasks of these names, in the protocol's order.
+
+        Raises:
+            VisgraftError: there is no such task.
+        """
+        known = [task.name for task in self.tasks]
+        unknown = next((name for name in names if name not in known), None)
+        if unknown is not None:
+            raise VisgraftError(
+                f"{self.name} has no task {unknown!r}{nearest(unknown, known)}; it has {', '.join(known)}"
+            )
+        return tuple(task for task in self.tasks if task.name in names)
 
     @property
     def groups(self) -> tuple[str, ...]:
