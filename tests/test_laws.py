@@ -205,7 +205,8 @@ COMPILED = [(name, "plain") for name in CONFIGS] + [
 @pytest.mark.parametrize(("name", "kind"), COMPILED, ids=lambda value: value)
 def test_11_it_compiles_into_one_graph(name: str, kind: str) -> None:
     torch._dynamo.reset()
-    model, x = adapted(name, kind), pictures(kind)
+    # In float64, because compiled models add low-rank maps in another order.
+    model, x = adapted(name, kind).double(), pictures(kind).double()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(logits(compiled, x), logits(model, x))
 

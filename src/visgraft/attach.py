@@ -15,7 +15,7 @@ from visgraft.finding import find_sites
 from visgraft.method import Batches, Method, Place, Position
 from visgraft.registry import get_method
 from visgraft.sites import Site, Sites
-from visgraft.taps import Apply, ApplyKept, Insert, Keep, Kept, Remove, tap
+from visgraft.taps import Apply, Insert, Keep, Kept, Remove, tap, tap_source
 from visgraft.tensors import CHILD, backbone_digest, head_paths, own_tensors
 
 
@@ -216,12 +216,13 @@ def _hook(model: nn.Module, attached: Attached, sites: Sites) -> None:
         if attached.method.inserts:
             attached.handles += tap(model, reads, Insert(module)) + tap(model, adds_to, Remove(module))
             _count_tokens(attached, position, sites, module.tokens())
-        elif reads is adds_to:
-            attached.handles += tap(model, reads, Apply(module))
-        else:
-            kept = Kept()
+            continue
+        source, handles = tap_source(model, reads)
+        kept = None if reads is adds_to else Kept()
+        attached.handles += handles
+        if kept:
             attached.handles += tap(model, reads, Keep(kept))
-            attached.handles += tap(model, adds_to, ApplyKept(module, kept))
+        attached.handles += tap(model, adds_to, Apply(module, source, kept))
 
 
 def _count_tokens(attached: Attached, position: Position, sites: Sites, tokens: int) -> None:

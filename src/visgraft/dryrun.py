@@ -132,7 +132,8 @@ def prove_sites(model: nn.Module, sites: Sequence[Site]) -> None:
     for attention in {site.separate_bias for site in sites if site.separate_bias}:
         setattr(model.get_submodule(attention), "qkv_bias_separate", True)  # noqa: B010
     trace, recorders = _Trace(model), [_Recorder() for _ in sites]
-    for path in {site.produced_by.path for site in sites if site.produced_by}:
+    made_by = {site.produced_by.path for site in sites if site.produced_by} | {site.norm for site in sites if site.norm}
+    for path in made_by:
         if not isinstance(model.get_submodule(path), nn.Linear | nn.Conv2d):
             trace.watch_output(path)
     for site, recorder in zip(sites, recorders, strict=True):
@@ -179,6 +180,8 @@ def _check(model: nn.Module, site: Site, recorder: _Recorder, trace: _Trace) -> 
         wrong.append(str(site.next))
     if site.produced_by is not None and not _is_output(model, site, site.produced_by, entered, trace):
         wrong.append(site.produced_by.path)
+    if site.norm is not None and not _is_output(model, site, Neighbour(site.norm), entered, trace):
+        wrong.append(site.norm)
     if wrong:
         raise SiteError(
             f"{where} does not carry the tensor of {', '.join(wrong)}; the model's forward differs from timm's"

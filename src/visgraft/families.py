@@ -4,7 +4,8 @@ A general rule such as "hook whatever is called norm1" sits in the wrong place i
 a block class without a row is refused by name. A row is proven by a dry run whenever something is attached.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from timm.layers import Attention as ViTAttention
@@ -197,6 +198,16 @@ def _stream_sites(path: str, block: int, width: int, grid: Grid | None, **shape:
     ]
 
 
+def _behind(sites: list[Site], norms: Mapping[str, tuple[nn.Module, str]]) -> list[Site]:
+    """The sites with the norm (and its path) whose output they are; not those of norms with batch statistics.
+
+    Such a norm may answer otherwise when it runs again.
+    """
+    known = {name: path for name, (norm, path) in norms.items() if isinstance(norm, NORMS)}
+    known = {name: path for name, path in known.items() if not isinstance(norms[name][0], _NormBase)}
+    return [replace(site, norm=known[site.name]) if site.name in known else site for site in sites]
+
+
 def _middle(
     path: str, block: int, width: int, grid: Grid | None, next: str, host: str = "drop_path1", calls: int = 1
 ) -> Site:
@@ -209,11 +220,12 @@ def _middle(
 
 def _open_block(block: Any, path: str, index: int, grid: Grid, counter: str | None = None) -> list[Site]:
     """A pre-norm block of attention and MLP that takes any number of tokens."""
+    norm1, norm2 = (block.norm1, f"{path}.norm1"), (block.norm2, f"{path}.norm2")
     sites = _attention_sites(block.attn, f"{path}.attn", index, grid)
     width = sites[0].width
     return [
-        *sites,
-        *_mlp_sites(block.mlp, f"{path}.mlp", index, grid),
+        *_behind(sites, {"attn.in": norm1, "qkv.in": norm1}),
+        *_behind(_mlp_sites(block.mlp, f"{path}.mlp", index, grid), {"mlp.in": norm2}),
         *_norm_site("norm1.out", block.norm1, f"{path}.norm1", index, grid),
         *_norm_site("norm2.out", block.norm2, f"{path}.norm2", index, grid),
         _middle(path, index, width, grid, "norm2"),
@@ -245,13 +257,14 @@ def _swin_block(block: Any, path: str, index: int, grid: Grid) -> list[Site]:
     attn, at = block.attn, f"{path}.attn"
     width, proj, reads = attn.qkv.in_features, Neighbour(f"{at}.proj"), (Neighbour(f"{at}.qkv"),)
     return [
-        Site("attn.in", index, width, f"{path}.norm1", "output", feeds=reads, grid=whole, padded=padded),
+        Site("attn.in", index, width, f"{path}.norm1", "output", feeds=reads, grid=whole, padded=padded,
+             norm=f"{path}.norm1"),
         Site("qkv.in", index, width, at, "input", feeds=reads, grid=window),
         *_qkv_sites(attn, at, index, window, attn.qkv.out_features // 3),
         Site("attn.context", index, attn.proj.in_features, proj.path, "input", feeds=(proj,), grid=window),
         Site("proj.out", index, width, proj.path, "output", produced_by=proj, grid=window),
         Site("attn.out", index, width, f"{path}.drop_path1", "input", produced_by=proj, grid=whole),
-        *_mlp_sites(block.mlp, f"{path}.mlp", index, whole),
+        *_behind(_mlp_sites(block.mlp, f"{path}.mlp", index, whole), {"mlp.in": (block.norm2, f"{path}.norm2")}),
         *_norm_site("norm1.out", block.norm1, f"{path}.norm1", index, whole),
         *_norm_site("norm2.out", block.norm2, f"{path}.norm2", index, whole),
         _middle(path, index, width, whole, "norm2"),
@@ -287,7 +300,7 @@ def _convnext_block(block: Any, path: str, index: int, grid: Grid) -> list[Site]
     """ConvNeXt v1 and v2: no attention and one residual add; a dense map cannot go into the depthwise convolution."""
     width = block.conv_dw.out_channels
     return [
-        *_mlp_sites(block.mlp, f"{path}.mlp", index, None),
+        *_behind(_mlp_sites(block.mlp, f"{path}.mlp", index, None), {"mlp.in": (block.norm, f"{path}.norm")}),
         *_norm_site("norm2.out", block.norm, f"{path}.norm", index, None),
         *_stream_sites(path, index, width, None, channels_first=True),
     ]
@@ -298,7 +311,7 @@ def _mixer_block(block: Any, path: str, index: int, grid: Grid) -> list[Site]:
     sites = _mlp_sites(block.mlp_channels, f"{path}.mlp_channels", index, grid)
     width = sites[0].width
     return [
-        *sites,
+        *_behind(sites, {"mlp.in": (block.norm2, f"{path}.norm2")}),
         *_norm_site("norm1.out", block.norm1, f"{path}.norm1", index, grid),
         *_norm_site("norm2.out", block.norm2, f"{path}.norm2", index, grid),
         _middle(path, index, width, grid, "norm2", host="drop_path", calls=2),

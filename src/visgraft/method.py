@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from visgraft.config import MethodConfig, TrainConfig
+from visgraft.low_rank import LowRank
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 """Batches of (images [B, 3, H, W], labels [B])."""
@@ -193,6 +194,13 @@ class Method(nn.Module):
     def delta(self, x: Tensor, grid: Grid) -> Tensor:
         """Return what is added at `adds_to` for the tensor `x` [B, N, reads_width] read: [B, N, adds_width]."""
         raise TypeError(f"{type(self).__name__} must define delta(x, grid)")
+
+    def low_rank(self) -> LowRank | None:
+        """Return `delta` as factors where it is a low-rank map, so that it costs few passes over the features.
+
+        `delta` stays the plain form: what compiled models run, and what the other is tested against.
+        """
+        return None
 
     def forward(self, x: Tensor, onto: Tensor, grid: Grid) -> Tensor:
         """Return `onto` [B, N, adds_width] plus `delta(x)`; override where a cheaper way to add exists."""

@@ -61,6 +61,9 @@ class Site:
     tokens lie; None where the tensor's own shape does. `padded`: zeros are added to the tokens before `feeds` read
     them, so that a constant cannot move behind the padding.
 
+    `norm` is a norm whose output the tensor is; it is cheaper to run it again in the backward pass than to keep both
+    its input and its output.
+
     `separate_bias` is an attention that adds the qkv bias apart, and only then calls its qkv, once told to.
     `prefix_counter` is a module that counts the prefix tokens by itself.
     """
@@ -79,6 +82,7 @@ class Site:
     grid: Grid | None = None
     channels_first: bool = False
     padded: bool = False
+    norm: str | None = None
     separate_bias: str | None = None
     prefix_counter: str | None = None
 

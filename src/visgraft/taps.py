@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visgraft.low_rank import add_low_rank, compute_dtype
 from visgraft.method import Grid, Method
 from visgraft.sites import Site
 
@@ -20,10 +21,13 @@ to which can be added (the branch, at `stream.mid`; the projection without its b
 
 
 class Lens:
-    """How a site's tensor is seen as tokens."""
+    """How a site's tensor is seen as tokens.
 
-    def __init__(self, grid: Grid | None, channels_first: bool) -> None:
-        self.grid, self.channels_first = grid, channels_first
+    What only linear layers read is handed over in the precision in which they compute, so that it is converted once.
+    """
+
+    def __init__(self, site: Site) -> None:
+        self.grid, self.channels_first, self.only_multiplied = site.grid, site.channels_first, bool(site.feeds)
 
     def tokens(self, x: Tensor) -> Tensor:
         """View [B, N, C], [B, H, W, C], [B, C, H, W] (channels first) or [B, C] as [B, N, C]."""
@@ -57,8 +61,10 @@ class Lens:
 
         Where the site's tensor is `missing + onto`, the act reads the sum, but adds to `onto`.
         """
+        if self.only_multiplied:
+            onto = onto.to(compute_dtype(onto))
         seen = self.tokens(onto)
-        value = seen if missing is None or isinstance(act, ApplyKept) else self.tokens(missing + onto)
+        value = seen if missing is None or (isinstance(act, Apply) and act.kept) else self.tokens(missing + onto)
         new = act(value, seen, self.grid_of(onto))
         return onto if new is seen else self.restored(new, onto)
 
@@ -113,6 +119,9 @@ class OutputHook:
         bias = None
         if self.attention is not None:
             bias = torch.cat((self.attention.q_bias, self.attention.k_bias, self.attention.v_bias))
+        if isinstance(self.act, Apply) and self.act.kept and output.ndim == 3 and type(module) is nn.Linear:
+            rows = self.rows or (0, output.shape[-1])  # a fresh tensor, so that it can be added to in place
+            return self.act.add(output, output, self.lens.grid_of(output), rows)
         if self.rows is None:
             return self.lens.act(self.act, output, bias)
         start, stop = self.rows
@@ -139,18 +148,53 @@ class ResidualHook:
         return self.lens.act(self.act, output, self.entry.take())
 
 
-class Apply:
-    """Act that lets a method read and rewrite one site."""
+class Source:
+    """A norm and the kept tensor it read: what a tensor is computed from again."""
 
-    def __init__(self, method: Method) -> None:
-        self.method = method
+    def __init__(self, norm: nn.Module, kept: Kept, lens: Lens) -> None:
+        self.norm, self.kept, self.lens = norm, kept, lens
+
+    def take(self) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Return the norm's input, and the function that makes the site's tokens of it."""
+        x = self.kept.take()
+        kind = x.device.type
+        settings = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+
+        def again(x: Tensor) -> Tensor:
+            with torch.autocast(*settings):
+                return self.lens.tokens(self.norm.forward(x))
+
+        return x, again
+
+
+class Apply:
+    """Act that lets a method read and rewrite one site, or with `kept` add to it what it makes of that tensor.
+
+    Where its map is of low rank, it is added in fewer passes; compilers do well with the plain form.
+    """
+
+    def __init__(self, method: Method, source: Source | None = None, kept: Kept | None = None) -> None:
+        self.method, self.source, self.kept = method, source, kept
 
     def __call__(self, value: Tensor, onto: Tensor, grid: Grid) -> Tensor:
-        return self.method(value, onto, grid)
+        return self.add(value, onto, grid)
+
+    def add(self, value: Tensor, onto: Tensor, grid: Grid, rows: tuple[int, int] | None = None) -> Tensor:
+        """Return the new `onto`; with `rows` only those of its last axis change, perhaps in place."""
+        x = value if self.kept is None else self.kept.take()
+        source = None if self.source is None else self.source.take()
+        factors = None if torch.compiler.is_compiling() else self.method.low_rank()
+        if factors is not None:
+            return add_low_rank(x, onto, factors, source, rows)
+        start, stop = rows or (0, onto.shape[-1])
+        if stop - start == onto.shape[-1]:
+            return self.method(x, onto, grid)
+        new = self.method(x, onto[..., start:stop], grid)
+        return torch.cat((onto[..., :start], new, onto[..., stop:]), dim=-1)
 
 
 class Keep:
-    """Act that keeps the tensor of one site for `ApplyKept` at another."""
+    """Act that keeps the tensor of one site for `Apply` at another."""
 
     def __init__(self, kept: Kept) -> None:
         self.kept = kept
@@ -158,16 +202,6 @@ class Keep:
     def __call__(self, value: Tensor, onto: Tensor, grid: Grid) -> Tensor:
         self.kept.tensor = value
         return onto
-
-
-class ApplyKept:
-    """Act that adds to one site what a method makes of the tensor kept from another."""
-
-    def __init__(self, method: Method, kept: Kept) -> None:
-        self.method, self.kept = method, kept
-
-    def __call__(self, value: Tensor, onto: Tensor, grid: Grid) -> Tensor:
-        return self.method(self.kept.take(), onto, grid)
 
 
 class Insert:
@@ -192,7 +226,7 @@ class Remove:
 
 def tap(model: nn.Module, site: Site, act: Act) -> list[Any]:
     """Hook `act` to a site and return the handles that remove it again."""
-    host, lens = model.get_submodule(site.host), Lens(site.grid, site.channels_first)
+    host, lens = model.get_submodule(site.host), Lens(site)
     if site.side == "input":
         return [host.register_forward_pre_hook(InputHook(act, lens))]
     if site.side == "output":
@@ -202,3 +236,11 @@ def tap(model: nn.Module, site: Site, act: Act) -> list[Any]:
     kept = Kept()
     entry = model.get_submodule(site.entry).register_forward_pre_hook(KeepInputHook(kept))
     return [entry, host.register_forward_hook(ResidualHook(act, lens, kept))]
+
+
+def tap_source(model: nn.Module, site: Site) -> tuple[Source | None, list[Any]]:
+    """Keep what the norm reads whose output a site's tensor is, and return the handles; None where it is no norm's."""
+    if site.norm is None:
+        return None, []
+    norm, kept = model.get_submodule(site.norm), Kept()
+    return Source(norm, kept, Lens(site)), [norm.register_forward_pre_hook(KeepInputHook(kept))]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from visgraft.config import MethodConfig, TrainConfig, option
 from visgraft.errors import SiteError
+from visgraft.low_rank import LowRank
 from visgraft.method import Grid, Method, Place, Position
 from visgraft.registry import register
 
@@ -107,6 +108,14 @@ class ALoRE(Method):
         mixed = torch.einsum("...iar,iab->...bir", hidden, self.bank)
         # The scale goes to the small factor: on the result it would cost a pass over a tensor of the features' size.
         return torch.einsum("...bir,irq->...bq", mixed, self.scale * self.up).flatten(-2)
+
+    def low_rank(self) -> LowRank:
+        """All experts at once: D [C/n, n r], M [n n r, n n r] with the entries of W_s and zeros, U [n r, C/n]."""
+        n, inner, rank = self.down.shape
+        same = torch.eye(n * rank, dtype=self.down.dtype, device=self.down.device).view(1, n, rank, 1, n, rank)
+        mix = (self.bank.permute(1, 0, 2)[:, :, None, :, None, None] * same).reshape(n * n * rank, -1)
+        down, up = self.down.permute(1, 0, 2).reshape(inner, n * rank), (self.scale * self.up).view(n * rank, inner)
+        return LowRank(down, up, mix, dropout=self.dropout.p if self.training else 0.0)
 
     @classmethod
     def parts(cls, config: ALoREConfig) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from visgraft.config import MethodConfig, TrainConfig, option
+from visgraft.low_rank import LowRank
 from visgraft.method import Grid, Method, Place, Position
 from visgraft.registry import register
 
@@ -99,6 +100,11 @@ class ARC(Method):
         projection = cast(Tensor, self._projection[0].weight)
         added = self.dropout(x @ (projection * self.coefficients)) @ projection.T
         return cast(Tensor, added if self.bias is None else added + self.bias)
+
+    def low_rank(self) -> LowRank:
+        projection = cast(Tensor, self._projection[0].weight)
+        dropout = self.dropout.p if self.training else 0.0
+        return LowRank(projection * self.coefficients, projection.T, bias=self.bias, dropout=dropout)
 
 
 def _starts_at_random(config: ARCConfig, site: str) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from visgraft.config import MethodConfig, TrainConfig, option
 from visgraft.errors import SiteError
+from visgraft.low_rank import LowRank
 from visgraft.method import Grid, Method, Place, Position
 from visgraft.registry import register
 
@@ -145,6 +146,12 @@ class FacT(Method):
         # The scale goes to the small factor: on the result it would cost a pass over a tensor of the features' size.
         added = self.dropout(hidden) @ (self.scale * factors.up)
         return added if self.gathers else added.flatten(-2)
+
+    def low_rank(self) -> LowRank:
+        factors, cores, rank = self._factors[0], self.cores, self._factors[0].down.shape[1]
+        mix = cores.reshape(-1, rank) if self.gathers else cores.permute(1, 0, 2).reshape(rank, -1)
+        dropout = self.dropout.p if self.training else 0.0
+        return LowRank(factors.down, self.scale * factors.up, mix, dropout=dropout, drop_mixed=True)
 
 
 def _squares(position: Position) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from visgraft.config import MethodConfig, TrainConfig, option
+from visgraft.low_rank import LowRank
 from visgraft.method import Grid, Method, Place, Position
 from visgraft.registry import register
 
@@ -74,3 +75,8 @@ class LoRA(Method):
     def delta(self, x: Tensor, grid: Grid) -> Tensor:
         """Return (x A) (s B): [..., R] -> [..., D]."""
         return cast(Tensor, self.dropout(x) @ self.down @ (self.scale * self.up))
+
+    def low_rank(self) -> LowRank | None:
+        if self.training and self.dropout.p:
+            return None  # it drops what the branch reads, not what it makes of it
+        return LowRank(self.down, self.scale * self.up)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from visgraft.config import MethodConfig, TrainConfig, option
 from visgraft.errors import SiteError, VisgraftError
+from visgraft.low_rank import LowRank
 from visgraft.method import Grid, Method, Place, Position
 from visgraft.registry import register
 
@@ -88,3 +89,12 @@ class RepAdapter(Method):
         parts = self.dropout(hidden).unflatten(-1, self.up.shape[:2])
         added = torch.einsum("...gr,grc->...gc", parts, self.scale * self.up).flatten(-2)
         return added if self.up_bias is None else added + self.scale * self.up_bias
+
+    def low_rank(self) -> LowRank | None:
+        """The groups as one block-diagonal factor; None where the hidden features have a bias."""
+        if self.down_bias is not None:
+            return None
+        groups, inner, width = self.up.shape
+        same = torch.eye(groups, dtype=self.up.dtype, device=self.up.device).view(groups, 1, groups, 1)
+        up = (self.scale * self.up.unsqueeze(2) * same).reshape(groups * inner, groups * width)
+        return LowRank(self.down, up, dropout=self.dropout.p if self.training else 0.0)
