@@ -15,19 +15,21 @@ from torch.autograd.function import once_differentiable
 
 
 class LowRank(NamedTuple):
-    """The map x ↦ drop(x D) M U + b of every token, in blocks: how a method says what its `delta` is.
+    """The map x ↦ s drop(x D) M U + b of every token, in blocks: how a method says what its `delta` is.
 
     `down` D [p, k] maps each of the a blocks of p channels into which x [..., a p] falls; all blocks together are the
     hidden features [..., a k]. `mix` M [a k, b k'] maps those (None: they stay as they are), and `up` U [k', q] maps
     each of b blocks of k' to q channels: [..., b q]. So p = a p and q = b q are the dense forms. `bias` is [b q].
 
-    `dropout` is the rate at which hidden features are dropped, 0 in eval mode; with `drop_mixed` those behind M.
+    `scale` s multiplies the product. `dropout` is the rate at which hidden features are dropped, 0 in eval mode; with
+    `drop_mixed` those behind M.
     """
 
     down: Tensor
     up: Tensor
     mix: Tensor | None = None
     bias: Tensor | None = None
+    scale: float = 1.0
     dropout: float = 0.0
     drop_mixed: bool = False
 
@@ -36,7 +38,7 @@ class LowRank(NamedTuple):
         blocks, leading = x.unflatten(-1, (-1, len(self.down))), x.shape[:-1]
         hidden = (blocks @ self.down).flatten(-2)
         mixed = hidden if self.mix is None else hidden @ self.mix
-        added = (mixed.unflatten(-1, (-1, len(self.up))) @ self.up).reshape(*leading, -1)
+        added = (mixed.unflatten(-1, (-1, len(self.up))) @ (self.scale * self.up)).reshape(*leading, -1)
         return added if self.bias is None else added + self.bias
 
 
@@ -66,18 +68,19 @@ def add_low_rank(
         rows: add to these rows of the last axis, in place. `onto` must then be a tensor nobody else needs.
     """
     dtype = compute_dtype(x)
-    down, up, keep, chance = factors.down, factors.up, None, 1 - factors.dropout
+    down, keep, chance = factors.down, None, 1.0
     if factors.dropout:
         wide = down.shape[1] * (x.shape[-1] // len(down))
         if factors.drop_mixed and factors.mix is not None:
             wide = factors.mix.shape[1]
         keep, chance = keep_mask(x.shape[:-1].numel(), wide, factors.dropout, x.device)
-        up = up / chance  # on the small factor: on the features it would cost a pass over them
+    # On the small factor, because on the features it would cost a pass over them.
+    up = factors.up * (factors.scale / chance)
     small = [None if t is None else t.to(dtype) for t in (down, factors.mix, up, factors.bias)]
     again = None if source is None or not torch.is_grad_enabled() else source[1]
     kept = source[0].detach() if source is not None and again is not None else None
     how = _How(factors.drop_mixed and factors.mix is not None, rows, again)
-    result = _AddLowRank.apply(x.to(dtype), None if onto is x else onto, kept, *small, keep, how)  # type: ignore[no-untyped-call]
+    result = _AddLowRank.apply(x.to(dtype), None if onto is x else onto, kept, *small, keep, how)
     return result if result.dtype == onto.dtype else result.to(onto.dtype)
 
 
@@ -98,7 +101,7 @@ def keep_mask(tokens: int, features: int, rate: float, device: torch.device) -> 
     if device.type != "cpu":
         return torch.rand(tokens, features, device=device) >= rate, 1 - rate
     count = tokens * features
-    words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)  # type: ignore[arg-type]
+    words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     dropped = min(round(rate * 65536), 65535)
     keep = words.view(torch.int16)[:count].view(tokens, features) >= dropped - 32768
     return keep, 1 - dropped / 65536
@@ -141,7 +144,7 @@ class _AddLowRank(torch.autograd.Function):
         return result if bias is None else result.add_(bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, down, mix, up, bias, keep, hidden = ctx.saved_tensors
         how, needs = ctx.how, ctx.needs_input_grad

@@ -114,8 +114,8 @@ class ALoRE(Method):
         n, inner, rank = self.down.shape
         same = torch.eye(n * rank, dtype=self.down.dtype, device=self.down.device).view(1, n, rank, 1, n, rank)
         mix = (self.bank.permute(1, 0, 2)[:, :, None, :, None, None] * same).reshape(n * n * rank, -1)
-        down, up = self.down.permute(1, 0, 2).reshape(inner, n * rank), (self.scale * self.up).view(n * rank, inner)
-        return LowRank(down, up, mix, dropout=self.dropout.p if self.training else 0.0)
+        down, up = self.down.permute(1, 0, 2).reshape(inner, n * rank), self.up.view(n * rank, inner)
+        return LowRank(down, up, mix, scale=self.scale, dropout=self.dropout.p if self.training else 0.0)
 
     @classmethod
     def parts(cls, config: ALoREConfig) -> int:

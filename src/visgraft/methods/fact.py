@@ -151,7 +151,7 @@ class FacT(Method):
         factors, cores, rank = self._factors[0], self.cores, self._factors[0].down.shape[1]
         mix = cores.reshape(-1, rank) if self.gathers else cores.permute(1, 0, 2).reshape(rank, -1)
         dropout = self.dropout.p if self.training else 0.0
-        return LowRank(factors.down, self.scale * factors.up, mix, dropout=dropout, drop_mixed=True)
+        return LowRank(factors.down, factors.up, mix, scale=self.scale, dropout=dropout, drop_mixed=True)
 
 
 def _squares(position: Position) -> tuple[int, int]:

@@ -79,4 +79,4 @@ class LoRA(Method):
     def low_rank(self) -> LowRank | None:
         if self.training and self.dropout.p:
             return None  # it drops what the branch reads, not what it makes of it
-        return LowRank(self.down, self.scale * self.up)
+        return LowRank(self.down, self.up, scale=self.scale)

@@ -96,5 +96,5 @@ class RepAdapter(Method):
             return None
         groups, inner, width = self.up.shape
         same = torch.eye(groups, dtype=self.up.dtype, device=self.up.device).view(groups, 1, groups, 1)
-        up = (self.scale * self.up.unsqueeze(2) * same).reshape(groups * inner, groups * width)
-        return LowRank(self.down, up, dropout=self.dropout.p if self.training else 0.0)
+        up = (self.up.unsqueeze(2) * same).reshape(groups * inner, groups * width)
+        return LowRank(self.down, up, scale=self.scale, dropout=self.dropout.p if self.training else 0.0)
