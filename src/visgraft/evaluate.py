@@ -1,8 +1,10 @@
 """Accuracy with its interval, macro-F1, and what a run costs."""
 
+import contextlib
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -80,6 +82,25 @@ def _faster_precision() -> str:
     finally:
         torch.set_num_threads(threads)
     return "bf16" if 1.2 * bf16 < fp32 else "fp32"  # a clear lead only, so that the next run decides alike
+
+
+@contextlib.contextmanager
+def frozen_weights_in_bf16(model: nn.Module, wanted: bool = True) -> Iterator[None]:
+    """Hold the frozen linear and convolutional layers in bf16 inside the context, if `wanted`, and give them back.
+
+    Autocast would convert them in every step, to the very same numbers. The float32 ones stay in memory meanwhile.
+    """
+    layers = [m for m in model.modules() if wanted and isinstance(m, nn.Linear | nn.Conv2d)]
+    found = dict.fromkeys(parameter for layer in layers for parameter in layer.parameters(recurse=False))
+    frozen = [parameter for parameter in found if not parameter.requires_grad and parameter.dtype == torch.float32]
+    whole = [parameter.data for parameter in frozen]
+    try:
+        for parameter in frozen:
+            parameter.data = parameter.data.to(torch.bfloat16)
+        yield
+    finally:
+        for parameter, data in zip(frozen, whole, strict=True):
+            parameter.data = data
 
 
 def _linear_seconds(dtype: torch.dtype) -> float:

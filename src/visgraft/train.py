@@ -18,7 +18,7 @@ from visgraft.attach import get_attached
 from visgraft.config import TrainConfig
 from visgraft.data.images import Images
 from visgraft.errors import TrainingDiverged, VisgraftError
-from visgraft.evaluate import make_accelerator, peak_memory_bytes, probabilities_of, score
+from visgraft.evaluate import frozen_weights_in_bf16, make_accelerator, peak_memory_bytes, probabilities_of, score
 from visgraft.objective import Features, Objective, draw_order, make_objective
 from visgraft.resume import Epoch, TrainState, optimizer_tensors, restore_optimizer
 
@@ -102,7 +102,7 @@ def train(
         restore(model, state.tensors)
         restore_optimizer(optimizer, state.optimizer)
     first, clock = state.epoch, _Clock(time.perf_counter())
-    with ThreadPoolExecutor(1) as loader:
+    with ThreadPoolExecutor(1) as loader, frozen_weights_in_bf16(model, accelerator.mixed_precision == "bf16"):
         loop = _Loop(task, config, optimizer, schedule, accelerator, clock, loader)
         for number in range(first + 1, config.epochs + 1):
             state = _advance(model, loop, state, number, on_progress)
