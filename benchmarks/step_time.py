@@ -1,28 +1,44 @@
 """What does a training step cost beyond what no method can avoid? Ratios to a bound, in one process, rounds mixed.
 
-    python benchmarks/step_time.py --methods sct,alore,lora --image-size 224 --batch-size 16
-    python benchmarks/step_time.py --methods all --backbone swin_tiny_patch4_window7_224
+    python benchmarks/step_time.py --methods sct,alore,lora --peers --json step.json
+    python benchmarks/step_time.py --methods all --backbone swin_tiny_patch4_window7_224 --bf16
 
 The bound is a step of the same frozen backbone without any method: the input of block 0 requires a gradient, so that
-the backward pass reaches it as it must for any method that adapts block 0, and the head trains and is stepped. Every
-round times the bound and each method once, in turned order; a method's ratio is the median over rounds of its time
-divided by the same round's bound, with the quartiles beside it. Methods that leave the first blocks alone, and the
-linear probe, whose backward pass ends at the head, may stay below 1.
+the backward pass reaches it as it must for any method that adapts block 0, and the head trains and is stepped; in bf16
+its frozen weights are held in bf16, as they are for the methods. Every round times each candidate once, in turned
+order, and the bound twice: a ratio is a time divided by the mean of its round's two bounds, and the medians over rounds
+are shown with quartiles. The row `bound` is the first divided by that mean, which shows what the machine's unrest does.
+
+Beside it stands what a forward keeps for the backward pass: the bytes of all tensors that are still there when it ends,
+parameters left out, divided by the bound's. Methods that leave the first blocks alone, and the linear probe, whose
+backward pass ends at the head, may stay below 1.
+
+With `--peers`, huggingface/peft's LoRA of rank 8 on qkv and on all linear layers runs beside (`pip install peft`). With
+`--compile` every candidate is compiled by inductor first.
 """
 
 import argparse
+import contextlib
 import json
+import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from visgraft.attach import attach
 from visgraft.backbone import Backbone, create_backbone
 from visgraft.errors import SiteError
+from visgraft.evaluate import frozen_weights_in_bf16
 from visgraft.finding import find_sites
 from visgraft.registry import get_method, methods
 
@@ -43,67 +59,157 @@ def bound(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def make_step(model: nn.Module, x: Tensor, y: Tensor, bf16: bool) -> Callable[[], float]:
-    """Return a function that makes one training step and returns its seconds."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    cuda = x.device.type == "cuda"
+def peers(create: Callable[[], nn.Module]) -> dict[str, nn.Module]:
+    """LoRA of huggingface/peft on qkv and on all linear layers, the head trained as in the others."""
+    from peft import LoraConfig, get_peft_model
 
-    def step() -> float:
-        if cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
+    targets: dict[str, Any] = {"qkv": ["qkv"], "all": ["qkv", "proj", "fc1", "fc2"]}
+    return {
+        f"peft lora, {name}": get_peft_model(
+            create(), LoraConfig(r=8, lora_alpha=8, target_modules=modules, modules_to_save=["head"])
+        ).train()
+        for name, modules in targets.items()
+    }
+
+
+class Kept(TorchDispatchMode):
+    """Counts the bytes of tensors made inside that are still there, the model's own left out; each memory once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()).data_ptr() not in self.own:
+                reference = StorageWeakRef(storage)
+                self.made[reference.cdata] = reference, storage.nbytes()
+        return result
+
+    def bytes(self) -> int:
+        """Bytes of all that is alive."""
+        return sum(size for reference, size in self.made.values() if not reference.expired())
+
+
+def kept_bytes(model: nn.Module, x: Tensor, y: Tensor, bf16: bool) -> int:
+    """Bytes that a forward keeps for the backward pass."""
+    with Kept(model) as kept:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            logits = model(x)
+        loss = F.cross_entropy(logits.float(), y)
+        found = kept.bytes()
+    loss.backward()
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def make_step(model: nn.Module, x: Tensor, y: Tensor, bf16: bool) -> Callable[[], float]:
+    """Return a function that makes one training step and returns its seconds; on a GPU by its own events."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+    def step() -> None:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             logits = model(x)
         F.cross_entropy(logits.float(), y).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if cuda:
-            torch.cuda.synchronize()
+
+    def on_cpu() -> float:
+        start = time.perf_counter()
+        step()
         return time.perf_counter() - start
 
-    return step
+    def on_gpu() -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+
+    return on_gpu if x.device.type == "cuda" else on_cpu
+
+
+def candidates(asked: argparse.Namespace, create: Callable[[], nn.Module], x: Tensor, y: Tensor) -> Any:
+    """Return {name: model} of the bound (twice), the methods and the peers, and {method: why it was refused}."""
+    models: dict[str, nn.Module] = {"bound": bound(create()), "bound again": bound(create())}
+    refused: dict[str, str] = {}
+    for name in methods() if asked.methods == "all" else asked.methods.split(","):
+        try:
+            models[name] = attach(create(), get_method(name).Config(), [(x, y)]).train()
+        except SiteError as error:
+            if asked.methods != "all":
+                raise
+            refused[name] = str(error)
+    if asked.peers:
+        models |= peers(create)
+    return models, refused
+
+
+def measure(models: dict[str, nn.Module], x: Tensor, y: Tensor, asked: argparse.Namespace) -> dict[str, Any]:
+    """Return the figures of every candidate."""
+    kept = {name: kept_bytes(model, x, y, asked.bf16) for name, model in models.items()}
+    if asked.compile:
+        models = {name: torch.compile(model) for name, model in models.items()}
+    steps = {name: make_step(model, x, y, asked.bf16) for name, model in models.items()}
+    for step in steps.values():
+        step()
+    rounds: list[dict[str, float]] = []
+    for number in range(asked.rounds):
+        names = list(steps)[number % len(steps) :] + list(steps)[: number % len(steps)]
+        rounds.append({name: steps[name]() for name in names})
+    result: dict[str, Any] = {"bound_ms": 1000 * statistics.median(r["bound"] for r in rounds)}
+    for name in steps:
+        ratios = [2 * r[name] / (r["bound"] + r["bound again"]) for r in rounds]
+        low, middle, high = (round(q, 3) for q in statistics.quantiles(ratios, n=4))
+        result[name] = {"ratio": middle, "quartiles": [low, high], "kept": round(kept[name] / kept["bound"], 3)}
+    return result
 
 
 def main() -> None:
-    """Time and print one JSON document."""
+    """Print a table; with `--json`, write the figures to a file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="vit_small_patch16_224")
     parser.add_argument("--methods", default="sct,alore,lora")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--bf16", action="store_true")
-    arguments = parser.parse_args()
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    size, count = arguments.image_size, arguments.batch_size
+    size, count = asked.image_size, asked.batch_size
     x, y = torch.randn(count, 3, size, size, device=device), torch.randint(10, (count,), device=device)
 
     def create() -> nn.Module:
         torch.manual_seed(0)
-        return create_backbone(Backbone(arguments.backbone, "none", size), 10).to(device)
+        return create_backbone(Backbone(asked.backbone, "none", size), 10).to(device)
 
-    models, refused = {"bound": bound(create())}, {}
-    for name in methods() if arguments.methods == "all" else arguments.methods.split(","):
-        try:
-            models[name] = attach(create(), get_method(name).Config(), [(x, y)]).train()
-        except SiteError as error:
-            if arguments.methods != "all":
-                raise
-            refused[name] = str(error)
-    steps = {name: make_step(model, x, y, arguments.bf16) for name, model in models.items()}
-    for step in steps.values():
-        step()
-    rounds: list[dict[str, float]] = []
-    for number in range(arguments.rounds):
-        names = list(steps)[number % len(steps) :] + list(steps)[: number % len(steps)]
-        rounds.append({name: steps[name]() for name in names})
-    result = {"device": str(device), "threads": torch.get_num_threads(), **vars(arguments), "refused": refused}
-    result["bound_ms"] = 1000 * statistics.median(r["bound"] for r in rounds)
-    for name in list(steps)[1:]:
-        low, middle, high = statistics.quantiles((r[name] / r["bound"] for r in rounds), n=4)
-        result[name] = {"ratio": round(middle, 3), "quartiles": [round(low, 3), round(high, 3)]}
-    print(json.dumps(result, indent=1))
+    models, refused = candidates(asked, create, x, y)
+    with contextlib.ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(frozen_weights_in_bf16(model, asked.bf16))
+        figures = measure(models, x, y, asked)
+    facts = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        **{name: str(value) if isinstance(value, Path) else value for name, value in vars(asked).items()},
+    }
+    print(f"{facts}\nbound: {figures['bound_ms']:.0f} ms\n{'':16s}{'step':>7s}  quartiles      kept bytes")
+    for name in list(figures)[1:]:
+        row = figures[name]
+        print(f"{name:16s}{row['ratio']:7.3f}  {row['quartiles'][0]:.3f}-{row['quartiles'][1]:.3f}  {row['kept']:8.3f}")
+    for name, reason in refused.items():
+        print(f"{name}: {reason}")
+    if asked.json:
+        asked.json.write_text(json.dumps({**facts, "refused": refused, **figures}, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
