@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from visgraft import attach, methods
 from visgraft.attach import get_attached
-from visgraft.low_rank import LowRank, add_low_rank, keep_mask
+from visgraft.low_rank import LowRank, add_low_rank, add_product, hidden_features, keep_mask
 from visgraft.method import Method
 from visgraft.methods.alore import ALoREConfig
 
@@ -57,7 +57,9 @@ def test_rows_are_added_to_in_place_with_the_right_gradients(rows: tuple[int, in
     wide = up if rows[1] - rows[0] == 4 else numbers(2, 12, seed=4)
 
     def run(x: Tensor, weight: Tensor, down: Tensor, wide: Tensor) -> Tensor:
-        return add_low_rank(x, F.linear(x, weight), LowRank(down, wide), rows=rows)
+        factors = LowRank(down, wide)
+        x, hidden = hidden_features(x, factors)
+        return add_product(F.linear(x, weight), hidden, factors, rows)
 
     expected = F.linear(x, weight)
     expected = torch.cat(

@@ -15,7 +15,7 @@ from visgraft.finding import find_sites
 from visgraft.method import Batches, Method, Place, Position
 from visgraft.registry import get_method
 from visgraft.sites import Site, Sites
-from visgraft.taps import Apply, Insert, Keep, Kept, Remove, tap, tap_source
+from visgraft.taps import Add, Apply, Insert, Kept, Read, Remove, tap, tap_source
 from visgraft.tensors import CHILD, backbone_digest, head_paths, own_tensors
 
 
@@ -218,11 +218,13 @@ def _hook(model: nn.Module, attached: Attached, sites: Sites) -> None:
             _count_tokens(attached, position, sites, module.tokens())
             continue
         source, handles = tap_source(model, reads)
-        kept = None if reads is adds_to else Kept()
         attached.handles += handles
-        if kept:
-            attached.handles += tap(model, reads, Keep(kept))
-        attached.handles += tap(model, adds_to, Apply(module, source, kept))
+        if reads is adds_to:
+            attached.handles += tap(model, reads, Apply(module, source))
+            continue
+        kept = Kept()
+        attached.handles += tap(model, reads, Read(module, kept, source))
+        attached.handles += tap(model, adds_to, Add(module, kept))
 
 
 def _count_tokens(attached: Attached, position: Position, sites: Sites, tokens: int) -> None:

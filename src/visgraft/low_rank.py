@@ -6,7 +6,6 @@ product itself, its gradients come from products only, and what it read is not k
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -42,46 +41,47 @@ class LowRank(NamedTuple):
         return added if self.bias is None else added + self.bias
 
 
-@dataclass(frozen=True)
-class _How:
-    """What the function needs beside tensors: the dropout's place, the rows to add to, how to compute x again."""
-
-    drop_mixed: bool
-    rows: tuple[int, int] | None
-    again: Callable[[Tensor], Tensor] | None
+Source = tuple[Tensor, Callable[[Tensor], Tensor]]
+"""A tensor that is kept for the backward pass instead of another, and the function that makes the other of it."""
 
 
-def add_low_rank(
-    x: Tensor,
-    onto: Tensor,
-    factors: LowRank,
-    source: tuple[Tensor, Callable[[Tensor], Tensor]] | None = None,
-    rows: tuple[int, int] | None = None,
-) -> Tensor:
-    """Return `onto` [..., D] plus the low-rank map of `x` [..., R].
+def add_low_rank(x: Tensor, onto: Tensor, factors: LowRank, source: Source | None = None) -> Tensor:
+    """Return `onto` [..., b q] plus the low-rank map of `x` [..., a p]; they may be the same tensor."""
+    same = onto is x
+    x, hidden = hidden_features(x, factors, source)
+    return add_product(x if same else onto, hidden, factors)
+
+
+def hidden_features(x: Tensor, factors: LowRank, source: Source | None = None) -> tuple[Tensor, Tensor]:
+    """Return `x` itself and x D [tokens, a k].
+
+    What uses `x` from there on hands its gradient to the same product as the hidden features: added by autograd, it
+    would cost two passes over the features.
 
     Args:
-        x: the tensor read.
-        onto: the tensor added to; where it is `x` itself, their gradients are added in one product.
+        x: the tensor read [..., a p].
         factors: the map.
-        source: a tensor and the function that makes `x` of it. The tensor is kept for the backward pass instead of x.
-        rows: add to these rows of the last axis, in place. `onto` must then be a tensor nobody else needs.
+        source: what to keep in place of x, and how to make x of it.
     """
     dtype = compute_dtype(x)
-    down, keep, chance = factors.down, None, 1.0
+    if not torch.is_grad_enabled() or source is None:
+        return _Hidden.apply(x, x.to(dtype), None, factors.down.to(dtype), None)
+    return _Hidden.apply(x, x.to(dtype), source[0].detach(), factors.down.to(dtype), source[1])
+
+
+def add_product(onto: Tensor, hidden: Tensor, factors: LowRank, rows: tuple[int, int] | None = None) -> Tensor:
+    """Return `onto` [..., b q] plus s drop(hidden) M U + b, in one pass over it.
+
+    With `rows`, those of its last axis are added to in place; `onto` must then be a tensor nobody else needs.
+    """
+    keep, chance, late = None, 1.0, factors.drop_mixed and factors.mix is not None
     if factors.dropout:
-        wide = down.shape[1] * (x.shape[-1] // len(down))
-        if factors.drop_mixed and factors.mix is not None:
-            wide = factors.mix.shape[1]
-        keep, chance = keep_mask(x.shape[:-1].numel(), wide, factors.dropout, x.device)
+        width = factors.mix.shape[1] if late and factors.mix is not None else hidden.shape[1]
+        keep, chance = keep_mask(len(hidden), width, factors.dropout, hidden.device)
     # On the small factor, because on the features it would cost a pass over them.
     up = factors.up * (factors.scale / chance)
-    small = [None if t is None else t.to(dtype) for t in (down, factors.mix, up, factors.bias)]
-    again = None if source is None or not torch.is_grad_enabled() else source[1]
-    kept = source[0].detach() if source is not None and again is not None else None
-    how = _How(factors.drop_mixed and factors.mix is not None, rows, again)
-    result = _AddLowRank.apply(x.to(dtype), None if onto is x else onto, kept, *small, keep, how)
-    return result if result.dtype == onto.dtype else result.to(onto.dtype)
+    small = [None if t is None else t.to(hidden.dtype) for t in (factors.mix, up, factors.bias)]
+    return _Product.apply(onto, hidden, *small, keep, late, rows)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -107,77 +107,100 @@ def keep_mask(tokens: int, features: int, rate: float, device: torch.device) -> 
     return keep, 1 - dropped / 65536
 
 
-class _AddLowRank(torch.autograd.Function):
-    """`add_low_rank` on tensors of one precision; `onto` None is x itself."""
+class _Hidden(torch.autograd.Function):
+    """(x, x D) of x and D; with `again`, the source is kept and x is made of it anew in the backward pass."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        onto: Tensor | None,
+        cast: Tensor,
         source: Tensor | None,
         down: Tensor,
+        again: Callable[[Tensor], Tensor] | None,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.again, ctx.shape = again, x.shape
+        ctx.save_for_backward(cast if source is None else source, down)
+        return x, (cast.reshape(-1, len(down)) @ down).view(x.shape[:-1].numel(), -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_x: Tensor | None, d_hidden: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, down = ctx.saved_tensors
+        if d_hidden is None:
+            return d_x, None, None, None, None
+        blocks, d_down = d_hidden.view(-1, down.shape[1]), None
+        if ctx.needs_input_grad[3]:
+            x = x if ctx.again is None else ctx.again(x).to(down.dtype)
+            d_down = x.reshape(-1, len(down)).T @ blocks
+        d_cast = None
+        if ctx.needs_input_grad[1] and d_x is not None and d_x.dtype == down.dtype:
+            d_x = torch.addmm(d_x.reshape(-1, len(down)), blocks, down.T).view(d_x.shape)
+        elif ctx.needs_input_grad[1]:
+            d_cast = (blocks @ down.T).view(ctx.shape)
+        return d_x, d_cast, None, d_down, None
+
+
+class _Product(torch.autograd.Function):
+    """onto + drop(hidden) M U + b, with the dropout behind M if it is `late`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        onto: Tensor,
+        hidden: Tensor,
         mix: Tensor | None,
         up: Tensor,
         bias: Tensor | None,
         keep: Tensor | None,
-        how: _How,
+        late: bool,
+        rows: tuple[int, int] | None,
     ) -> Tensor:
-        hidden = (x.reshape(-1, len(down)) @ down).view(x.shape[:-1].numel(), -1)
-        if keep is not None and not how.drop_mixed:
-            hidden.mul_(keep)
-        mixed = _mixed(hidden, mix, keep, how).view(-1, len(up))
-        ctx.how, ctx.shape, ctx.apart = how, x.shape, onto is not None
-        ctx.save_for_backward(x if source is None else source, down, mix, up, bias, keep, hidden)
-        target = x if onto is None else onto
-        if how.rows is not None:
+        if keep is not None and not late:
+            hidden = hidden * keep
+        mixed = _mixed(hidden, mix, keep, late).view(-1, len(up))
+        ctx.late, ctx.rows = late, rows
+        ctx.save_for_backward(mix, up, bias, keep, hidden)
+        if rows is not None:
             # Not marked as changed in place: a linear layer's output is a view, and autograd would then copy the
             # gradient of all its rows. `data` is the same memory as another tensor.
-            result = target.data
-            _add_product(result.view(-1, result.shape[-1])[:, slice(*how.rows)], mixed, up, bias)
+            result = onto.data
+            _add_product(result.view(-1, result.shape[-1])[:, slice(*rows)], mixed, up, bias)
             return result
-        if target.dtype == x.dtype:
-            result = torch.addmm(target.reshape(-1, up.shape[1]), mixed, up)
-            result = torch.ops.aten._unsafe_view(result, target.shape)  # a view could not be changed in place later
+        if onto.dtype == mixed.dtype:
+            result = torch.addmm(onto.reshape(-1, up.shape[1]), mixed, up)
+            result = torch.ops.aten._unsafe_view(result, onto.shape)  # a view could not be changed in place later
         else:
-            result = target + (mixed @ up).view(target.shape)
+            result = onto + (mixed @ up).view(onto.shape)
         return result if bias is None else result.add_(bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, down, mix, up, bias, keep, hidden = ctx.saved_tensors
-        how, needs = ctx.how, ctx.needs_input_grad
-        if how.again is not None and needs[3]:
-            x = how.again(x).to(hidden.dtype)
+        mix, up, bias, keep, hidden = ctx.saved_tensors
+        late, needs = ctx.late, ctx.needs_input_grad
         rows = gradient.reshape(-1, gradient.shape[-1])
-        rows = (rows if how.rows is None else rows[:, slice(*how.rows)]).to(hidden.dtype)
+        rows = (rows if ctx.rows is None else rows[:, slice(*ctx.rows)]).to(hidden.dtype)
         wide = rows.reshape(-1, up.shape[1])
-        mixed = _mixed(hidden, mix, keep, how)
-        d_up = mixed.view(-1, len(up)).T @ wide if needs[5] else None
-        d_bias = rows.sum(0) if bias is not None and needs[6] else None
-        d_mixed = (wide @ up.T).view(len(hidden), -1)
-        if keep is not None and how.drop_mixed:
-            d_mixed.mul_(keep)
-        d_mix = hidden.T @ d_mixed if mix is not None and needs[4] else None
-        d_hidden = d_mixed if mix is None else d_mixed @ mix.T
-        if keep is not None and not how.drop_mixed:
+        d_up = _mixed(hidden, mix, keep, late).view(-1, len(up)).T @ wide if needs[3] else None
+        d_bias = rows.sum(0) if bias is not None and needs[4] else None
+        d_hidden = (wide @ up.T).view(len(hidden), -1)
+        d_mix = None
+        if keep is not None and late:
             d_hidden.mul_(keep)
-        d_hidden = d_hidden.view(-1, down.shape[1])
-        d_down = x.reshape(-1, len(down)).T @ d_hidden if needs[3] else None
-        d_x = None
-        if needs[0] and ctx.apart:
-            d_x = d_hidden @ down.T
-        elif needs[0]:
-            d_x = torch.addmm(rows.reshape(-1, len(down)), d_hidden, down.T)
-        d_x = None if d_x is None else d_x.view(ctx.shape)
-        return d_x, gradient if needs[1] else None, None, d_down, d_mix, d_up, d_bias, None, None
+        if mix is not None:
+            d_mix = hidden.T @ d_hidden if needs[2] else None
+            d_hidden = d_hidden @ mix.T
+        if keep is not None and not late:
+            d_hidden.mul_(keep)
+        return gradient, d_hidden, d_mix, d_up, d_bias, None, None, None
 
 
-def _mixed(hidden: Tensor, mix: Tensor | None, keep: Tensor | None, how: _How) -> Tensor:
+def _mixed(hidden: Tensor, mix: Tensor | None, keep: Tensor | None, late: bool) -> Tensor:
     """Hidden features behind the mixing, dropped there if that is the place."""
     mixed = hidden if mix is None else hidden @ mix
-    return mixed.mul_(keep) if keep is not None and how.drop_mixed else mixed
+    return mixed.mul_(keep) if keep is not None and late else mixed
 
 
 def _add_product(rows: Tensor, mixed: Tensor, up: Tensor, bias: Tensor | None) -> None:

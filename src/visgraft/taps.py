@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visgraft.low_rank import add_low_rank, compute_dtype
+from visgraft.low_rank import LowRank, add_low_rank, add_product, compute_dtype, hidden_features
 from visgraft.method import Grid, Method
 from visgraft.sites import Site
 
@@ -64,19 +64,19 @@ class Lens:
         if self.only_multiplied:
             onto = onto.to(compute_dtype(onto))
         seen = self.tokens(onto)
-        value = seen if missing is None or (isinstance(act, Apply) and act.kept) else self.tokens(missing + onto)
+        value = seen if missing is None or isinstance(act, Add) else self.tokens(missing + onto)
         new = act(value, seen, self.grid_of(onto))
         return onto if new is seen else self.restored(new, onto)
 
 
 class Kept:
-    """One tensor handed from one hook to a later one of the same forward; never copied, never stored."""
+    """What one hook hands to a later one of the same forward, a tensor or more; never copied, never stored."""
 
     def __init__(self) -> None:
-        self.tensor: Tensor | None = None
+        self.tensor: Any = None
 
-    def take(self) -> Tensor:
-        """Return the tensor and forget it, so that no memory is held after the forward."""
+    def take(self) -> Any:
+        """Return what was kept and forget it, so that no memory is held after the forward."""
         tensor, self.tensor = self.tensor, None
         if tensor is None:
             raise RuntimeError("a site was read before its tensor passed; the dry run should have refused this model")
@@ -119,9 +119,9 @@ class OutputHook:
         bias = None
         if self.attention is not None:
             bias = torch.cat((self.attention.q_bias, self.attention.k_bias, self.attention.v_bias))
-        if isinstance(self.act, Apply) and self.act.kept and output.ndim == 3 and type(module) is nn.Linear:
+        if isinstance(self.act, Add) and output.ndim == 3 and type(module) is nn.Linear:
             rows = self.rows or (0, output.shape[-1])  # a fresh tensor, so that it can be added to in place
-            return self.act.add(output, output, self.lens.grid_of(output), rows)
+            return self.act.to_rows(output, self.lens.grid_of(output), rows)
         if self.rows is None:
             return self.lens.act(self.act, output, bias)
         start, stop = self.rows
@@ -167,41 +167,62 @@ class Source:
         return x, again
 
 
+def factors_of(method: Method) -> LowRank | None:
+    """The method's map as factors, where it has such and no compiler looks on: those do well with the plain form."""
+    return None if torch.compiler.is_compiling() else method.low_rank()
+
+
 class Apply:
-    """Act that lets a method read and rewrite one site, or with `kept` add to it what it makes of that tensor.
+    """Act that lets a method read and rewrite one site; a low-rank map in fewer passes over the features."""
 
-    Where its map is of low rank, it is added in fewer passes; compilers do well with the plain form.
-    """
-
-    def __init__(self, method: Method, source: Source | None = None, kept: Kept | None = None) -> None:
-        self.method, self.source, self.kept = method, source, kept
+    def __init__(self, method: Method, source: Source | None = None) -> None:
+        self.method, self.source = method, source
 
     def __call__(self, value: Tensor, onto: Tensor, grid: Grid) -> Tensor:
-        return self.add(value, onto, grid)
-
-    def add(self, value: Tensor, onto: Tensor, grid: Grid, rows: tuple[int, int] | None = None) -> Tensor:
-        """Return the new `onto`; with `rows` only those of its last axis change, perhaps in place."""
-        x = value if self.kept is None else self.kept.take()
         source = None if self.source is None else self.source.take()
-        factors = None if torch.compiler.is_compiling() else self.method.low_rank()
-        if factors is not None:
-            return add_low_rank(x, onto, factors, source, rows)
-        start, stop = rows or (0, onto.shape[-1])
-        if stop - start == onto.shape[-1]:
-            return self.method(x, onto, grid)
-        new = self.method(x, onto[..., start:stop], grid)
-        return torch.cat((onto[..., :start], new, onto[..., stop:]), dim=-1)
+        factors = factors_of(self.method)
+        if factors is None:
+            return self.method(value, onto, grid)
+        return add_low_rank(value, onto, factors, source)
 
 
-class Keep:
-    """Act that keeps the tensor of one site for `Apply` at another."""
+class Read:
+    """Act that keeps what a method reads at one site for `Add` at another: of low-rank maps the hidden features."""
 
-    def __init__(self, kept: Kept) -> None:
-        self.kept = kept
+    def __init__(self, method: Method, kept: Kept, source: Source | None = None) -> None:
+        self.method, self.kept, self.source = method, kept, source
 
     def __call__(self, value: Tensor, onto: Tensor, grid: Grid) -> Tensor:
-        self.kept.tensor = value
-        return onto
+        source = None if self.source is None else self.source.take()
+        factors = factors_of(self.method)
+        if factors is None:
+            self.kept.tensor = value, None
+            return onto
+        passed_on, hidden = hidden_features(value, factors, source)
+        self.kept.tensor = hidden, factors
+        return passed_on if value is onto else onto
+
+
+class Add:
+    """Act that adds to one site what a method makes of what `Read` kept at another."""
+
+    def __init__(self, method: Method, kept: Kept) -> None:
+        self.method, self.kept = method, kept
+
+    def __call__(self, value: Tensor, onto: Tensor, grid: Grid) -> Tensor:
+        read, factors = self.kept.take()
+        return self.method(read, onto, grid) if factors is None else add_product(onto, read, factors)
+
+    def to_rows(self, output: Tensor, grid: Grid, rows: tuple[int, int]) -> Tensor:
+        """Add to rows of the last axis of a linear layer's output, in place where the map is of low rank."""
+        read, factors = self.kept.take()
+        if factors is not None:
+            return add_product(output, read, factors, rows)
+        start, stop = rows
+        new = self.method(read, output[..., start:stop], grid)
+        if stop - start == output.shape[-1]:
+            return new
+        return torch.cat((output[..., :start], new, output[..., stop:]), dim=-1)
 
 
 class Insert:
