@@ -100,6 +100,11 @@ class Method(nn.Module):
     inserts: ClassVar[bool] = False
     """Whether it inserts tokens at `reads` and removes them at `adds_to`, instead of adding to those there are."""
 
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if "Config" in cls.__dict__:  # the options must know it before a model is there
+            cls.Config.has_places = cls.placements.__func__ is not Method.placements.__func__  # type: ignore[attr-defined]
+
     def __init__(self, config: Any, position: Position, shared: Mapping[str, nn.Module]) -> None:
         super().__init__()
 
