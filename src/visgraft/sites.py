@@ -26,7 +26,6 @@ from typing import Literal, NamedTuple
 
 from visgraft.method import Grid, Position
 
-
 BEFORE_BLOCKS = frozenset({"patch.out"})
 """The sites outside the blocks that images pass before the first block; the others lie behind the last."""
 
