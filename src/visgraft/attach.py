@@ -187,12 +187,14 @@ def _own_from_block(start: int, tensors: Sequence[OwnTensor], sites: Sites) -> s
     """Return the names of the backbone's own tensors in the blocks from `start` on, between and behind them."""
     inside = [f"{block['stream.in'].host}." for block in sites.blocks]
     adapted, before = tuple(inside[start:]), tuple(inside[:start])
-    layer = min((tensor.layer for tensor in tensors if tensor.name.startswith(inside[start])), default=0)
+    first = next((i for i, tensor in enumerate(tensors) if tensor.name.startswith(inside[start])), 0)
+    # What leads from one stage to the next is in the layer of the block behind it, but stands before that block.
+    later = [(tensor.layer, i) > (tensors[first].layer, first) for i, tensor in enumerate(tensors)]
     return {
         tensor.name
-        for tensor in tensors
+        for tensor, behind in zip(tensors, later, strict=True)
         # Layer 0 holds what comes before the blocks, or everything where the model does not say.
-        if tensor.name.startswith(adapted) or (0 < layer <= tensor.layer and not tensor.name.startswith(before))
+        if tensor.name.startswith(adapted) or (behind and tensor.layer and not tensor.name.startswith(before))
     }
 
 

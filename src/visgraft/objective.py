@@ -50,8 +50,8 @@ def make_objective(
     """Train the whole model on images, or only what lies behind its frozen part on what that makes of them once.
 
     That is the head, on features, or the blocks from the first trained one on. `features` keeps features between
-    calls: "train" and "val" [N, width] are put in, or taken from there. `on_warning` is told where the blocks before
-    run in every step all the same.
+    calls: "train" and "val" [N, width] are put in, or taken from there. `on_warning` is told where only the last
+    blocks are to be adapted, but those before run in every step all the same.
 
     Raises:
         VisgraftError: an option does not go with these labels.
@@ -115,7 +115,7 @@ def _prefix(
     found = "images are augmented" if augmented else run_prefix(model, parts, accelerator)
     if isinstance(found, Prefix):
         return found
-    if found and (asked or not augmented):
+    if found and asked:
         on_warning(f"the frozen blocks run in every step rather than once per image: {found}")
     return None
 

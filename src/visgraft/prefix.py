@@ -217,7 +217,7 @@ def _random(model: nn.Module, cut: Cut) -> str | None:
     return None
 
 
-def _enter(model: nn.Module, cut: Cut, x: Tensor) -> Tensor:
+def enter(model: nn.Module, cut: Cut, x: Tensor) -> Tensor:
     """Run images up to the cut and return what enters the block there."""
     handle = model.get_submodule(cut.block).register_forward_pre_hook(_stop, prepend=True)
     try:
@@ -280,7 +280,7 @@ def run_prefix(
         if module := _random(model, cut):
             return f"{module} is random while training"
         with torch.no_grad():
-            tail, entering = Tail(model, cut, x), _enter(model, cut, x)
+            tail, entering = Tail(model, cut, x), enter(model, cut, x)
             if not _is_tail(tail, x, entering):
                 return f"{type(model).__name__} does not give the same from block {cut.number + 1} on alone"
     needed = entering[0].nbytes * sum(map(len, parts))
@@ -293,6 +293,6 @@ def run_prefix(
         for part, rows in zip(parts, kept, strict=True):
             done = 0
             for images, _ in part.batches(batch_size):
-                rows[done : done + len(images)] = _enter(model, cut, images.to(device))
+                rows[done : done + len(images)] = enter(model, cut, images.to(device))
                 done += len(images)
     return Prefix(tail, kept)

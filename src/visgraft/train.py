@@ -29,8 +29,8 @@ class Training:
     """What a training run did: its completed epochs, the epoch that was kept, and its costs.
 
     `waiting_share` is the part of the time spent in steps that passed in waiting for images. A resumed run counts its
-    seconds from where it went on. `kept_bytes` is the memory taken by what frozen parts gave once: what enters the first
-    trained block, or features.
+    seconds from where it went on. `kept_bytes` is the memory taken by what the frozen part gave once: what enters the
+    first trained block, or features.
     """
 
     history: tuple[Epoch, ...]
@@ -92,7 +92,8 @@ def train(
         features: a dictionary that keeps those features for further calls with the same backbone and images.
         resume: the state to go on from, for a run with the same arguments.
         on_state: called after every epoch with the state to go on from.
-        on_warning: called with a line where frozen blocks run in every step all the same, e.g. for want of memory.
+        on_warning: called with a line where only the last blocks are adapted, but the others run in every step all
+            the same, e.g. for want of memory.
 
     Raises:
         TrainingDiverged: the loss stopped being finite; the model holds the last good epoch's state.
