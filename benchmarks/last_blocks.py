@@ -5,8 +5,9 @@
 
 The bound is a step of the same frozen backbone whose backward pass reaches block 0. Each K is measured on images, where
 the frozen blocks run forward in every step, and on what enters the first adapted block, computed once. Rounds are mixed
-and turned as in `step_time.py`: a ratio is the median over rounds of a time divided by the same round's bound. The bytes
-are those of the tensors that autograd keeps from the forward pass for the backward pass, parameters and buffers left out.
+and turned as in `step_time.py`: a ratio is the median over rounds of a time divided by the same round's bound. The
+bytes are those of the tensors that autograd keeps from the forward pass for the backward pass, parameters and buffers
+left out.
 """
 
 import argparse

@@ -27,6 +27,7 @@ from visgraft.evaluate import make_accelerator
 from visgraft.families import BLOCKS
 from visgraft.objective import make_objective
 from visgraft.prefix import Prefix, Tail, find_cut, run_prefix
+from visgraft.report.parts import show_parts
 
 IN_BLOCKS = [name for name, kind in methods().items() if kind.Config.has_places]
 ROOT = Path(__file__).parents[1]
@@ -99,6 +100,11 @@ def test_sct_chooses_for_the_adapted_blocks_what_it_would_choose_there_anyway() 
     every, last = (get_attached(fitted(SCTConfig(last_blocks=k), alive=False)).positions for k in (None, 1))
     assert list(last) == ["2_stream_mid"]
     assert torch.equal(last["2_stream_mid"].index, every["2_stream_mid"].index)
+
+
+def test_the_report_names_the_block_whose_parts_it_shows() -> None:
+    shown = show_parts(fitted(config("alore", last_blocks=1)), task(), "fp32")
+    assert shown is not None and (shown.block, shown.blocks) == (3, 3)
 
 
 def test_adapters_and_results_from_before_the_option_stay_valid(tmp_path: Path) -> None:

@@ -123,7 +123,8 @@ class Method(nn.Module):
         """Return pairs of block numbers: where a module reads, and where it adds; by default each block with itself.
 
         `stages` holds each block's stage, counted from 0; a backbone without stages has one. Places outside the
-        blocks are not concerned.
+        blocks are not concerned. Where only the last blocks are adapted, pairs that add before them are left out, and
+        one that reads before them reads in the first of them.
         """
         return [(block, block) for block in range(len(stages))]
 
