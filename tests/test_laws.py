@@ -1,6 +1,7 @@
 """The laws that every registered method obeys on every family; a new method is held to them by its name."""
 
 import copy
+import dataclasses
 import functools
 import io
 import json
@@ -29,9 +30,10 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visgraft import attach, count_parameters, detach, merge, methods, save
+from visgraft import attach, count_parameters, detach, load, merge, methods, save
 from visgraft.attach import CHILD, get_attached
 from visgraft.errors import MergeError, SiteError, VisgraftError
+from visgraft.finding import find_sites
 from visgraft.merge import why_not_merged
 from visgraft.taps import Kept
 
@@ -277,6 +279,35 @@ def test_frozen_parts_stay_in_eval_mode_and_drop_path_follows(name: str, kind: s
     assert all(m.training for m in getattr(model, CHILD).modules())
     model.eval()
     assert not any(m.training for m in model.modules())
+
+
+IN_BLOCKS = [pair for pair in OBEYING if pair[0].endswith("-0") and CONFIGS[pair[0]].has_places]
+
+
+@pytest.mark.parametrize(("name", "kind"), IN_BLOCKS, ids=lambda value: value)
+def test_the_last_blocks_can_be_adapted_alone(name: str, kind: str, tmp_path: Path) -> None:
+    config, x = dataclasses.replace(CONFIGS[name], last_blocks=1), pictures(kind)
+    model, blocks = fitted(config, kind), find_sites(family(kind)).blocks
+    places = get_attached(model).where.values()
+    assert {place.block for place in places} - {None} == {len(blocks) - 1}
+    every = [place for place in get_attached(adapted(name, kind)).where.values() if place.block is not None]
+    assert 0 < sum(place.block is not None for place in places) < len(every) or len(every) == 1
+    entering: list[bool] = []
+    last = model.get_submodule(blocks[-1]["stream.in"].host)
+    handle = last.register_forward_pre_hook(lambda _, args: entering.append(args[0].requires_grad), prepend=True)
+    F.cross_entropy(model.train()(x), torch.arange(6) % 5).backward()
+    handle.remove()
+    assert entering == [False], "the backward pass enters the frozen blocks"
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+    expected = logits(model.eval(), x)
+    assert not torch.allclose(expected, logits(family(kind), x), atol=1e-4)
+    save(model, tmp_path / "adapter")
+    assert torch.equal(logits(load(tmp_path / "adapter", backbone=family(kind)).model, x), expected)
+    assert (why_not_merged(family(kind), config) is None) >= (why_not_merged(family(kind), CONFIGS[name]) is None)
+    if not why_not_merged(family(kind), config):
+        merged = merge(model.double(), x.double())[0]
+        assert (logits(merged, x.double()) - logits(model, x.double())).abs().max() <= 1e-9 * expected.abs().max()
+    assert torch.equal(logits(detach(fitted(config, kind)), x), logits(family(kind), x))
 
 
 @pytest.mark.parametrize("name", methods())

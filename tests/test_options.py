@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from visgraft import methods
 from visgraft.cli.options import _kind, method_config, with_flags
+from visgraft.config import method_fields
 from visgraft.errors import VisgraftError
 
 SEEN: list[dict[str, Any]] = []
@@ -29,7 +30,7 @@ def typed(*words: str) -> dict[str, Any]:
     return SEEN[-1]
 
 
-OPTIONS = [(name, field) for name, kind in methods().items() for field in dataclasses.fields(kind.Config)]
+OPTIONS = [(name, field) for name, kind in methods().items() for field in method_fields(kind.Config)]
 
 
 def example(field: dataclasses.Field[Any]) -> tuple[list[str], Any]:

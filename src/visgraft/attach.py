@@ -12,9 +12,9 @@ from visgraft.config import MethodConfig
 from visgraft.dryrun import prove_sites
 from visgraft.errors import SiteError, VisgraftError
 from visgraft.finding import find_sites
-from visgraft.method import Batches, Method, Place, Position
+from visgraft.method import Batches, Method, OwnTensor, Place, Position
 from visgraft.registry import get_method
-from visgraft.sites import Site, Sites
+from visgraft.sites import BEFORE_BLOCKS, Site, Sites
 from visgraft.taps import Add, Apply, Insert, Kept, Read, Remove, tap, tap_source
 from visgraft.tensors import CHILD, backbone_digest, head_paths, own_tensors
 
@@ -103,13 +103,15 @@ def get_attached(model: nn.Module) -> Attached:
 def choose_places(config: MethodConfig, sites: Sites, backbone: str) -> tuple[Place, ...]:
     """Return the first of the method's sets of places that the backbone offers in every block.
 
-    A place that reads at one site and adds at another is offered where the tokens of both lie alike.
+    A place that reads at one site and adds at another is offered where the tokens of both lie alike. Where only the
+    last blocks are adapted, none before the blocks is.
 
     Raises:
         SiteError: no set is offered; the message names what is missing.
     """
     options = get_method(config.method).placements(config)
-    offered = sites.everywhere()
+    withheld = BEFORE_BLOCKS if config.last_blocks else frozenset()
+    offered = sites.everywhere() - withheld
     apart: list[Place] = []
     for places in options:
         if all(name in offered for place in places for name in place):
@@ -121,7 +123,13 @@ def choose_places(config: MethodConfig, sites: Sites, backbone: str) -> tuple[Pl
             f"{config.method} reads {apart[0].reads} and adds to {apart[0].adds_to}, but the tokens of {backbone} lie "
             "otherwise there (in windows); choose another place"
         )
-    missing = sites.missing([name for places in options for place in places for name in place])
+    names = [name for places in options for place in places for name in place]
+    missing = sites.missing(names)
+    if not missing and withheld.intersection(names):
+        raise SiteError(
+            f"{config.method} is to stand at {', '.join(sorted(withheld.intersection(names)))}, before the "
+            f"blocks that last_blocks={config.last_blocks} adapts; leave out that place or last_blocks"
+        )
     raise SiteError(
         f"{config.method} needs the site {', '.join(sorted(missing))}, which {backbone} lacks "
         f"(it has {', '.join(sorted(offered))}); use other options, another method or another backbone"
@@ -140,17 +148,54 @@ def find_positions(model: nn.Module, config: MethodConfig) -> tuple[list[Positio
     if not method.placements(config):
         return [], Sites()
     sites = find_sites(model)
+    start = first_block(config, sites, type(model).__name__)
     places = choose_places(config, sites, type(model).__name__)
     outside = [Position(None, p, *_widths(p, sites.outside, sites.outside)) for p in places if p.reads in sites.outside]
     inside = [
         Position(
             first, place, *_widths(place, sites.blocks[first], sites.blocks[last]), None if first == last else last
         )
-        for first, last in method.spans(config, sites.stages)
+        for first, last in _from_block(start, method.spans(config, sites.stages))
         for place in places
         if place.reads not in sites.outside
     ]
+    if config.last_blocks and not inside:
+        raise VisgraftError(f"last_blocks has no effect on {config.method}, which stands in none of them; leave it out")
     return [*outside, *inside], sites
+
+
+def first_block(config: MethodConfig, sites: Sites, backbone: str) -> int:
+    """Return the number, from 0, of the first block that may be adapted.
+
+    Raises:
+        VisgraftError: there are fewer blocks than `last_blocks`.
+    """
+    count = len(sites.blocks)
+    if (config.last_blocks or 0) > count:
+        raise VisgraftError(
+            f"last_blocks is {config.last_blocks}, but {backbone} has {count} blocks; take at most {count}"
+        )
+    return count - (config.last_blocks or count)
+
+
+def _from_block(start: int, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the spans that add in block `start` or later; one that reads before it reads there instead."""
+    return list(dict.fromkeys((max(first, start), last) for first, last in spans if last >= start))
+
+
+def _own_from_block(start: int, tensors: Sequence[OwnTensor], sites: Sites) -> set[str]:
+    """Return the names of the backbone's own tensors in the blocks from `start` on, between and behind them."""
+    inside = [f"{block['stream.in'].host}." for block in sites.blocks]
+    adapted, before = tuple(inside[start:]), tuple(inside[:start])
+    first = next((i for i, tensor in enumerate(tensors) if tensor.name.startswith(inside[start])), 0)
+    # What leads from one stage to the next is in the layer of the block behind it, but stands before that block.
+    later = [(tensor.layer, i) > (tensors[first].layer, first) for i, tensor in enumerate(tensors)]
+    return {
+        tensor.name
+        for tensor, behind in zip(tensors, later, strict=True)
+        # Layer 0 holds what comes before the blocks, or everything where the model does not say.
+        if tensor.name.startswith(adapted) or (behind and tensor.layer and not tensor.name.startswith(before))
+    }
 
 
 def _widths(place: Place, reads: Mapping[str, Site], adds: Mapping[str, Site]) -> tuple[int, int]:
@@ -185,7 +230,11 @@ def assemble(
     if positions:
         prove_sites(model, list(dict.fromkeys(site for position in positions for site in sites.at(position))))
     attached = Attached(model, config, backbone_digest(model))
-    attached.unfrozen = tuple(method.unfrozen(config, own_tensors(model)))
+    tensors = own_tensors(model)
+    attached.unfrozen = tuple(method.unfrozen(config, tensors))
+    if config.last_blocks:
+        adapted = _own_from_block(first_block(config, sites, type(model).__name__), tensors, sites)
+        attached.unfrozen = tuple(name for name in attached.unfrozen if name in adapted)
     if not (positions or attached.unfrozen or attached.head):
         raise VisgraftError(
             f"{config.method} would train nothing: this {type(model).__name__} has no head; create it with num_classes"

@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Self
 from visgraft.errors import VisgraftError, nearest
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None, *, kw_only: bool = False) -> Any:
     """Return a dataclass field with a default, a help line and, where the values are names, the allowed ones."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices}, kw_only=kw_only)
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,46 @@ def _fits(value: Any, annotation: Any) -> bool:
 
 @dataclass(frozen=True)
 class MethodConfig(Options):
-    """Base of every method's options. `method` is the registered name, set by the registration."""
+    """Base of every method's options, with the one that all methods with modules in blocks share.
+
+    `method` is the registered name, set by the registration, and `has_places` says whether the method puts modules
+    anywhere. `last_blocks` K adapts only the last K blocks, counted over all stages; of the blocks that a method
+    would choose by itself, those among them. Modules outside the blocks stay where they stand behind them.
+
+    Raises:
+        VisgraftError: `last_blocks` is not above zero, or the method trains nothing but the backbone's own tensors; on
+            attaching, it exceeds what the backbone has.
+    """
 
     method: ClassVar[str] = ""
+    has_places: ClassVar[bool] = True
+
+    last_blocks: int | None = option(
+        None,
+        "adapt only the last K blocks; without augmentation, those before run once per image; none: all",
+        kw_only=True,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.last_blocks is not None and not self.has_places:
+            raise VisgraftError(
+                f"last_blocks has no effect on {self.method}, which puts no modules into blocks; leave it out"
+            )
+        self.check_positive("last_blocks")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as a dictionary of plain JSON values.
+
+        `last_blocks` is left out where it is None: the key of a trial is a digest of these values, and trials made
+        before the option existed must keep theirs.
+        """
+        return {name: value for name, value in super().to_dict().items() if (name, value) != ("last_blocks", None)}
+
+
+def method_fields(config: type[MethodConfig]) -> tuple["dataclasses.Field[Any]", ...]:
+    """Return the fields of the options that a method takes; `last_blocks` is none of them where it has no effect."""
+    return tuple(f for f in dataclasses.fields(config) if config.has_places or f.name != "last_blocks")
 
 
 WEIGHTINGS = ("none", "balanced", "sqrt")

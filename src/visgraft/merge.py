@@ -86,7 +86,7 @@ def remedy(model: nn.Module, config: MethodConfig) -> str:
         current = getattr(config, field.name)
         values = [not current] if isinstance(current, bool) else field.metadata.get("choices") or ()
         for choice in values:
-            value = (choice,) if "tuple" in str(field.type) else choice
+            value: Any = (choice,) if "tuple" in str(field.type) else choice
             try:
                 if mergeable(model, dataclasses.replace(config, **{field.name: value})):
                     return f"train it with {field.name}={choice}, which folds, or keep the adapter attached"

@@ -101,6 +101,11 @@ class Method(nn.Module):
     inserts: ClassVar[bool] = False
     """Whether it inserts tokens at `reads` and removes them at `adds_to`, instead of adding to those there are."""
 
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if "Config" in cls.__dict__:  # the options must know it before a model is there
+            cls.Config.has_places = cls.placements.__func__ is not Method.placements.__func__  # type: ignore[attr-defined]
+
     def __init__(self, config: Any, position: Position, shared: Mapping[str, nn.Module]) -> None:
         super().__init__()
 
@@ -119,7 +124,8 @@ class Method(nn.Module):
         """Return pairs of block numbers: where a module reads, and where it adds; by default each block with itself.
 
         `stages` holds each block's stage, counted from 0; a backbone without stages has one. Places outside the
-        blocks are not concerned.
+        blocks are not concerned. Where only the last blocks are adapted, pairs that add before them are left out, and
+        one that reads before them reads in the first of them.
         """
         return [(block, block) for block in range(len(stages))]
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from warnings import warn
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from visgraft.config import TrainConfig
 from visgraft.data.augment import augmentation
 from visgraft.data.images import Images
 from visgraft.errors import VisgraftError
+from visgraft.prefix import Prefix, run_prefix
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Features = dict[str, Tensor]
@@ -21,9 +23,10 @@ Features = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Objective:
-    """The network that trains, its inputs (images, or features computed once), its labels and its loss.
+    """The network that trains, its inputs (images, or what a frozen part makes of them once), its labels and its loss.
 
     `inputs` takes (indices [B], epoch), `val_inputs` indices [B]; `loss` takes logits [B, classes] and labels.
+    `kept_bytes` is the memory that inputs computed once take.
     """
 
     network: nn.Module
@@ -32,6 +35,7 @@ class Objective:
     loss: Loss
     val_inputs: Callable[[Tensor], Tensor] | None
     val_labels: Tensor | None
+    kept_bytes: int = 0
 
 
 def make_objective(
@@ -41,10 +45,13 @@ def make_objective(
     config: TrainConfig,
     accelerator: Any,
     features: Features | None = None,
+    on_warning: Callable[[str], None] = warn,
 ) -> Objective:
-    """Train the whole model on images, or only its head on features that never change.
+    """Train the whole model on images, or only what lies behind its frozen part on what that makes of them once.
 
-    `features` keeps those between calls: "train" and "val" [N, width] are put in, or taken from there.
+    That is the head, on features, or the blocks from the first trained one on. `features` keeps features between
+    calls: "train" and "val" [N, width] are put in, or taken from there. `on_warning` is told where only the last
+    blocks are to be adapted, but those before run in every step all the same.
 
     Raises:
         VisgraftError: an option does not go with these labels.
@@ -59,15 +66,11 @@ def make_objective(
         for name, part in (("train", images), ("val", val)):
             if part is not None and name not in kept:
                 kept[name] = _features(model, part, accelerator)
-        train_features, val_features = kept["train"], None if val is None else kept["val"]
-        return Objective(
-            model.get_classifier(),  # type: ignore[operator]
-            lambda indices, epoch: train_features[indices],
-            labels,
-            loss,
-            None if val_features is None else lambda indices: val_features[indices],
-            val_labels,
-        )
+        parts = (kept["train"],) if val is None else (kept["train"], kept["val"])
+        return _on_kept(model.get_classifier(), parts, labels, val_labels, loss, device)  # type: ignore[operator]
+    prefix = _prefix(model, (images,) if val is None else (images, val), accelerator, augment is not None, on_warning)
+    if prefix is not None:
+        return _on_kept(prefix.tail, prefix.entering, labels, val_labels, loss, device)
 
     def inputs(indices: Tensor, epoch: int) -> Tensor:
         pixels = augment(indices, epoch) if augment else images.pixels[indices]
@@ -78,6 +81,43 @@ def make_objective(
         return val.normalised(val.pixels[indices], device)
 
     return Objective(model, inputs, labels, loss, None if val is None else val_inputs, val_labels)
+
+
+def _on_kept(
+    network: nn.Module,
+    parts: tuple[Tensor, ...],
+    labels: Tensor,
+    val_labels: Tensor | None,
+    loss: Loss,
+    device: torch.device,
+) -> Objective:
+    """Train a network on inputs that are computed already: [N, ...] for training, and perhaps for validation."""
+
+    def inputs(indices: Tensor, epoch: int) -> Tensor:
+        return parts[0][indices.to(parts[0].device)].to(device)
+
+    def val_inputs(indices: Tensor) -> Tensor:
+        return parts[1][indices.to(parts[1].device)].to(device)
+
+    kept_bytes = sum(part.nbytes for part in parts)
+    return Objective(network, inputs, labels, loss, val_inputs if len(parts) > 1 else None, val_labels, kept_bytes)
+
+
+def _prefix(
+    model: nn.Module,
+    parts: tuple[Images, ...],
+    accelerator: Any,
+    augmented: bool,
+    on_warning: Callable[[str], None],
+) -> Prefix | None:
+    """Run what is frozen before the first trained block once, or say why it runs in every step."""
+    asked = get_attached(model).config.last_blocks
+    found = "images are augmented" if augmented else run_prefix(model, parts, accelerator)
+    if isinstance(found, Prefix):
+        return found
+    if found and asked:
+        on_warning(f"the frozen blocks run in every step rather than once per image: {found}")
+    return None
 
 
 def _features(model: Any, images: Images, accelerator: Any, batch_size: int = 64) -> Tensor:

@@ -26,6 +26,9 @@ from typing import Literal, NamedTuple
 
 from visgraft.method import Grid, Position
 
+BEFORE_BLOCKS = frozenset({"patch.out"})
+"""The sites outside the blocks that images pass before the first block; the others lie behind the last."""
+
 
 class Bias(NamedTuple):
     """A parameter that holds some rows of a projection's bias: its path in the model, and those rows."""

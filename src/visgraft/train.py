@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
+from warnings import warn
 
 import numpy as np
 import torch
@@ -28,7 +29,8 @@ class Training:
     """What a training run did: its completed epochs, the epoch that was kept, and its costs.
 
     `waiting_share` is the part of the time spent in steps that passed in waiting for images. A resumed run counts its
-    seconds from where it went on.
+    seconds from where it went on. `kept_bytes` is the memory taken by what the frozen part gave once: what enters the
+    first trained block, or features.
     """
 
     history: tuple[Epoch, ...]
@@ -37,6 +39,7 @@ class Training:
     images_per_second: float
     peak_memory_bytes: int
     waiting_share: float
+    kept_bytes: int = 0
 
 
 @dataclass
@@ -72,11 +75,13 @@ def train(
     features: Features | None = None,
     resume: TrainState | None = None,
     on_state: Callable[[TrainState], None] | None = None,
+    on_warning: Callable[[str], None] = warn,
 ) -> Training:
     """Train what `attach` left trainable: AdamW, linear warm-up, cosine, cross-entropy.
 
     Where images may have several classes, the loss is binary cross-entropy. Chance depends on (seed, epoch, index)
-    alone. A head that trains alone on images without augmentation sees features computed once.
+    alone. On images without augmentation, frozen blocks before the first trained one run once per image, as all of the
+    backbone does where the head trains alone.
 
     Args:
         model: a model with something attached, in place.
@@ -87,6 +92,8 @@ def train(
         features: a dictionary that keeps those features for further calls with the same backbone and images.
         resume: the state to go on from, for a run with the same arguments.
         on_state: called after every epoch with the state to go on from.
+        on_warning: called with a line where only the last blocks are adapted, but the others run in every step all
+            the same, e.g. for want of memory.
 
     Raises:
         TrainingDiverged: the loss stopped being finite; the model holds the last good epoch's state.
@@ -95,7 +102,7 @@ def train(
     _check(model, config, val)
     begin, accelerator = time.perf_counter(), make_accelerator(config.precision)
     model.to(accelerator.device)
-    task = make_objective(model, images, val, config, accelerator, features)
+    task = make_objective(model, images, val, config, accelerator, features, on_warning)
     optimizer, schedule = _optimizer(model, config, len(images))
     state = resume or TrainState(0, _tensors(model))
     if resume:
@@ -116,7 +123,7 @@ def train(
     model.eval()
     seconds, seen = time.perf_counter() - begin, (config.epochs - first) * len(images)
     waiting = clock.waiting / max(clock.stepping, 1e-9)
-    return Training(state.history, kept, seconds, seen / seconds, peak_memory_bytes(), waiting)
+    return Training(state.history, kept, seconds, seen / seconds, peak_memory_bytes(), waiting, task.kept_bytes)
 
 
 def _advance(

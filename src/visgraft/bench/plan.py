@@ -122,7 +122,7 @@ class Cell:
         }
 
     def _varied(self, trial: Trial) -> dict[str, Any]:
-        return {name: trial.setting[name] for name in self.candidates.varied}
+        return {name: trial.setting.get(name) for name in self.candidates.varied}
 
 
 def settings_of(request: Request) -> dict[tuple[str, str], Candidates]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import typer
 
 import visgraft.methods  # noqa: F401  (registers them, also where `visgraft` itself imports nothing)
-from visgraft.config import MethodConfig, TrainConfig
+from visgraft.config import MethodConfig, TrainConfig, method_fields
 from visgraft.errors import VisgraftError, nearest
 from visgraft.registry import get_method, method_names
 
@@ -45,11 +45,14 @@ def flags() -> Iterator[Flag]:
         yield Flag(field, _kind(field), _help(field), "Training (default: the method's recipe)")
     owners: dict[str, list[tuple[str, dataclasses.Field[Any]]]] = {}
     for name in method_names():
-        for field in dataclasses.fields(get_method(name).Config):
+        for field in method_fields(get_method(name).Config):
             owners.setdefault(field.name, []).append((name, field))
-    for uses in owners.values():
+    common = {field.name for field in dataclasses.fields(MethodConfig)}
+    for shared_name, uses in owners.items():
         kinds = {_kind(field) for _, field in uses}
         told = " | ".join(f"{name}: {_help(field)}; default {_shown(field.default)}" for name, field in uses)
+        if shared_name in common:
+            told = f"all methods with modules in blocks: {_help(uses[0][1])}"
         # Where methods mean different things by one name, only the method chosen says how to read what is typed.
         yield Flag(uses[0][1], kinds.pop() if len(kinds) == 1 else str, told, "Method")
 
@@ -94,7 +97,7 @@ def method_config(method: str, values: Mapping[str, Any]) -> MethodConfig:
     given = {name: value for name, value in values.items() if value is not None and name not in training}
     for name in given:
         if name not in own:
-            has = ", ".join(f"--{n.replace('_', '-')}" for n in own) or "none of its own"
+            has = ", ".join(f"--{f.name.replace('_', '-')}" for f in method_fields(cls)) or "none of its own"
             raise VisgraftError(f"{method} has no option --{name.replace('_', '-')}; it has {has}")
     parsed = {name: _parse(own[name], value) for name, value in given.items()}
     return cls(**parsed)

@@ -122,6 +122,8 @@ def print_figures(figures: Mapping[str, Any]) -> None:
         "time": f"{figures['seconds']:.1f} s, {figures['images_per_second']:.1f} images/s in {figures['precision']}",
         "peak memory": f"{figures['peak_memory_bytes'] / 1e9:.2f} GB",
     }
+    if kept := figures.get("kept_bytes"):
+        rows["computed once"] = f"what the frozen part gives, {kept / 1e6:,.0f} MB"
     if crossed := figures.get("cross_validation"):
         low, high = (percent(limit) for limit in crossed["interval"])
         rows[f"cross-validated {main}"] = (

@@ -127,7 +127,9 @@ def _start(
         raise VisgraftError(f"--method is {method}, but {init_from} is {stored['method']}; leave --method out")
     given = method_config(stored["method"], values).to_dict()
     default = get_method(stored["method"]).Config().to_dict()
-    changed = [name for name, value in given.items() if value not in (default[name], stored["method_config"].get(name))]
+    changed = [
+        name for name, value in given.items() if value not in (default.get(name), stored["method_config"].get(name))
+    ]
     if changed:
         option = changed[0].replace("_", "-")
         raise VisgraftError(f"--{option} cannot change with --init-from, which keeps the adapter's; leave it out")

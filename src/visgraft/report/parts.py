@@ -102,8 +102,8 @@ def show_parts(model: nn.Module, images: Images, precision: str) -> Parts | None
         images, chosen.tolist(), patches, [added[i] for i in shown], shown, grid[:2], attached.method.part_name
     )
     return Parts(
-        attached.method.part_name, tuple(i + 1 for i in shown), tuple(strength[i] for i in shown), late + 1, blocks,
-        position.place.reads, rows, *with_parts,
+        attached.method.part_name, tuple(i + 1 for i in shown), tuple(strength[i] for i in shown), inside[key] + 1,
+        blocks, position.place.reads, rows, *with_parts,
     )  # fmt: skip
 
 

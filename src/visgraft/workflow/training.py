@@ -220,7 +220,7 @@ def _train(
             kept.written = time.monotonic()
 
     try:
-        return train(model, images, config, val, watch.epoch, resume=state, on_state=keep)
+        return train(model, images, config, val, watch.epoch, resume=state, on_state=keep, on_warning=watch.warning)
     except TrainingDiverged as error:
         raise _keep_last_good(error, file, write, out) from None
     except KeyboardInterrupt:
