@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import CONFIGS, PAIRS, family, fitted, images, refused, size_of, vit
+from support import CONFIGS, PAIRS, family, fitted, images, logits, refused, size_of, vit
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -139,6 +139,14 @@ def test_factors_are_the_same_map_as_the_plain_form() -> None:
             if factors is not None:
                 x = numbers(2, 3, position.reads_width).detach()
                 torch.testing.assert_close(factors.delta(x), module.delta(x, None), rtol=1e-9, atol=1e-10)
+
+
+def test_a_hook_on_a_method_s_module_sees_its_call() -> None:
+    model, seen = fitted(CONFIGS["lora-0"], "plain", True), []
+    get_attached(model).positions["1_attn_in_to_attn_v"].register_forward_hook(lambda *_: seen.append(1))
+    fast, x = fitted(CONFIGS["lora-0"], "plain", True), images()
+    torch.testing.assert_close(logits(model, x), logits(fast, x))
+    assert seen == [1]
 
 
 def kept_bytes(model: nn.Module, x: Tensor) -> int:
