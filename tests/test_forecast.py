@@ -11,7 +11,7 @@ import torch
 from test_cli import SMALL, content, draw, fail, run, succeed
 from test_train import DEFAULTS, RECIPE, ready, task, training
 
-from visgraft import Backbone, DataError, TrainConfig, VisgraftError, methods
+from visgraft import Backbone, DataError, TrainConfig, TrainState, VisgraftError, methods
 from visgraft.adapter import TENSORS
 from visgraft.data.images import Loading
 from visgraft.evaluate import peak_memory_bytes
@@ -149,25 +149,26 @@ def test_what_was_measured_is_multiplied_by_what_there_is(
 def test_a_state_is_written_every_ten_seconds_at_most(
     epochs: int, writes: int, colours: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    packed: list[int] = []
+    packed: list[TrainState] = []
     pace = Pace(step=0.5, start=0.0, keeping=0.0, validation=0.0, warmup=0.0, steps=5.0)  # 2.5 s per epoch
 
     def measured(*_: Any, then: Any, **__: Any) -> Pace:
-        then(pace, None)
+        then(pace, TrainState(2, {"a": torch.ones(2)}, best={"a": torch.ones(2)}, best_epoch=2))
         return pace
 
     clock = [0.0]
 
     def pack(state: Any, run: Any) -> bytes:
         clock[0] += 100.0
-        packed.append(1)
+        packed.append(state)
         return b""
 
     monkeypatch.setattr(forecasting, "measure_pace", measured)
     monkeypatch.setattr(forecasting, "pack_state", pack)
     monkeypatch.setattr(forecasting, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     assert forecast(colours, epochs=epochs)["seconds_by_part"]["states"] == 100.0 * writes
-    assert packed == [1] * bool(writes), "one is packed, not all"
+    assert len(packed) == bool(writes), "one is packed, not all"
+    assert all(state.best_epoch == 1 and state.best["a"] is not state.tensors["a"] for state in packed), "the largest"
 
 
 @pytest.mark.parametrize(

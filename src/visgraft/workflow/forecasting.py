@@ -236,6 +236,9 @@ def _measure(
         epoch = pace.epoch + pace.validation * share
         every = max(-(-STATE_SECONDS // epoch), 1.0)  # epochs from one state to the next
         if count := config.epochs // every:
+            if state.best_epoch == state.epoch:  # at worst another epoch is the best, and its tensors are kept as well
+                best = {name: tensor.clone() for name, tensor in state.tensors.items()}
+                state = replace(state, best=best, best_epoch=state.epoch - 1)
             begin = time.perf_counter()
             pack_state(state, {})
             packing = count * (time.perf_counter() - begin)
