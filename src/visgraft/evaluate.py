@@ -157,12 +157,15 @@ def _score_multi_label(probabilities: Tensor, labels: Tensor, seconds: float) ->
     return Evaluation(None, None, macro, None, float(precision), len(labels), seconds, probabilities, labels)
 
 
-def peak_memory_bytes() -> int:
-    """Largest memory so far: of the accelerator where one is used, otherwise the resident set of this process."""
+def peak_memory_bytes(to_come: int = 0) -> int:
+    """Largest memory so far: of the accelerator where one is used, otherwise the resident set of this process.
+
+    `to_come` bytes that the host is still to hold are added to the latter.
+    """
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)
+    return int(peak if sys.platform == "darwin" else peak * 1024) + to_come
 
 
 def confusion(evaluation: Evaluation, classes: int) -> Any:

@@ -56,16 +56,15 @@ def make_objective(
     Raises:
         VisgraftError: an option does not go with these labels.
     """
-    attached, device = get_attached(model), accelerator.device
+    device = accelerator.device
     augment = augmentation(images, config.flip, config.rand_augment, config.seed)
     labels, val_labels = images.labels.to(device), None if val is None else val.labels.to(device)
     loss = make_loss(images.labels, int(getattr(model, "num_classes", 0)), config, device)
-    frozen_features = not (attached.where or attached.unfrozen or augment or config.drop_path)
-    if frozen_features and len(attached.head) == 1:  # a distilled model's head has two parts, which see two tokens
+    if sees_features(model, config):
         kept = {} if features is None else features
         for name, part in (("train", images), ("val", val)):
             if part is not None and name not in kept:
-                kept[name] = _features(model, part, accelerator)
+                kept[name] = features_of(model, part, accelerator)
         parts = (kept["train"],) if val is None else (kept["train"], kept["val"])
         return _on_kept(model.get_classifier(), parts, labels, val_labels, loss, device)  # type: ignore[operator]
     prefix = _prefix(model, (images,) if val is None else (images, val), accelerator, augment is not None, on_warning)
@@ -120,8 +119,19 @@ def _prefix(
     return None
 
 
-def _features(model: Any, images: Images, accelerator: Any, batch_size: int = 64) -> Tensor:
-    """Return what enters the head, [N, width] in float32."""
+def sees_features(model: nn.Module, config: TrainConfig) -> bool:
+    """Whether a head trains alone, on features that never change, so that they are computed once.
+
+    Raises:
+        VisgraftError: nothing is attached.
+    """
+    attached = get_attached(model)
+    changing = attached.where or attached.unfrozen or config.flip or config.rand_augment or config.drop_path
+    return not changing and len(attached.head) == 1  # a distilled model's head has two parts, which see two tokens
+
+
+def features_of(model: Any, images: Images, accelerator: Any, batch_size: int = 64) -> Tensor:
+    """Return what enters the head, [N, width] in float32 on the accelerator's device; the model must be there."""
     model.eval()
     with torch.no_grad(), accelerator.autocast():
         parts = [

@@ -92,12 +92,8 @@ def state_file(out: Path) -> Path:
     return out.with_name(f"{out.name}{SUFFIX}")
 
 
-def write_state(path: Path, state: TrainState, run: Mapping[str, Any]) -> None:
-    """Write a state atomically, with `run`: what must be the same for going on (plain JSON values).
-
-    Raises:
-        VisgraftError: the file cannot be written.
-    """
+def pack_state(state: TrainState, run: Mapping[str, Any]) -> bytes:
+    """Return what the file of a state holds, with `run`: what must be the same for going on (plain JSON values)."""
     parts = {"tensors": state.tensors, "optimizer": state.optimizer}
     if state.best_epoch != state.epoch:  # otherwise these are the same tensors
         parts["best"] = state.best
@@ -109,7 +105,16 @@ def write_state(path: Path, state: TrainState, run: Mapping[str, Any]) -> None:
         "history": [dataclasses.asdict(epoch) for epoch in state.history],
         "run": dict(run),
     }
-    content = safetensors.torch.save(tensors, metadata={"visgraft": json.dumps(facts)})
+    return safetensors.torch.save(tensors, metadata={"visgraft": json.dumps(facts)})
+
+
+def write_state(path: Path, state: TrainState, run: Mapping[str, Any]) -> None:
+    """Write a state atomically; see `pack_state`.
+
+    Raises:
+        VisgraftError: the file cannot be written.
+    """
+    content = pack_state(state, run)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with new_file(path) as file:

@@ -3,7 +3,10 @@
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice, pairwise
+from statistics import median
 from typing import Any
 from warnings import warn
 
@@ -42,19 +45,49 @@ class Training:
     kept_bytes: int = 0
 
 
+MEASURED_STEPS = 4
+"""Of an epoch that `measure_pace` looks at."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long the parts of training take in seconds, measured on its first steps.
+
+    `step` is a step on a full batch while the next one is made ready; `start` what an epoch takes until its first batch
+    is ready; `keeping` the copies at its end; `validation` the figures on the validation images given. `warmup` is what
+    the very first step takes beyond the others. `steps` is how many an epoch has, the last one by its share of a batch.
+    `preparing` is what comes before the first epoch, such as what a frozen prefix takes to run over all images.
+    """
+
+    preparing: float
+    step: float
+    start: float
+    keeping: float
+    validation: float
+    warmup: float
+    steps: float
+
+    @property
+    def epoch(self) -> float:
+        """Seconds of an epoch without its validation."""
+        return self.start + self.steps * self.step + self.keeping
+
+
 @dataclass
 class _Clock:
-    """Seconds of training so far: when it began, how many images were seen since, and how long steps waited."""
+    """Seconds of training so far: when it began, after how long, how many images were seen since, how steps waited."""
 
     start: float
+    preparing: float
     seen: int = 0
     waiting: float = 0.0
     stepping: float = 0.0
+    validating: float = 0.0
 
 
 @dataclass(frozen=True)
 class _Loop:
-    """What every step of a run uses."""
+    """What every step of a run uses; `most` is after how many steps an epoch ends early."""
 
     task: Objective
     config: TrainConfig
@@ -63,6 +96,7 @@ class _Loop:
     accelerator: Any
     clock: _Clock
     loader: ThreadPoolExecutor
+    most: int | None = None
 
 
 def train(
@@ -100,17 +134,13 @@ def train(
         VisgraftError: an option would have no effect, or nothing is attached.
     """
     _check(model, config, val)
-    begin, accelerator = time.perf_counter(), make_accelerator(config.precision)
-    model.to(accelerator.device)
-    task = make_objective(model, images, val, config, accelerator, features, on_warning)
-    optimizer, schedule = _optimizer(model, config, len(images))
-    state = resume or TrainState(0, _tensors(model))
-    if resume:
-        restore(model, state.tensors)
-        restore_optimizer(optimizer, state.optimizer)
-    first, clock = state.epoch, _Clock(time.perf_counter())
-    with ThreadPoolExecutor(1) as loader, frozen_weights_in_bf16(model, accelerator.mixed_precision == "bf16"):
-        loop = _Loop(task, config, optimizer, schedule, accelerator, clock, loader)
+    begin = time.perf_counter()
+    with _ready(model, images, config, val, features, on_warning) as loop:
+        state, clock = resume or TrainState(0, _tensors(model)), loop.clock
+        if resume:
+            restore(model, state.tensors)
+            restore_optimizer(loop.optimizer, state.optimizer)
+        first = state.epoch
         for number in range(first + 1, config.epochs + 1):
             state = _advance(model, loop, state, number, on_progress)
             if on_state:
@@ -123,7 +153,75 @@ def train(
     model.eval()
     seconds, seen = time.perf_counter() - begin, (config.epochs - first) * len(images)
     waiting = clock.waiting / max(clock.stepping, 1e-9)
-    return Training(state.history, kept, seconds, seen / seconds, peak_memory_bytes(), waiting, task.kept_bytes)
+    return Training(state.history, kept, seconds, seen / seconds, peak_memory_bytes(), waiting, loop.task.kept_bytes)
+
+
+@contextmanager
+def _ready(
+    model: nn.Module,
+    images: Images,
+    config: TrainConfig,
+    val: Images | None,
+    features: Features | None,
+    on_warning: Callable[[str], None],
+) -> Iterator[_Loop]:
+    """Yield a run that is about to make its first step; its clock runs."""
+    begin, accelerator = time.perf_counter(), make_accelerator(config.precision)
+    model.to(accelerator.device)
+    task = make_objective(model, images, val, config, accelerator, features, on_warning)
+    optimizer, schedule = _optimizer(model, config, len(images))
+    with ThreadPoolExecutor(1) as loader, frozen_weights_in_bf16(model, accelerator.mixed_precision == "bf16"):
+        clock = _Clock(time.perf_counter(), time.perf_counter() - begin)
+        yield _Loop(task, config, optimizer, schedule, accelerator, clock, loader)
+
+
+def measure_pace(
+    model: nn.Module,
+    images: Images,
+    config: TrainConfig,
+    val: Images | None = None,
+    *,
+    features: Features | None = None,
+    at_least: float = 1.0,
+    then: Callable[[Pace, TrainState], None] | None = None,
+    on_warning: Callable[[str], None] = warn,
+) -> Pace:
+    """Make one step of training to warm up, then the first few of an epoch until `at_least` seconds have passed.
+
+    They are steps of `train` with the same arguments, so the model is trained by them.
+
+    Args:
+        then: called with the result and the last state, while all that training holds is still held.
+        on_warning: as of `train`.
+
+    Raises:
+        TrainingDiverged: the loss stopped being finite.
+        VisgraftError: as `train`.
+    """
+    _check(model, config, val)
+    with _ready(model, images, config, val, features, on_warning) as loop:
+        state, (warm, *_) = _time_epoch(model, replace(loop, most=1), TrainState(0, _tensors(model)))
+        begin, rounds = time.perf_counter(), list[tuple[float, ...]]()
+        while not rounds or time.perf_counter() - begin < at_least:
+            state, times = _time_epoch(model, replace(loop, most=MEASURED_STEPS), state)
+            rounds.append(times)
+        step, start, keeping, validation = (median(values) for values in zip(*rounds, strict=True))
+        steps = len(loop.task.labels) / config.batch_size
+        steps = float(int(steps)) if config.drop_last else max(steps, 1.0)
+        pace = Pace(loop.clock.preparing, step, start, keeping, validation, max(warm - start - step, 0.0), steps)
+        if then:
+            then(pace, state)
+    return pace
+
+
+def _time_epoch(model: nn.Module, loop: _Loop, state: TrainState) -> tuple[TrainState, tuple[float, ...]]:
+    """Return the state after an epoch that may end early, and `step`, `start`, `keeping` and `validation` of `Pace`."""
+    ends, before, begin = list[float](), loop.clock.validating, time.perf_counter()
+    state = _advance(model, loop, state, state.epoch + 1, lambda _: ends.append(time.perf_counter()))
+    end, validation = time.perf_counter(), loop.clock.validating - before
+    full = ends[: max(len(loop.task.labels) // loop.config.batch_size, 1)]  # a last batch may be smaller
+    step = median([later - earlier for earlier, later in pairwise(full)] or [ends[0] - begin])
+    return state, (step, max(ends[0] - begin - step, 0.0), end - ends[-1] - validation, validation)
 
 
 def _advance(
@@ -140,14 +238,16 @@ def _advance(
     if epoch is None or not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         restore(model, state.tensors)
         raise _diverged(number, loop.config)
+    begin = time.perf_counter()
     epoch = replace(epoch, complete=True, **_validate(model, loop.task, loop.accelerator))
+    loop.clock.validating += time.perf_counter() - begin
     return state.after(epoch, tensors, optimizer_tensors(loop.optimizer))
 
 
 def _one_epoch(loop: _Loop, number: int, on_progress: Callable[[Epoch], None] | None) -> Epoch | None:
     """Make one pass over the images; None where the loss stopped being finite."""
     epoch = None
-    for epoch in _steps(loop, number):
+    for epoch in islice(_steps(loop, number), loop.most):
         if not np.isfinite(epoch.loss):
             return None
         if on_progress:

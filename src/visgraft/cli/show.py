@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from math import ceil
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -135,6 +136,41 @@ def print_figures(figures: Mapping[str, Any]) -> None:
             table.add_row(name, text)
     result_console.print(table)
     print_skipped(figures["skipped"])
+
+
+def print_forecast(forecast: Mapping[str, Any]) -> None:
+    """Print what `forecast_folder` returned."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    once = ", on features computed once" if forecast["features_once"] else ""
+    steps, epochs = ceil(forecast["steps_per_epoch"]), forecast["epochs"]
+    validated = ", validation included" if forecast["images_val"] else ""
+    rest = forecast["seconds"] - forecast["seconds_by_part"]["training"]
+    rows = {
+        "method": f"{forecast['method']} on {forecast['backbone']}",
+        "images": f"{forecast['images']:,} and {forecast['images_val']:,} for validation; "
+        f"{forecast['images_read']} were read for this forecast",
+        "trained parameters": f"{forecast['params_adapter']:,} + {forecast['params_head']:,} of the head",
+        "adapter": f"{forecast['adapter_file_bytes'] / 1000:,.0f} KB",
+        "peak memory": f"{forecast['peak_memory_bytes'] / 1e9:.2f} GB",
+        "a step": f"{_seconds(forecast['seconds_per_step'])} on {forecast['batch_size']} images in "
+        f"{forecast['precision']}{once}",
+        "an epoch": f"{_seconds(forecast['seconds_per_epoch'])}: {steps:,} step{'s' if steps > 1 else ''}{validated}",
+        "in all": f"{_seconds(forecast['seconds'])}: {epochs:,} epoch{'s' if epochs > 1 else ''}, and "
+        f"{_seconds(rest)} before and after",
+    }
+    for name, text in rows.items():
+        table.add_row(name, text)
+    result_console.print(table)
+    progress_console.print("a forecast from the first steps; nothing was written")
+
+
+def _seconds(seconds: float) -> str:
+    """A length of time in the unit that suits it."""
+    if seconds < 1:
+        return f"{1000 * seconds:.3g} ms"
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def print_skipped(skipped: Sequence[Mapping[str, str]]) -> None:

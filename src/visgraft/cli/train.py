@@ -53,6 +53,7 @@ def train(
     folds: Annotated[int, typer.Option(help="also cross-validate with so many folds, for few images; 0: do not")] = 0,
     repeats: Annotated[int, typer.Option(help="times the folds are drawn anew", min=1)] = 2,
     resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted run of this command")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say how long, how large; write nothing")] = False,
     cache: Cache = "auto",
     skip_broken: SkipBroken = False,
     background: Background = None,
@@ -62,15 +63,14 @@ def train(
     **values: Any,
 ) -> None:
     """Train a method on labelled images and write a small adapter."""
-    from visgraft.cli.log import epoch_log
     from visgraft.cli.options import train_config
-    from visgraft.cli.show import emit, loading_progress, print_figures, training_progress, warn
+    from visgraft.cli.show import emit, print_figures, warn
     from visgraft.data.dataset import Split
     from visgraft.data.images import Loading
     from visgraft.data.read import read_data
-    from visgraft.workflow import train_folder
-    from visgraft.workflow.training import Watch
 
+    if dry_run:
+        _check_dry_run({"--resume": resume, "--folds": folds, "--log": log})
     origin, config = _start(init_from, method, backbone, weights, image_size, values)
     recipe = train_config(config.method, values)
     origin = dataclasses.replace(origin, seed=recipe.seed)  # the seed of the new head
@@ -81,16 +81,49 @@ def train(
     images, split = source(data, csv), Split(val_fraction, test_fraction, recipe.seed)
     loading = Loading(cache, skip_broken, background)
     setting = {"backbone": origin, "method_config": config, "train_config": recipe, "loading": loading}
-    with (
-        training_progress(recipe.epochs) as show,
-        loading_progress() as show_loading,
-        epoch_log(log, out.with_name(f"{out.name}.tensorboard"), show) as tell,
-    ):
-        watch = Watch(tell, show_loading, warn)
-        figures = train_folder(images, out, **setting, split=split, resume=resume, init_from=init_from, watch=watch)
+    whole = {**setting, "split": split, "init_from": init_from}
+    if dry_run:
+        _forecast(images, out, whole, json)
+        return
+    figures = _train(images, out, whole, resume, log)
     if folds:
         figures["cross_validation"] = _cross_validate(read_data(images, split), folds, repeats, setting)
     emit(figures, json, lambda: print_figures(figures))
+
+
+def _train(images: Any, out: Path, whole: Mapping[str, Any], resume: bool, log: str | None) -> dict[str, Any]:
+    """Train, showing how it goes, and return the figures."""
+    from visgraft.cli.log import epoch_log
+    from visgraft.cli.show import loading_progress, training_progress, warn
+    from visgraft.workflow import train_folder
+    from visgraft.workflow.training import Watch
+
+    with (
+        training_progress(whole["train_config"].epochs) as show,
+        loading_progress() as show_loading,
+        epoch_log(log, out.with_name(f"{out.name}.tensorboard"), show) as tell,
+    ):
+        return train_folder(images, out, **whole, resume=resume, watch=Watch(tell, show_loading, warn))
+
+
+def _check_dry_run(given: Mapping[str, Any]) -> None:
+    """Raise where an option is of no effect because nothing is trained."""
+    for option in (option for option, value in given.items() if value):
+        raise VisgraftError(
+            f"{option} does not go with --dry-run, which forecasts one training from its beginning and writes nothing; "
+            "leave one out"
+        )
+
+
+def _forecast(images: Any, out: Path, whole: Mapping[str, Any], json: bool) -> None:
+    """Print what the training would take."""
+    from visgraft.cli.show import emit, loading_progress, print_forecast, warn
+    from visgraft.workflow import forecast_folder
+    from visgraft.workflow.training import Watch
+
+    with loading_progress() as show_loading:
+        forecast = forecast_folder(images, out, **whole, watch=Watch(None, show_loading, warn))
+    emit(forecast, json, lambda: print_forecast(forecast))
 
 
 def _cross_validate(dataset: Any, folds: int, repeats: int, setting: Mapping[str, Any]) -> dict[str, Any]:

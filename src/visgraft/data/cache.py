@@ -69,11 +69,7 @@ def hold_pixels(
         DataError: an image does not decode and `skip_broken` is off, or the cache cannot be written.
         VisgraftError: no such cache.
     """
-    if cache not in CACHES:
-        raise VisgraftError(f"cache is {cache!r}, but must be one of {', '.join(CACHES)}{nearest(cache, CACHES)}")
-    if cache == "auto":
-        needed = len(examples) * torch.Size(decode.shape()).numel()
-        cache = "ram" if needed <= psutil.virtual_memory().available // 4 else "disk"
+    cache = choose_cache(cache, len(examples), decode)
     if cache == "disk":
         return _on_disk(examples, decode, skip_broken, on_progress)
     if cache == "ram":
@@ -83,6 +79,26 @@ def hold_pixels(
         for _ in _decoded(examples, decode, broken, True, on_progress):
             pass
     return Decoded([example for i, example in enumerate(examples) if i not in broken], decode), broken
+
+
+def choose_cache(cache: str, count: int, decode: Decode) -> str:
+    """Return the cache that so many images are kept in: `cache`, or what `auto` stands for.
+
+    Raises:
+        VisgraftError: no such cache.
+    """
+    if cache not in CACHES:
+        raise VisgraftError(f"cache is {cache!r}, but must be one of {', '.join(CACHES)}{nearest(cache, CACHES)}")
+    if cache != "auto":
+        return cache
+    needed = count * torch.Size(decode.shape()).numel()
+    return "ram" if needed <= psutil.virtual_memory().available // 4 else "disk"
+
+
+def is_on_disk(examples: Sequence[Example], decode: Decode) -> bool:
+    """Whether an earlier run left the decoded pixels of these images in the cache folder."""
+    facts = _facts_file(examples, decode)
+    return facts.is_file() and facts.with_suffix(".uint8").is_file()
 
 
 def _decoded(
@@ -128,9 +144,8 @@ def _on_disk(
     examples: Sequence[Example], decode: Decode, skip_broken: bool, on_progress: Callable[[int, int], None] | None
 ) -> tuple[Tensor, Broken]:
     """Map the file of these images into memory, after writing it where it is not there yet."""
-    folder = cache_folder() / "images"
-    name = _name(examples, decode)
-    file, facts = folder / f"{name}.uint8", folder / f"{name}.json"
+    facts = _facts_file(examples, decode)
+    file, folder = facts.with_suffix(".uint8"), facts.parent
     if not facts.is_file() or not file.is_file():
         broken: Broken = {}
         try:
@@ -157,8 +172,8 @@ def _on_disk(
     return torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8).view(shape), broken
 
 
-def _name(examples: Sequence[Example], decode: Decode) -> str:
-    """Hash whatever decides the pixels; the libraries that decode and resize are part of it."""
+def _facts_file(examples: Sequence[Example], decode: Decode) -> Path:
+    """Return the file beside that of these pixels; its name hashes all that decides them, the libraries included."""
     digest = hashlib.sha256(json.dumps([dict(decode.facts), version("pillow"), version("torchvision")]).encode())
     for path, _, _, content in examples:
         if content is None:
@@ -167,7 +182,7 @@ def _name(examples: Sequence[Example], decode: Decode) -> str:
             digest.update(words.encode("utf-8", "surrogateescape"))
         else:
             digest.update(content())
-    return digest.hexdigest()[:32]
+    return cache_folder() / "images" / f"{digest.hexdigest()[:32]}.json"
 
 
 def _make_room(folder: Path, needed: int) -> None:

@@ -3,14 +3,14 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from visgraft.backbone import image_transform
-from visgraft.data.cache import Decode, Pixels, hold_pixels
+from visgraft.data.cache import Decode, Pixels, choose_cache, hold_pixels, is_on_disk
 from visgraft.data.dataset import Example
 from visgraft.data.decode import open_image
 from visgraft.errors import DataError
@@ -99,17 +99,7 @@ def load_images(
     """
     if not examples:
         raise DataError("there are no images to load; check the folder's splits")
-    colour = background or "white"
-    steps = image_transform(data_config).transforms[:-2]  # the last two make a float tensor and normalise it
-
-    def decode(example: Example) -> Tensor:
-        picture: Any = open_image(example, colour)
-        for step in steps:
-            picture = step(picture)
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-
-    facts = {"data_config": dict(data_config), "background": colour}
-    pixels, broken = hold_pixels(examples, Decode(decode, facts), cache, skip_broken, on_progress)
+    pixels, broken = hold_pixels(examples, _decode(data_config, background), cache, skip_broken, on_progress)
     kept = [example for index, example in enumerate(examples) if index not in broken]
     if not kept:
         raise DataError(f"none of the {len(examples)} images decodes, e.g. {broken[0]}")
@@ -122,6 +112,33 @@ def load_images(
         tuple(example.group for example in kept),
         tuple(Skipped(examples[index].path, reason) for index, reason in sorted(broken.items())),
     )
+
+
+def _decode(data_config: Mapping[str, Any], background: str | None) -> Decode:
+    """Return how an example becomes pixels for a backbone, without the normalisation."""
+    colour = background or "white"
+    steps = image_transform(data_config).transforms[:-2]  # the last two make a float tensor and normalise it
+
+    def decode(example: Example) -> Tensor:
+        picture: Any = open_image(example, colour)
+        for step in steps:
+            picture = step(picture)
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+    return Decode(decode, {"data_config": dict(data_config), "background": colour})
+
+
+def find_cache(
+    examples: Sequence[Example], data_config: Mapping[str, Any], loading: Loading
+) -> tuple[Literal["ram", "disk", "none"], bool]:
+    """Return where `load_images` would keep these images, and whether an earlier run left them there decoded.
+
+    Raises:
+        VisgraftError: no such cache.
+    """
+    decode = _decode(data_config, loading.background)
+    cache: Any = choose_cache(loading.cache, len(examples), decode)
+    return cache, cache == "disk" and is_on_disk(examples, decode)
 
 
 def make_labels(examples: Sequence[Example], outputs: int = 0) -> Tensor:

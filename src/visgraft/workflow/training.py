@@ -23,6 +23,7 @@ from visgraft.data.read import AnySource, read_data
 from visgraft.errors import Interrupted, TrainingDiverged, VisgraftError
 from visgraft.evaluate import evaluate, resolve_precision
 from visgraft.files import check_target
+from visgraft.method import Batches
 from visgraft.resume import Epoch, TrainState, read_state, state_file, write_state
 from visgraft.train import Training, restore, train
 from visgraft.warm_start import start_from
@@ -78,9 +79,7 @@ def train_folder(
         VisgraftError: the data, the backbone, an option or `out` cannot be used.
     """
     check_target(out, CONFIG)
-    dataset = read_data(data, split)
-    for line in quick_check(dataset):
-        watch.warning(line)
+    dataset = read_and_check(data, split, watch)
     train_config = replace(train_config, precision=resolve_precision(train_config.precision))
     run = _facts(dataset, backbone, method_config, train_config, split, loading) | {"init_from": str(init_from)}
     state = _find_state(out, run, resume, watch)
@@ -88,7 +87,10 @@ def train_folder(
     counts = count_parameters(model)
     images, val = _load(dataset, model, loading, watch)
     begin = time.perf_counter()
-    _attach(model, method_config, images, dataset, state, init_from, train_config.seed, watch)
+    if state is None:
+        attach_as_asked(model, method_config, images.batches(), dataset, init_from, train_config.seed, watch)
+    else:
+        assemble(model, method_config)  # the state holds what a look at the images would find
     record = _record(dataset, split, train_config, loading.background or "white")
 
     def write(**more: Any) -> None:
@@ -151,25 +153,30 @@ def _record(dataset: Dataset, split: Split, config: TrainConfig, background: str
     return {"train": config.to_dict(), "precision": config.precision, "data": data}
 
 
-def _attach(
+def read_and_check(data: AnySource, split: Split, watch: Watch) -> Dataset:
+    """Read labelled images' names and labels, and warn of what can be seen without decoding one."""
+    dataset = read_data(data, split)
+    for line in quick_check(dataset):
+        watch.warning(line)
+    return dataset
+
+
+def attach_as_asked(
     model: nn.Module,
     config: MethodConfig,
-    images: Images,
+    batches: Batches,
     dataset: Dataset,
-    state: TrainState | None,
     init_from: Path | None,
     seed: int,
     watch: Watch,
 ) -> None:
-    """Attach the method afresh, from an earlier adapter, or, where a state will be put in, without a look at images."""
+    """Attach the method afresh, with a look at the task's batches where it takes one, or from an earlier adapter."""
     torch.manual_seed(seed)
-    if state is not None:
-        assemble(model, config)
-    elif init_from is not None:
+    if init_from is not None:
         for note in start_from(model, init_from, config, dataset.classes):
             watch.warning(note)
     else:
-        attach(model, config, images.batches())
+        attach(model, config, batches)
 
 
 def _find_state(out: Path, run: dict[str, Any], resume: bool, watch: Watch) -> TrainState | None:
