@@ -15,6 +15,7 @@ from visgraft import Backbone, DataError, TrainConfig, TrainState, VisgraftError
 from visgraft.adapter import TENSORS
 from visgraft.data.images import Loading
 from visgraft.evaluate import peak_memory_bytes
+from visgraft.prefix import TRACED, run_prefix
 from visgraft.train import MEASURED_STEPS, Pace, measure_pace
 from visgraft.workflow import forecast_folder, forecasting
 
@@ -126,11 +127,11 @@ def test_a_head_that_sees_features_is_told_from_one_that_sees_changing_images(
 def test_what_was_measured_is_multiplied_by_what_there_is(
     few: int, colours: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pace = Pace(step=2.0, start=1.0, keeping=0.5, validation=4.0, warmup=7.0, steps=5.0)
+    pace = Pace(step=2.0, start=1.0, keeping=0.5, validation=4.0, warmup=7.0, steps=5.0, preparing=3.0)
     assert pace.epoch == 11.5
     given: dict[str, Any] = {}
 
-    def measured(model: Any, images: Any, config: Any, val: Any, *, features: Any, then: Any) -> Pace:
+    def measured(model: Any, images: Any, config: Any, val: Any, *, features: Any, then: Any, **told: Any) -> Pace:
         given.update(images=len(images), val=len(val), features=features)
         return pace
 
@@ -138,11 +139,27 @@ def test_what_was_measured_is_multiplied_by_what_there_is(
     found = forecast(colours, "lora")
     assert given == {"images": 39, "val": few, "features": None}
     assert found["seconds_per_epoch"] == pytest.approx(11.5 + 4.0 * 9 / few)
-    assert found["seconds_by_part"]["training"] == pytest.approx(7 + 3 * (11.5 + 4.0 * 9 / few))
+    assert found["seconds_by_part"]["training"] == pytest.approx(3 + 7 + 3 * (11.5 + 4.0 * 9 / few))
     assert found["seconds"] == pytest.approx(sum(found["seconds_by_part"].values()))
     found = forecast(colours, "linear")
     assert {name: len(rows) for name, rows in given["features"].items()} == {"train": 39, "val": 9}
     assert (given["val"], found["seconds_per_epoch"]) == (9, 11.5 + 4.0), "with features all figures are computed"
+
+
+def test_the_frozen_prefix_runs_over_all_images_before_the_first_epoch(
+    few: int, colours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+
+    def counted(model: Any, parts: Any, accelerator: Any) -> Any:
+        sizes.append([len(part) for part in parts])
+        return run_prefix(model, parts, accelerator)
+
+    monkeypatch.setattr("visgraft.objective.run_prefix", counted)
+    config = TrainConfig(epochs=3, warmup_epochs=1.0, batch_size=8, precision="fp32")
+    lora = methods()["lora"].Config(last_blocks=1)
+    forecast_folder(colours, backbone=BACKBONE, method_config=lora, train_config=config, loading=RAM)
+    assert sizes == [[39, few]]
 
 
 @pytest.mark.parametrize(("epochs", "writes"), [(3, 0), (4, 1), (11, 2), (12, 3)])
@@ -179,7 +196,8 @@ def test_a_step_is_one_on_a_full_batch(count: int, steps: list[float], monkeypat
     model = ready(DEFAULTS["lora"])
 
     def compute(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-        clock[0] += len(inputs[0]) * (1.0 if module.training else 0.1) + (0.0 if passes else 50.0)
+        clock[0] += len(inputs[0]) * (1.0 if module.training else 0.1)
+        clock[0] += 50.0 if module.training and not any(passes) else 0.0
         passes.append(module.training)
 
     model.register_forward_pre_hook(compute)
@@ -188,6 +206,7 @@ def test_a_step_is_one_on_a_full_batch(count: int, steps: list[float], monkeypat
     found = measure_pace(model, task(count), RECIPE, task(10, 1), then=lambda *all_: told.extend(all_))
     assert [found.step, found.steps] == pytest.approx(steps)
     assert [found.validation, found.warmup] == pytest.approx([1.0, 50.0])
+    assert found.preparing == pytest.approx(TRACED * 0.1), "a look for a frozen prefix"
     assert (found.start, found.keeping) == pytest.approx((0.0, 0.0), abs=1e-9)
     assert sum(passes) == 1 + min(MEASURED_STEPS, -(-count // 8)), "one to warm up, then a few"
     assert told[0] is found and told[1].epoch == 2 and told[1].optimizer

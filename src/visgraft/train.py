@@ -59,13 +59,13 @@ class Pace:
     `preparing` is what comes before the first epoch, such as what a frozen prefix takes to run over all images.
     """
 
-    preparing: float
     step: float
     start: float
     keeping: float
     validation: float
     warmup: float
     steps: float
+    preparing: float = 0.0
 
     @property
     def epoch(self) -> float:
@@ -208,7 +208,8 @@ def measure_pace(
         step, start, keeping, validation = (median(values) for values in zip(*rounds, strict=True))
         steps = len(loop.task.labels) / config.batch_size
         steps = float(int(steps)) if config.drop_last else max(steps, 1.0)
-        pace = Pace(loop.clock.preparing, step, start, keeping, validation, max(warm - start - step, 0.0), steps)
+        warmup = max(warm - start - step, 0.0)
+        pace = Pace(step, start, keeping, validation, warmup, steps, loop.clock.preparing)
         if then:
             then(pace, state)
     return pace
