@@ -78,6 +78,16 @@ class _Sample:
         """The parts there are, by name."""
         return {"train": self.train} | ({"val": self.val} if self.val else {})
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many images there are, and how many were read."""
+        read = sum(len(part.read) for part in self.parts.values())
+        return {
+            "images": len(self.train.all),
+            "images_val": len(self.val.all) if self.val else 0,
+            "images_read": read,
+        }
+
 
 def forecast_folder(
     data: AnySource,
@@ -93,10 +103,9 @@ def forecast_folder(
 ) -> dict[str, Any]:
     """Say what `train_folder` with the same arguments takes, by doing the beginning of it; nothing is written.
 
-    Only a few images are read, which then stand for all; the test images are never read. `seconds` is the time from the
-    call to the finished adapter, on a machine as busy as now, without what a slow disk adds; `seconds_by_part` are its
-    parts; `seconds_per_epoch` holds the validation after it. `adapter_file_bytes` is the size of the file of tensors in
-    the adapter's folder, `peak_memory_bytes` as measured after training by `train_folder`.
+    A few images are read and stand for all; the test images are never read. `seconds` are those from the call to the
+    finished adapter, on a machine as busy as now, without what a slow disk adds; `seconds_per_epoch` holds the
+    validation. `adapter_file_bytes` is the size of the file of tensors, `peak_memory_bytes` as `train_folder` says it.
 
     Args:
         data: a folder, a table or a data set, as for `train_folder`.
@@ -112,7 +121,7 @@ def forecast_folder(
     dataset = read_and_check(data, split, watch)
     config = replace(train_config, precision=resolve_precision(train_config.precision))
     model = create_backbone(backbone, len(dataset.classes), config.drop_path)
-    counts, preparing = count_parameters(model), time.perf_counter() - begin
+    plain, preparing = count_parameters(model), time.perf_counter() - begin
     sample = _read_sample(dataset, model, loading, watch)
 
     def attach_with(batches: Iterator[Any]) -> None:
@@ -120,36 +129,22 @@ def forecast_folder(
 
     attaching = _attaching_seconds(sample.train, attach_with)
     file_bytes = len(safetensors.torch.save(adapter_tensors(model)))
-    features, computing = _features(model, sample, config) if sees_features(model, config) else (None, 0.0)
-    pace, validation, states = _measure(model, sample, config, features, watch)
-    measured = 0.0 if sample.val is None else evaluate(model, sample.val.read, config.precision).seconds
-    seconds = {
-        "preparing": preparing,
-        "reading_images": sample.seconds,
-        "attaching": attaching,
-        "features": computing,
-        "training": pace.preparing + pace.warmup + config.epochs * (pace.epoch + validation),
-        "states": states,
-        "evaluating": measured * (sample.val.share if sample.val else 0.0),
-    }
-    sizes = count_parameters(model)
+    pace, validation, later = _training_seconds(model, sample, config, watch)
+    seconds = {"preparing": preparing, "reading_images": sample.seconds, "attaching": attaching, **later}
+    counts = count_parameters(model)
     return {
         "method": method_config.method,
         "backbone": backbone.name,
-        "images": len(sample.train.all),
-        "images_val": len(sample.val.all) if sample.val else 0,
-        "images_read": sum(len(part.read) for part in sample.parts.values()),
-        "params_adapter": sizes.adapter,
-        "params_head": sizes.head,
-        "params_backbone": counts.total - counts.head,
+        **sample.counts,
+        "params_adapter": counts.adapter,
+        "params_head": counts.head,
+        "params_backbone": plain.total - plain.head,
         "adapter_file_bytes": file_bytes,
         "peak_memory_bytes": peak_memory_bytes(sample.bytes),
-        "batch_size": config.batch_size,
-        "precision": config.precision,
-        "features_once": features is not None,
-        "epochs": config.epochs,
-        "seconds_per_step": pace.step,
+        **{name: getattr(config, name) for name in ("epochs", "batch_size", "precision")},
+        "features_once": sees_features(model, config),
         "steps_per_epoch": pace.steps,
+        "seconds_per_step": pace.step,
         "seconds_per_epoch": pace.epoch + validation,
         "seconds": sum(seconds.values()),
         "seconds_by_part": seconds,
@@ -209,6 +204,19 @@ def _attaching_seconds(part: _Part, attach_with: Callable[[Iterator[Any]], None]
     took = [later - earlier for earlier, later in pairwise(asked)][1:]  # the first batch warms up
     wants_all = len(asked) > SCANNED_BATCHES  # it would have taken more
     return spent + median(took) * left / shown * SCANNED_BATCHES if wants_all and left > 0 else spent
+
+
+def _training_seconds(
+    model: nn.Module, sample: _Sample, config: TrainConfig, watch: Watch
+) -> tuple[Pace, float, dict[str, float]]:
+    """Return the pace, the seconds of a validation on all images, and those of all that follows the attaching."""
+    features, computing = _features(model, sample, config) if sees_features(model, config) else (None, 0.0)
+    pace, validation, states = _measure(model, sample, config, features, watch)
+    val = sample.val
+    evaluating = 0.0 if val is None else val.share * evaluate(model, val.read, config.precision).seconds
+    training = pace.preparing + pace.warmup + config.epochs * (pace.epoch + validation)
+    seconds = {"features": computing, "training": training, "states": states, "evaluating": evaluating}
+    return pace, validation, seconds
 
 
 def _features(model: nn.Module, sample: _Sample, config: TrainConfig) -> tuple[Features, float]:

@@ -110,8 +110,7 @@ def train_folder(
         "params_backbone": counts.total - counts.head,
         "skipped": [row for part in (images, val) if part for row in skipped_of(part)],
         **{name: value for name, value in costs.items() if name != "history"},
-        "precision": train_config.precision,
-        "epochs": train_config.epochs,
+        **{name: getattr(train_config, name) for name in ("precision", "epochs")},
     }
 
 
