@@ -110,7 +110,7 @@ def _fold_all(model: nn.Module, plain: nn.Module, allow_new_bias: bool) -> None:
         target = fold_target(reads, adds_to)
         assert target is not None
         module: Any = attached.positions[key]
-        affine = probe(module, position, reads.grid, attached.shared)
+        affine = probe(module, position, reads.grid, attached.shared, attached.method.diagonal(attached.config))
         if allow_new_bias and bool(affine.shift.any()):
             add_missing_biases(plain, target)
         fold(plain, target, affine)
