@@ -209,8 +209,9 @@ def read_backbone(path: Path, config: Mapping[str, Any], weights: str | None = N
 
 def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Path, digest: str | None) -> None:
     """Copy the stored tensors in, after checking the backbone, every name and every shape."""
-    found = get_attached(model).digest
-    if digest is not None and found != digest:
+    # Made only to be compared: that takes longer than the rest of loading.
+    found = digest if digest is None else get_attached(model).digest
+    if found != digest:
         raise AdapterError(
             f"{path} was trained on another backbone (sha256 {str(digest)[:12]}…, this one is {str(found)[:12]}…); "
             "pass the same weights with --weights (weights= or backbone= in Python)"

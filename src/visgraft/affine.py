@@ -17,7 +17,10 @@ PROBING_GRID = Grid(4, 4, 0)  # where a site's tensor says by itself how its tok
 
 
 class AffineMap(NamedTuple):
-    """delta(x) = A x + a for every token; `matrix` A [adds_width, reads_width] and `shift` a [adds_width], float64."""
+    """delta(x) = A x + a for every token; `matrix` A [adds_width, reads_width] and `shift` a [adds_width], float64.
+
+    Of a map that treats every channel apart, `matrix` is the diagonal alone: [adds_width].
+    """
 
     matrix: Tensor
     shift: Tensor
@@ -35,13 +38,17 @@ class Fold(NamedTuple):
     padded: bool = False
 
 
-def probe(module: Method, position: Position, grid: Grid | None, shared: nn.Module | None = None) -> AffineMap:
+def probe(
+    module: Method, position: Position, grid: Grid | None, shared: nn.Module | None = None, diagonal: bool = False
+) -> AffineMap:
     """Return the affine map that the module in eval mode adds to every token, found by feeding zero and the identity.
 
-    `shared` holds the modules that the method shares between positions, if any.
+    `shared` holds the modules that the method shares between positions, if any. `diagonal`: the module is said to
+    treat every channel apart, so ones are fed instead of the identity, and the map is its diagonal.
 
     Raises:
-        MergeError: the module is not affine, or mixes tokens: it misses its own map on random input.
+        MergeError: the module is not affine, or mixes tokens (or channels, if `diagonal`): it misses its own map on
+            random input.
     """
     # One copy of both, because a method's module refers to the shared ones without owning them.
     exact: Any = copy.deepcopy(nn.ModuleList([module, shared or nn.Identity()])).to("cpu", torch.float64).eval()[0]
@@ -55,12 +62,15 @@ def probe(module: Method, position: Position, grid: Grid | None, shared: nn.Modu
             onto = onto.expand(*x.shape[:-1], position.adds_width)
             return exact(x, onto, grid) - onto
 
-    shift = added(torch.zeros(1, tokens, position.reads_width, dtype=torch.float64))[0, 0]
-    rows = -(-position.reads_width // tokens) * tokens
-    identity = torch.eye(rows, position.reads_width, dtype=torch.float64).view(-1, tokens, position.reads_width)
-    matrix = (added(identity).flatten(0, 1)[: position.reads_width] - shift).T
-    x = torch.randn(2, tokens, position.reads_width, generator=generator, dtype=torch.float64)
-    expected, found = x @ matrix.T + shift, added(x)
+    width = position.reads_width
+    shift = added(torch.zeros(1, tokens, width, dtype=torch.float64))[0, 0]
+    if diagonal:
+        matrix = added(torch.ones(1, tokens, width, dtype=torch.float64))[0, 0] - shift
+    else:
+        identity = torch.eye(-(-width // tokens) * tokens, width, dtype=torch.float64).view(-1, tokens, width)
+        matrix = (added(identity).flatten(0, 1)[:width] - shift).T
+    x = torch.randn(2, tokens, width, generator=generator, dtype=torch.float64)
+    expected, found = (x * matrix if diagonal else x @ matrix.T) + shift, added(x)
     if (found - expected).abs().max() > RELATIVE_TOLERANCE * (1 + expected.abs().max()):
         raise MergeError(
             f"the module at {position.key} is not affine in each token, so no linear layer can take it over; "
@@ -123,8 +133,7 @@ def fold(model: nn.Module, target: Fold, affine: AffineMap) -> None:
     Raises:
         MergeError: the map has a constant that a layer cannot take, or mixes channels in front of a norm.
     """
-    off_diagonal = affine.matrix - torch.diag(affine.matrix.diagonal()) if _square(affine.matrix) else affine.matrix
-    reason = refusal(model, target, bool(affine.shift.any()), not bool(off_diagonal.any()))
+    reason = refusal(model, target, bool(affine.shift.any()), _is_diagonal(affine.matrix))
     if reason:
         raise MergeError(f"the adapter {reason}; keep the adapter attached")
     with torch.no_grad():
@@ -136,15 +145,34 @@ def fold(model: nn.Module, target: Fold, affine: AffineMap) -> None:
                 _fold_linear(model, layer, neighbour, target.side, affine)
 
 
-def _square(matrix: Tensor) -> bool:
-    return matrix.shape[0] == matrix.shape[1]
+def _is_diagonal(matrix: Tensor) -> bool:
+    """Whether a map treats every channel apart."""
+    if matrix.ndim == 1:
+        return True
+    return matrix.shape[0] == matrix.shape[1] and not bool((matrix - torch.diag(matrix.diagonal())).any())
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Return `left @ right`, either of which may be the diagonal [N] of a matrix, without computing its zeros.
+
+    SCT's maps are zero outside an eighth of the rows and columns.
+    """
+    if left.ndim == 1 or right.ndim == 1:
+        return left.unsqueeze(1) * right if left.ndim == 1 else left * right
+    rows, inner, columns = left.any(1), left.any(0) & right.any(1), right.any(0)
+    if bool(rows.all() & inner.all() & columns.all()):
+        return left @ right
+    product = left.new_zeros(len(left), right.shape[1])
+    product[rows.nonzero(), columns.nonzero().T] = left[rows][:, inner] @ right[inner][:, columns]
+    return product
 
 
 def _fold_norm(norm: Any, affine: AffineMap) -> None:
     """Scale and shift the norm's own factor and shift."""
     factor_name, shift_name = norm_parameters(norm)
     factor, shift = getattr(norm, factor_name), getattr(norm, shift_name, None)
-    scale = (1 + affine.matrix.diagonal()).to(factor.device)
+    diagonal = affine.matrix if affine.matrix.ndim == 1 else affine.matrix.diagonal()
+    scale = (1 + diagonal).to(factor.device)
     factor.copy_((factor.double().flatten() * scale).view_as(factor))
     if shift is not None:
         shift.copy_((shift.double().flatten() * scale + affine.shift.to(shift.device)).view_as(shift))
@@ -157,11 +185,12 @@ def _fold_linear(model: nn.Module, layer: Any, neighbour: Neighbour, side: str, 
     kernel = layer.weight.shape[1:]
     weight, bias = layer.weight.detach().double().flatten(1)[rows], _read_bias(model, layer, neighbour)[rows]
     if side == "input":
-        new_weight, new_bias = weight + weight @ matrix, bias + weight @ constant
+        new_weight, new_bias = weight + _product(weight, matrix), bias + weight @ constant
     elif side == "output":
-        new_weight, new_bias = weight + matrix @ weight, bias + matrix @ bias + constant
+        moved = _product(matrix, bias.unsqueeze(1)).squeeze(1)
+        new_weight, new_bias = weight + _product(matrix, weight), bias + moved + constant
     else:
-        new_weight, new_bias = weight + matrix, bias + constant
+        new_weight, new_bias = weight + (torch.diag(matrix) if matrix.ndim == 1 else matrix), bias + constant
     if bool(new_bias[_homeless(model, neighbour).to(new_bias.device)].any()):
         raise MergeError(f"the adapter adds a constant where {neighbour.path} has no bias; keep the adapter attached")
     layer.weight[rows] = new_weight.unflatten(1, kernel).to(layer.weight.dtype)

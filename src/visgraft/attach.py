@@ -16,7 +16,7 @@ from visgraft.method import Batches, Method, OwnTensor, Place, Position
 from visgraft.registry import get_method
 from visgraft.sites import BEFORE_BLOCKS, Site, Sites
 from visgraft.taps import Add, Apply, Insert, Kept, Read, Remove, tap, tap_source
-from visgraft.tensors import CHILD, backbone_digest, head_paths, own_tensors
+from visgraft.tensors import CHILD, LazyDigest, head_paths, own_tensors
 
 
 class Attached(nn.Module):
@@ -25,10 +25,10 @@ class Attached(nn.Module):
     `positions` maps a key to the method's module there; `shared` holds the modules common to all positions.
     """
 
-    def __init__(self, model: nn.Module, config: MethodConfig, digest: str | None) -> None:
+    def __init__(self, model: nn.Module, config: MethodConfig) -> None:
         super().__init__()
         self.config = config
-        self.digest = digest
+        self.plain = LazyDigest(model)
         self.positions = nn.ModuleDict()
         self.shared = nn.ModuleDict()
         self.where: dict[str, Position] = {}
@@ -44,6 +44,11 @@ class Attached(nn.Module):
     def method(self) -> type[Method]:
         """The registered class of the attached method."""
         return get_method(self.config.method)
+
+    @property
+    def digest(self) -> str | None:
+        """The sha256 of the backbone that the method was attached to; None where its tensors hold no data (meta)."""
+        return self.plain.value()
 
     def set(self, path: str, attribute: str, value: Any) -> None:
         """Set an attribute of one of the backbone's modules, to be set back by `reset`."""
@@ -64,6 +69,7 @@ class Attached(nn.Module):
         A frozen part in training mode would drop features at random and move BatchNorm's statistics.
         """
         super().train(mode)
+        self.plain.settle()
         trained = {name.rpartition(".")[0] for name in self.unfrozen}
         trained |= {".".join(path.split(".")[:n]) for path in trained for n in range(path.count(".") + 1)}
         inside = tuple(f"{path}." for path in (*self.head, CHILD))
@@ -229,7 +235,7 @@ def assemble(
     positions, sites = find_positions(model, config)
     if positions:
         prove_sites(model, list(dict.fromkeys(site for position in positions for site in sites.at(position))))
-    attached = Attached(model, config, backbone_digest(model))
+    attached = Attached(model, config)
     tensors = own_tensors(model)
     attached.unfrozen = tuple(method.unfrozen(config, tensors))
     if config.last_blocks:
@@ -296,6 +302,7 @@ def _freeze(model: nn.Module, attached: Attached) -> None:
         parameter.requires_grad_(name in trained)
     state = model.state_dict()
     attached.originals = {name: state[name].detach().clone() for name in sorted(trained)}
+    attached.plain.keep(attached.originals)
 
 
 def strip(model: nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ its channels stay whole and in order; that is proven by doing the same to a tens
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,8 +57,10 @@ class _Trace(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
+        result = _shape_only(name, args, kwargs)
+        if result is None:
+            result = func(*args, **kwargs)
         if name in ADDITIONS:
             self.added.append((args[0], args[1], result))
         elif name in REARRANGEMENTS and isinstance(result, Tensor) and result is not args[0]:
@@ -111,6 +113,29 @@ class _Trace(TorchFunctionMode):
             shadow = func(shadow, *args, **kwargs)
         # Zeros are padding.
         return shadow.shape[-1] == count and bool(((shadow == numbers) | (shadow == 0)).all())
+
+
+def _shape_only(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return what a function makes of meta tensors where its shape is plain to see, else None.
+
+    The meta kernels of these are written in Python on top of further ones, and are most of what a dry run takes.
+    """
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    # One that holds data shows that the model refers to a tensor outside itself, which the function itself refuses.
+    if not (tensors and args and tensors[0] is args[0] and all(tensor.is_meta for tensor in tensors)):
+        return None
+    x, contiguous = tensors[0], all(tensor.is_contiguous() for tensor in tensors)
+    shape: Sequence[int] | None = None
+    if name == "scaled_dot_product_attention" and len(args) == 3:
+        shape = (*x.shape[:-1], args[2].shape[-1])
+    elif (name == "layer_norm" or (name == "gelu" and len(args) == 1)) and contiguous:
+        shape = x.shape
+    elif name == "linear" and contiguous and x.ndim > 1 and x.shape[-1] == tensors[1].shape[-1]:
+        shape = (*x.shape[:-1], len(tensors[1]))
+    elif name in ADDITIONS and contiguous and [tensor.shape for tensor in tensors] == [x.shape] * 2 and not kwargs:
+        shape = x.shape
+    same = len({tensor.dtype for tensor in tensors}) == 1
+    return None if shape is None or not same else x.new_empty(shape)
 
 
 def meta_copy(model: nn.Module) -> nn.Module:

@@ -110,10 +110,26 @@ def _fold_all(model: nn.Module, plain: nn.Module, allow_new_bias: bool) -> None:
         target = fold_target(reads, adds_to)
         assert target is not None
         module: Any = attached.positions[key]
-        affine = probe(module, position, reads.grid, attached.shared)
+        affine = probe(module, position, reads.grid, attached.shared, attached.method.diagonal(attached.config))
         if allow_new_bias and bool(affine.shift.any()):
             add_missing_biases(plain, target)
         fold(plain, target, affine)
+
+
+def folded(model: nn.Module, *, allow_new_bias: bool = False) -> nn.Module:
+    """Return a plain copy in eval mode with the method folded into its weights, without measuring it (see `merge`).
+
+    Raises:
+        MergeError: the method cannot be folded exactly here.
+    """
+    attached = get_attached(model)
+    dtype = next(model.parameters()).dtype
+    if dtype not in (torch.float32, torch.float64):
+        raise MergeError(f"the model is in {dtype}, in which folding rounds visibly; call model.float() first")
+    # The digest is handed on as it is: a copy of it would make it, and the plain model has none.
+    plain = strip(copy.deepcopy(model, {id(attached.plain): attached.plain})).eval()
+    _fold_all(model, plain, allow_new_bias)
+    return plain
 
 
 def _noise(model: nn.Module) -> list[Tensor]:
@@ -152,16 +168,10 @@ def merge(model: nn.Module, images: Any = None, *, allow_new_bias: bool = False)
     Raises:
         MergeError: the method cannot be folded exactly here, or the measured difference is above the tolerance.
     """
-    attached = get_attached(model)
-    dtype = next(model.parameters()).dtype
-    if dtype not in (torch.float32, torch.float64):
-        raise MergeError(f"the model is in {dtype}, in which folding rounds visibly; call model.float() first")
-    training = model.training
-    plain = strip(copy.deepcopy(model)).eval()
+    plain, training = folded(model, allow_new_bias=allow_new_bias), model.training
     try:
         model.eval()
-        _fold_all(model, plain, allow_new_bias)
-        certificate = _compare(model, plain, images, attached.config.method)
+        certificate = _compare(model, plain, images, get_attached(model).config.method)
     finally:
         model.train(training)
     if not certificate.max_abs_difference <= certificate.tolerance:

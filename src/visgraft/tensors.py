@@ -1,6 +1,7 @@
 """The backbone's own tensors: its head, its digest, and what each tensor is."""
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -35,15 +36,62 @@ def backbone_digest(model: nn.Module) -> str | None:
     The head is left out because it is new for every task, and position embeddings because resampling them to
     another image size may round differently on another machine.
     """
-    digest, head = hashlib.sha256(), head_paths(model)
-    for name, tensor in sorted(model.state_dict().items()):
+    return _sha256(_digested(model))
+
+
+def _digested(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that the digest is made of, as the model's modules hold them."""
+    left_out = tuple(f"{path}." for path in (*head_paths(model), CHILD))
+    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    return {
+        name: tensor for name, tensor in state.items() if not (name.startswith(left_out) or name.endswith("pos_embed"))
+    }
+
+
+def _sha256(tensors: Mapping[str, Tensor]) -> str | None:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
         if tensor.is_meta:
             return None
-        if name.startswith(tuple(f"{path}." for path in (*head, CHILD))) or name.endswith("pos_embed"):
-            continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+class LazyDigest:
+    """The `backbone_digest` of a plain model, made when it is first asked for: it takes longer than all of `attach`.
+
+    Until then it refers to the model's tensors without copying them. A change of device or precision gives the model
+    new ones, and the old are held, so the digest stays that of the model as it was given; `settle` lets go of them.
+    Of tensors that train, pass the copies to `keep` before they do.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._now = _digested(model)
+        self._then = {name: tensor.detach() for name, tensor in self._now.items()}
+        self._value: str | None = None
+
+    def keep(self, originals: Mapping[str, Tensor]) -> None:
+        """Take the given tensors in place of the model's own of the same names."""
+        for name in originals.keys() & self._then.keys():
+            self._then[name] = originals[name]
+            del self._now[name]
+
+    def settle(self) -> None:
+        """Make the digest now if the model has left tensors behind, so that they are not held for it alone."""
+        if any(tensor.data_ptr() != self._then[name].data_ptr() for name, tensor in self._now.items()):
+            self.value()
+
+    def value(self) -> str | None:
+        """Return the digest; None where tensors hold no data (meta)."""
+        if self._then:
+            self._value = _sha256(self._then)
+            self._now, self._then = {}, {}
+        return self._value
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy would carry a second set of the backbone's tensors, which nothing ties to those of the copied model.
+        return {"_now": {}, "_then": {}, "_value": self.value()}
 
 
 def own_tensors(model: nn.Module) -> list[OwnTensor]:
