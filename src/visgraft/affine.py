@@ -152,18 +152,18 @@ def _is_diagonal(matrix: Tensor) -> bool:
     return matrix.shape[0] == matrix.shape[1] and not bool((matrix - torch.diag(matrix.diagonal())).any())
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Return `left @ right`, either of which may be the diagonal [N] of a matrix, without computing its zeros.
+def _times(weight: Tensor, matrix: Tensor) -> Tensor:
+    """Return `weight @ matrix` of a map or of its diagonal, leaving out the map's rows and columns of zeros.
 
-    SCT's maps are zero outside an eighth of the rows and columns.
+    SCT's maps are zero outside an eighth of them.
     """
-    if left.ndim == 1 or right.ndim == 1:
-        return left.unsqueeze(1) * right if left.ndim == 1 else left * right
-    rows, inner, columns = left.any(1), left.any(0) & right.any(1), right.any(0)
-    if bool(rows.all() & inner.all() & columns.all()):
-        return left @ right
-    product = left.new_zeros(len(left), right.shape[1])
-    product[rows.nonzero(), columns.nonzero().T] = left[rows][:, inner] @ right[inner][:, columns]
+    if matrix.ndim == 1:
+        return weight * matrix
+    rows, columns = matrix.any(1), matrix.any(0)
+    if bool(rows.all() & columns.all()):
+        return weight @ matrix
+    product = weight.new_zeros(len(weight), len(columns))
+    product[:, columns] = weight[:, rows] @ matrix[rows][:, columns]
     return product
 
 
@@ -185,10 +185,10 @@ def _fold_linear(model: nn.Module, layer: Any, neighbour: Neighbour, side: str, 
     kernel = layer.weight.shape[1:]
     weight, bias = layer.weight.detach().double().flatten(1)[rows], _read_bias(model, layer, neighbour)[rows]
     if side == "input":
-        new_weight, new_bias = weight + _product(weight, matrix), bias + weight @ constant
+        new_weight, new_bias = weight + _times(weight, matrix), bias + weight @ constant
     elif side == "output":
-        moved = _product(matrix, bias.unsqueeze(1)).squeeze(1)
-        new_weight, new_bias = weight + _product(matrix, weight), bias + moved + constant
+        turned = matrix if matrix.ndim == 1 else matrix.T
+        new_weight, new_bias = weight + _times(weight.T, turned).T, bias + _times(bias[None], turned)[0] + constant
     else:
         new_weight, new_bias = weight + (torch.diag(matrix) if matrix.ndim == 1 else matrix), bias + constant
     if bool(new_bias[_homeless(model, neighbour).to(new_bias.device)].any()):
