@@ -19,16 +19,13 @@ With `--peers`, huggingface/peft's LoRA of rank 8 on qkv and on all linear layer
 
 import argparse
 import contextlib
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import timm
 import torch
+from shared import arguments, in_turns, quartiles, report, shown, table
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
@@ -154,34 +151,28 @@ def measure(models: dict[str, nn.Module], x: Tensor, y: Tensor, asked: argparse.
     if asked.compile:
         models = {name: torch.compile(model) for name, model in models.items()}
     steps = {name: make_step(model, x, y, asked.bf16) for name, model in models.items()}
-    for step in steps.values():
-        step()
-    rounds: list[dict[str, float]] = []
-    for number in range(asked.rounds):
-        names = list(steps)[number % len(steps) :] + list(steps)[: number % len(steps)]
-        rounds.append({name: steps[name]() for name in names})
+    rounds = in_turns(steps, asked.rounds)
     result: dict[str, Any] = {"bound_ms": 1000 * statistics.median(r["bound"] for r in rounds)}
     for name in steps:
         ratios = [2 * r[name] / (r["bound"] + r["bound again"]) for r in rounds]
-        low, middle, high = (round(q, 3) for q in statistics.quantiles(ratios, n=4))
-        result[name] = {"ratio": middle, "quartiles": [low, high], "kept": round(kept[name] / kept["bound"], 3)}
+        low, middle, high = (round(value, 3) for value in quartiles(ratios))
+        result[name] = {"low": low, "ratio": middle, "high": high, "kept": round(kept[name] / kept["bound"], 3)}
     return result
 
 
 def main() -> None:
     """Print a table; with `--json`, write the figures to a file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--backbone", default="vit_small_patch16_224")
     parser.add_argument("--methods", default="sct,alore,lora")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--peers", action="store_true")
-    parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
     torch.manual_seed(0)
     size, count = asked.image_size, asked.batch_size
     x, y = torch.randn(count, 3, size, size, device=device), torch.randint(10, (count,), device=device)
@@ -195,21 +186,15 @@ def main() -> None:
         for model in models.values():
             stack.enter_context(frozen_weights_in_bf16(model, asked.bf16))
         figures = measure(models, x, y, asked)
-    facts = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        **{name: str(value) if isinstance(value, Path) else value for name, value in vars(asked).items()},
-    }
-    print(f"{facts}\nbound: {figures['bound_ms']:.0f} ms\n{'':16s}{'step':>7s}  quartiles      kept bytes")
-    for name in list(figures)[1:]:
-        row = figures[name]
-        print(f"{name:16s}{row['ratio']:7.3f}  {row['quartiles'][0]:.3f}-{row['quartiles'][1]:.3f}  {row['kept']:8.3f}")
+    names = [name for name in figures if name != "bound_ms"]
+    rows = [
+        [name, shown(*(figures[name][k] for k in ("low", "ratio", "high"))), figures[name]["kept"]] for name in names
+    ]
+    print(f"bound: {figures['bound_ms']:.0f} ms\n")
+    print(table(["", "step ÷ bound", "bytes kept ÷ bound's"], rows))
     for name, reason in refused.items():
         print(f"{name}: {reason}")
-    if asked.json:
-        asked.json.write_text(json.dumps({**facts, "refused": refused, **figures}, indent=1), encoding="utf-8")
+    report(asked, {"device": torch.cuda.get_device_name() if on_gpu else "cpu", "refused": refused, **figures})
 
 
 if __name__ == "__main__":
