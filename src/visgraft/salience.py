@@ -28,7 +28,7 @@ class _SquareSums:
 
     def __call__(self, value: Tensor, onto: Tensor, grid: Grid) -> Tensor:
         value = value[:, grid.prefix_tokens :].unflatten(0, (self.images, -1))  # the windows of an image are adjacent
-        # On a CPU image by image: a batch's features in fp64 do not fit into its caches, and take 15 times as long.
+        # On a CPU image by image: a batch's features in fp64 do not fit its caches, and take several times as long.
         parts = value.split(1) if value.device.type == "cpu" else (value,)
         squares = torch.cat([part.double().square().sum(dim=2).sum(dim=1) for part in parts])
         for label, rows in self.members.items():
