@@ -165,6 +165,7 @@ def test_a_part_alone_is_the_model_merged_with_the_others_at_zero(config: Method
         alone_ = fitted(config).double().eval()
         for module in get_attached(alone_).positions.values():
             module.delta = lambda x, grid, module=module, part=part: module.part_delta(x, part)
+            module.low_rank = lambda: None  # so that it runs in the form put in its place
         torch.testing.assert_close(logits(plain, x), logits(alone_, x), rtol=1e-9, atol=1e-9)
         seen.append(logits(plain, x))
     assert min((seen[0] - other).abs().max() for other in seen[1:]) > 1e-3
