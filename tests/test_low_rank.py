@@ -149,6 +149,13 @@ def test_a_hook_on_a_method_s_module_sees_its_call() -> None:
     assert seen == [1]
 
 
+def test_it_runs_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = attach(vit(), ALoREConfig()).train()
+    model.to("meta")
+    assert model(torch.empty(2, 3, 16, 16, device="meta")).shape == (2, 5)
+
+
 def kept_bytes(model: nn.Module, x: Tensor) -> int:
     """Bytes that a forward keeps for the backward pass, parameters left out, each memory once."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}

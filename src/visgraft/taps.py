@@ -5,6 +5,7 @@ Every hook is an object of a module-level class that holds what it needs, so tha
 features, what an act sees are tokens [B, N, C]; the hook puts what comes back into the backbone's own shape.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -158,10 +159,11 @@ class Source:
         """Return the norm's input, and the function that makes the site's tokens of it."""
         x = self.kept.take()
         kind = x.device.type
-        settings = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        known = torch.amp.is_autocast_available(kind)  # not on the meta device
+        cast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) if known else None
 
         def again(x: Tensor) -> Tensor:
-            with torch.autocast(*settings):
+            with cast or contextlib.nullcontext():
                 return self.lens.tokens(self.norm.forward(x))
 
         return x, again
