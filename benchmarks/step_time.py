@@ -5,9 +5,10 @@
 
 The bound is a step of the same frozen backbone without any method: the input of block 0 requires a gradient, so that
 the backward pass reaches it as it must for any method that adapts block 0, and the head trains and is stepped; in bf16
-its frozen weights are held in bf16, as they are for the methods. Every round times each candidate once, in turned
-order, and the bound twice: a ratio is a time divided by the mean of its round's two bounds, and the medians over rounds
-are shown with quartiles. The row `bound` is the first divided by that mean, which shows what the machine's unrest does.
+its frozen weights are held in bf16 and attention is computed as it is for the methods. Every round times each candidate
+once, in turned order, and the bound twice: a ratio is a time divided by the mean of its round's two bounds, and the
+medians over rounds are shown with quartiles. The row `bound` is the first divided by that mean, which shows what the
+machine's unrest does.
 
 Beside it stands what a forward keeps for the backward pass: the bytes of all tensors that are still there when it ends,
 parameters left out, divided by the bound's. Methods that leave the first blocks alone, and the linear probe, whose
@@ -35,8 +36,8 @@ from torch.utils._pytree import tree_leaves
 from visgraft.attach import attach
 from visgraft.backbone import Backbone, create_backbone
 from visgraft.errors import SiteError
-from visgraft.evaluate import frozen_weights_in_bf16
 from visgraft.finding import find_sites
+from visgraft.precision import frozen_weights_in_bf16, unfused_attention
 from visgraft.registry import get_method, methods
 
 
@@ -185,6 +186,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         for model in models.values():
             stack.enter_context(frozen_weights_in_bf16(model, asked.bf16))
+            stack.enter_context(unfused_attention(model, asked.bf16))
         figures = measure(models, x, y, asked)
     names = [name for name in figures if name != "bound_ms"]
     rows = [

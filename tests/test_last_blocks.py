@@ -23,9 +23,9 @@ from visgraft.bench.ledger import read_file
 from visgraft.bench.running import method_config
 from visgraft.cli.options import flags
 from visgraft.config import method_fields
-from visgraft.evaluate import make_accelerator
 from visgraft.families import BLOCKS
 from visgraft.objective import make_objective
+from visgraft.precision import make_accelerator
 from visgraft.prefix import Prefix, Tail, find_cut, run_prefix
 from visgraft.report.parts import show_parts
 

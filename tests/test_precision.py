@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from visgraft.config import TrainConfig
 from visgraft.errors import TrainingDiverged
-from visgraft.evaluate import frozen_weights_in_bf16
 from visgraft.methods.sct import SCTConfig
+from visgraft.precision import MOST_UNFUSED_TOKENS, frozen_weights_in_bf16, unfused_attention
 
 
 def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -59,3 +59,36 @@ def test_training_gives_the_frozen_weights_back_as_they_were_also_after_an_error
             assert lr < 1 and not same(before, held(model))
         after = dict(model.named_parameters())
         assert all(after[name].dtype == torch.float32 and torch.equal(after[name], frozen[name]) for name in frozen)
+
+
+@pytest.mark.parametrize("kind", ["plain", "eva"])
+def test_attention_is_unfused_for_few_tokens_where_gradients_flow_and_otherwise_as_it_was(kind: str) -> None:
+    model, x = family(kind), images(size=size_of(kind))
+    parts = [module for module in model.modules() if hasattr(module, "fused_attn")]
+    seen: list[bool] = []
+    watch = parts[0].register_forward_hook(lambda module, args, output: seen.append(module.fused_attn))
+    with unfused_attention(model):
+        logits = model(x)
+        with torch.no_grad():
+            fused = model(x)
+        parts[0].forward = lambda *args, **kwargs: args[0]
+        parts[0](torch.zeros(1, MOST_UNFUSED_TOKENS, 8))
+        parts[0](torch.zeros(1, MOST_UNFUSED_TOKENS + 1, 8))
+    with unfused_attention(model, bf16=False):
+        parts[0](x)
+    watch.remove()
+    assert seen == [False, True, False, True, True]
+    assert parts and all(module.fused_attn and not module._forward_pre_hooks for module in parts)
+    torch.testing.assert_close(logits, fused)
+
+
+def test_training_in_bf16_uses_unfused_attention() -> None:
+    for precision, fused in (("bf16", {False}), ("fp32", {True})):
+        model = ready(SCTConfig(channels=4))
+        seen: set[bool] = set()
+        attention = model.blocks[1].attn
+        attention.register_forward_hook(
+            lambda module, args, output, seen=seen: seen.add(module.fused_attn) if module.training else None
+        )
+        fit(model, TrainConfig(**{**RECIPE.to_dict(), "precision": precision}))
+        assert seen == fused and attention.fused_attn

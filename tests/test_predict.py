@@ -23,7 +23,7 @@ from visgraft.adapter import CONFIG
 from visgraft.attach import get_attached
 from visgraft.data.dataset import Example
 from visgraft.errors import AdapterError, DataError, VisgraftError
-from visgraft.evaluate import make_accelerator
+from visgraft.precision import make_accelerator
 from visgraft.predict import Prediction, load_together, predict_stream
 
 

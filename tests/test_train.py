@@ -26,7 +26,8 @@ from visgraft.data.augment import augmentation
 from visgraft.data.dataset import Example
 from visgraft.data.images import Images
 from visgraft.errors import TrainingDiverged
-from visgraft.evaluate import confusion, resolve_precision, score
+from visgraft.evaluate import confusion, score
+from visgraft.precision import resolve_precision
 from visgraft.predict import predict
 
 training: Any = importlib.import_module("visgraft.train")  # the attribute of that name is the function

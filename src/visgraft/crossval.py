@@ -20,9 +20,10 @@ from visgraft.data.dataset import Dataset, Example, listed, stratum
 from visgraft.data.images import Images, Loading, load_images
 from visgraft.data.read import AnySource, read_data
 from visgraft.errors import DataError, TrainingDiverged
-from visgraft.evaluate import Evaluation, logits_of, make_accelerator, probabilities_of, score
+from visgraft.evaluate import Evaluation, logits_of, probabilities_of, score
 from visgraft.intervals import bootstrap, clusters, rate_interval, spread
 from visgraft.objective import Features
+from visgraft.precision import make_accelerator
 from visgraft.resume import Epoch
 from visgraft.train import Training, train
 

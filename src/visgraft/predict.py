@@ -19,7 +19,8 @@ from visgraft.attach import detach, get_attached
 from visgraft.backbone import Adapted
 from visgraft.data.decode import open_image
 from visgraft.errors import AdapterError, DataError, VisgraftError
-from visgraft.evaluate import make_accelerator, probabilities_of, resolve_precision
+from visgraft.evaluate import probabilities_of
+from visgraft.precision import make_accelerator, resolve_precision
 
 BATCH_SIZE = 64  # that of `evaluate`, so that both see the same rounding
 THRESHOLD = 0.5

@@ -22,8 +22,9 @@ from visgraft.attach import get_attached
 from visgraft.config import TrainConfig
 from visgraft.data.images import Images
 from visgraft.errors import TrainingDiverged, VisgraftError
-from visgraft.evaluate import frozen_weights_in_bf16, make_accelerator, peak_memory_bytes, probabilities_of, score
+from visgraft.evaluate import peak_memory_bytes, probabilities_of, score
 from visgraft.objective import Features, Objective, draw_order, make_objective
+from visgraft.precision import frozen_weights_in_bf16, make_accelerator, unfused_attention
 from visgraft.resume import Epoch, TrainState, optimizer_tensors, restore_optimizer
 
 
@@ -170,7 +171,8 @@ def _ready(
     model.to(accelerator.device)
     task = make_objective(model, images, val, config, accelerator, features, on_warning)
     optimizer, schedule = _optimizer(model, config, len(images))
-    with ThreadPoolExecutor(1) as loader, frozen_weights_in_bf16(model, accelerator.mixed_precision == "bf16"):
+    bf16 = accelerator.mixed_precision == "bf16"
+    with ThreadPoolExecutor(1) as loader, frozen_weights_in_bf16(model, bf16), unfused_attention(model, bf16):
         clock = _Clock(time.perf_counter(), time.perf_counter() - begin)
         yield _Loop(task, config, optimizer, schedule, accelerator, clock, loader)
 

@@ -10,7 +10,7 @@ from typing import Any
 from visgraft.backbone import Backbone
 from visgraft.bench.settings import Candidates, Recipe, candidates, with_epochs
 from visgraft.bench.trial import Result, Trial, split_digest
-from visgraft.evaluate import resolve_precision
+from visgraft.precision import resolve_precision
 from visgraft.protocols.opening import open_task
 from visgraft.protocols.row import Protocol, Task
 from visgraft.registry import get_method

@@ -24,8 +24,9 @@ from visgraft.config import MethodConfig
 from visgraft.data.dataset import Example
 from visgraft.data.images import Images, load_images
 from visgraft.errors import TrainingDiverged, VisgraftError
-from visgraft.evaluate import Evaluation, logits_of, make_accelerator, peak_memory_bytes, score
+from visgraft.evaluate import Evaluation, logits_of, peak_memory_bytes, score
 from visgraft.method import Method
+from visgraft.precision import make_accelerator
 from visgraft.protocols.opening import open_task
 from visgraft.protocols.row import Parts, Protocol
 from visgraft.registry import get_method

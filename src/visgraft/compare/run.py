@@ -18,8 +18,9 @@ from visgraft.data.dataset import Dataset, Example, Split
 from visgraft.data.images import Loading
 from visgraft.data.read import AnySource, read_data
 from visgraft.errors import VisgraftError
-from visgraft.evaluate import logits_of, make_accelerator, resolve_precision
+from visgraft.evaluate import logits_of
 from visgraft.merge import mergeable
+from visgraft.precision import make_accelerator, resolve_precision
 from visgraft.registry import get_method
 from visgraft.resume import Epoch
 

@@ -21,9 +21,10 @@ from visgraft.data.cache import Pixels
 from visgraft.data.dataset import Dataset, Example, Split
 from visgraft.data.images import Images, Loading, find_cache, load_images, make_labels
 from visgraft.data.read import AnySource
-from visgraft.evaluate import evaluate, make_accelerator, peak_memory_bytes, resolve_precision
+from visgraft.evaluate import evaluate, peak_memory_bytes
 from visgraft.files import check_target
 from visgraft.objective import Features, features_of, sees_features
+from visgraft.precision import make_accelerator, resolve_precision
 from visgraft.resume import TrainState, pack_state
 from visgraft.train import Pace, measure_pace
 from visgraft.workflow.training import STATE_SECONDS, Watch, attach_as_asked, read_and_check

@@ -21,9 +21,10 @@ from visgraft.data.dataset import Dataset, Split
 from visgraft.data.images import Images, Loading, load_images
 from visgraft.data.read import AnySource, read_data
 from visgraft.errors import Interrupted, TrainingDiverged, VisgraftError
-from visgraft.evaluate import evaluate, resolve_precision
+from visgraft.evaluate import evaluate
 from visgraft.files import check_target
 from visgraft.method import Batches
+from visgraft.precision import resolve_precision
 from visgraft.resume import Epoch, TrainState, read_state, state_file, write_state
 from visgraft.train import Training, restore, train
 from visgraft.warm_start import start_from
