@@ -87,6 +87,11 @@ def test_training_in_bf16_uses_unfused_attention() -> None:
         model = ready(SCTConfig(channels=4))
         seen: set[bool] = set()
         attention = model.blocks[1].attn
-        attention.register_forward_hook(lambda module, args, output, seen=seen: seen.add(module.fused_attn))
+
+        def watch(module: nn.Module, args: tuple[Tensor], output: Tensor, seen: set[bool] = seen) -> None:
+            if output.requires_grad and len(output) == RECIPE.batch_size:  # a step of training
+                seen.add(module.fused_attn)
+
+        attention.register_forward_hook(watch)
         fit(model, TrainConfig(**{**RECIPE.to_dict(), "precision": precision}))
         assert seen == fused and attention.fused_attn
