@@ -20,6 +20,7 @@ With `--peers`, huggingface/peft's LoRA of rank 8 on qkv and on all linear layer
 
 import argparse
 import contextlib
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -141,6 +142,10 @@ def candidates(asked: argparse.Namespace, create: Callable[[], nn.Module], x: Te
             if asked.methods != "all":
                 raise
             refused[name] = str(error)
+    if asked.checkpointing:
+        for name in [name for name in models if not name.startswith("bound")]:
+            models[f"{name}, checkpointing"] = copy.deepcopy(models[name])
+            models[f"{name}, checkpointing"].set_grad_checkpointing(True)
     if asked.peers:
         models |= peers(create)
     return models, refused
@@ -170,6 +175,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--checkpointing", action="store_true", help="each method with --grad-checkpointing as well")
     parser.add_argument("--peers", action="store_true")
     asked = parser.parse_args()
     on_gpu = torch.cuda.is_available()

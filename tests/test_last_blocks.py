@@ -16,7 +16,7 @@ from timm.models.beit import Beit
 from torch import Tensor, nn
 
 import visgraft.prefix
-from visgraft import MethodConfig, SCTConfig, VisgraftError, attach, load, methods, save
+from visgraft import MethodConfig, SCTConfig, TrainConfig, VisgraftError, attach, load, methods, save
 from visgraft.adapter import CONFIG
 from visgraft.attach import get_attached
 from visgraft.bench.ledger import read_file
@@ -205,6 +205,63 @@ def test_the_prefix_runs_once_per_image_and_in_every_step_where_images_change() 
     training.train(model, task(), replace(RECIPE, flip=True), on_warning=told.append)
     assert sum(passes) == 3 * 20
     assert len(told) == 1 and "images are augmented" in told[0]
+
+
+VIEWS = replace(RECIPE, rand_augment="rand-m9-mstd0.5-inc1", flip=True, cached_views=2)
+
+
+def test_cached_views_take_turns_and_each_runs_through_the_prefix_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[int] = []
+    model: Any = attach(vit(), config("lora", last_blocks=1))
+    model.blocks[0].mlp.register_forward_hook(lambda module, args, output: passes.append(len(output)))
+    tasks = [make_objective(model, task(), None, VIEWS, make_accelerator("fp32"))]
+    assert sum(passes) == 2 * 20 + 3 * 2, "both views of all images; two to see where to cut, and to compare"
+    monkeypatch.setattr(visgraft.prefix, "MEMORY_SHARE", 0.0)
+    with pytest.warns(UserWarning, match="would take"):
+        tasks.append(make_objective(model, task(), None, VIEWS, make_accelerator("fp32")))
+    chosen = torch.tensor([7, 2, 11])
+    with torch.no_grad():
+        kept, anew = ([one.network(one.inputs(chosen, epoch)) for epoch in (1, 2, 3, 4)] for one in tasks)
+    torch.testing.assert_close(kept, anew, rtol=1e-5, atol=1e-6)
+    assert torch.equal(kept[0], kept[2]) and torch.equal(kept[1], kept[3]) and not torch.equal(kept[0], kept[1])
+    unlimited, told = replace(VIEWS, cached_views=None), list[str]()
+    first = make_objective(model, task(), None, unlimited, make_accelerator("fp32"), on_warning=told.append)
+    torch.testing.assert_close(first.network(first.inputs(chosen, 2)), kept[1], rtol=1e-5, atol=1e-6)
+
+
+def test_training_on_cached_views_is_training_on_those_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, options in (("sct", {"last_blocks": 1}), ("partial", {})):
+        torch.manual_seed(0)
+        model = attach(vit(), config(name, **options), task().batches())
+        with monkeypatch.context() as patch:
+            once, _, first, second = both(model, patch, VIEWS)
+        assert once.kept_bytes == (2 * 20 + 10) * 17 * 32 * 4
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-6)
+
+
+def test_a_head_alone_trains_on_features_of_cached_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = attach(vit(), config("linear"))
+    other, passes, features = copy.deepcopy(model), list[int](), dict[str, Tensor]()
+    model.patch_embed.register_forward_hook(lambda module, args, output: passes.append(len(output)))
+    training.train(model, task(), VIEWS, task(10, 1), features=features)
+    assert sum(passes) == 2 * 20 + 10
+    assert (len(features["train"]), len(features["val"])) == (40, 10)
+    monkeypatch.setattr("visgraft.objective.sees_features", lambda *_: False)
+    monkeypatch.setattr("visgraft.objective.run_prefix", lambda *_: "it is tested")
+    training.train(other, task(), VIEWS, task(10, 1), on_warning=lambda line: None)
+    torch.testing.assert_close(held(model), held(other), rtol=1e-4, atol=1e-6)
+
+
+def test_cached_views_that_would_do_nothing_are_refused() -> None:
+    with pytest.raises(VisgraftError, match="cached_views has no effect without augmentation"):
+        TrainConfig(cached_views=2)
+    with pytest.raises(VisgraftError, match="cached_views is 0, but must be above 0"):
+        replace(VIEWS, cached_views=0)
+    for name in ("lora", "full"):
+        with pytest.raises(VisgraftError, match="adapt the last_blocks only"):
+            training.train(attach(vit(), config(name)), task(), VIEWS)
+    assert "cached_views" not in TrainConfig().to_dict()
+    assert TrainConfig.from_dict(VIEWS.to_dict()) == VIEWS
 
 
 def test_drop_path_in_the_prefix_keeps_it_in_every_step() -> None:

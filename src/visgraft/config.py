@@ -8,9 +8,15 @@ from typing import Any, ClassVar, Self
 from visgraft.errors import VisgraftError, nearest
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None, *, kw_only: bool = False) -> Any:
-    """Return a dataclass field with a default, a help line and, where the values are names, the allowed ones."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices}, kw_only=kw_only)
+def option(
+    default: Any, help: str, choices: tuple[str, ...] | None = None, *, kw_only: bool = False, younger: bool = False
+) -> Any:
+    """Return a dataclass field with a default, a help line and, where the values are names, the allowed ones.
+
+    `younger` marks one that was added when results with these options existed already.
+    """
+    metadata = {"help": help, "choices": choices, "younger": younger}
+    return dataclasses.field(default=default, metadata=metadata, kw_only=kw_only)
 
 
 @dataclass(frozen=True)
@@ -45,8 +51,16 @@ class Options:
                 raise VisgraftError(f"{name} is {getattr(self, name)}, but must be at least 0 and below 1")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the options as a dictionary of plain JSON values."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        """Return the options as a dictionary of plain JSON values.
+
+        Younger ones are left out where they hold the default: the key of a trial is a digest of these values, and
+        trials made before such an option existed must keep theirs.
+        """
+        unset = {
+            f.name for f in dataclasses.fields(self) if f.metadata.get("younger") and getattr(self, f.name) == f.default
+        }
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return {name: value for name, value in values.items() if name not in unset}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -95,6 +109,7 @@ class MethodConfig(Options):
         None,
         "adapt only the last K blocks; without augmentation, those before run once per image; none: all",
         kw_only=True,
+        younger=True,
     )
 
     def __post_init__(self) -> None:
@@ -104,14 +119,6 @@ class MethodConfig(Options):
                 f"last_blocks has no effect on {self.method}, which puts no modules into blocks; leave it out"
             )
         self.check_positive("last_blocks")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the options as a dictionary of plain JSON values.
-
-        `last_blocks` is left out where it is None: the key of a trial is a digest of these values, and trials made
-        before the option existed must keep theirs.
-        """
-        return {name: value for name, value in super().to_dict().items() if (name, value) != ("last_blocks", None)}
 
 
 def method_fields(config: type[MethodConfig]) -> tuple["dataclasses.Field[Any]", ...]:
@@ -145,13 +152,23 @@ class TrainConfig(Options):
     drop_path: float = option(0.0, "stochastic depth: the last block's rate, rising linearly from 0")
     flip: bool = option(False, "flip training images left to right with probability 0.5")
     rand_augment: str | None = option(None, "RandAugment in timm's notation, e.g. rand-m9-mstd0.5-inc1")
+    cached_views: int | None = option(
+        None,
+        "augment each image K times in all and take turns, so that frozen blocks run once per view; none: ever anew",
+        younger=True,
+    )
+    grad_checkpointing: bool = option(
+        False, "compute each block anew in the backward pass: less memory, longer steps", younger=True
+    )
     precision: str = option("auto", "auto: bf16 where this machine computes faster in it", ("auto", "fp32", "bf16"))
     select: str = option("last", "keep the last epoch, or the best one on the validation images", ("last", "val"))
     seed: int = option(0, "seed of initialisation, order, augmentation and dropout")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_positive("epochs", "batch_size", "lr", "head_lr", "warmup_lr")
+        self.check_positive("epochs", "batch_size", "lr", "head_lr", "warmup_lr", "cached_views")
+        if self.cached_views and not (self.flip or self.rand_augment):
+            raise VisgraftError("cached_views has no effect without augmentation; add flip or rand_augment")
         self.check_rates("label_smoothing", "drop_path")
         for name in ("weight_decay", "warmup_epochs", "min_lr", "seed"):
             if getattr(self, name) < 0:

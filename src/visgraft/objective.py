@@ -1,7 +1,8 @@
 """What a step of training needs: inputs, labels, the loss with its class weights, and the order of the images."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 from warnings import warn
 
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from visgraft.attach import get_attached
 from visgraft.config import TrainConfig
-from visgraft.data.augment import augmentation
+from visgraft.data.augment import View, augmentation
 from visgraft.data.images import Images
 from visgraft.errors import VisgraftError
 from visgraft.prefix import Prefix, run_prefix
@@ -50,29 +51,35 @@ def make_objective(
     """Train the whole model on images, or only what lies behind its frozen part on what that makes of them once.
 
     That is the head, on features, or the blocks from the first trained one on. `features` keeps features between
-    calls: "train" and "val" [N, width] are put in, or taken from there. `on_warning` is told where only the last
-    blocks are to be adapted, but those before run in every step all the same.
+    calls with the same augmentation: "train" and "val" [N, width] are put in, or taken from there; with K cached views
+    "train" holds them one after the other [K N, width]. `on_warning` is told where only the last blocks are to be
+    adapted, or views are to be cached, but the frozen blocks run in every step all the same.
 
     Raises:
-        VisgraftError: an option does not go with these labels.
+        VisgraftError: an option does not go with these labels, or has no effect.
     """
-    device = accelerator.device
+    device, turns = accelerator.device, config.cached_views
     augment = augmentation(images, config.flip, config.rand_augment, config.seed)
+    views: tuple[Images, ...] = (images,)
+    if augment and turns:
+        views = tuple(replace(images, pixels=View(augment, len(images), n)) for n in range(1, turns + 1))
     labels, val_labels = images.labels.to(device), None if val is None else val.labels.to(device)
     loss = make_loss(images.labels, int(getattr(model, "num_classes", 0)), config, device)
     if sees_features(model, config):
         kept = {} if features is None else features
-        for name, part in (("train", images), ("val", val)):
-            if part is not None and name not in kept:
-                kept[name] = features_of(model, part, accelerator)
-        parts = (kept["train"],) if val is None else (kept["train"], kept["val"])
-        return _on_kept(model.get_classifier(), parts, labels, val_labels, loss, device)  # type: ignore[operator]
-    prefix = _prefix(model, (images,) if val is None else (images, val), accelerator, augment is not None, on_warning)
+        for name, parts in (("train", views), ("val", () if val is None else (val,))):
+            if parts and name not in kept:
+                kept[name] = torch.cat([features_of(model, part, accelerator) for part in parts])
+        train = kept["train"].split(len(images))
+        return _on_kept(model.get_classifier(), train, kept.get("val"), labels, val_labels, loss, device)  # type: ignore[operator]
+    asked = views if val is None else (*views, val)
+    prefix = _prefix(model, asked, accelerator, config, on_warning)
     if prefix is not None:
-        return _on_kept(prefix.tail, prefix.entering, labels, val_labels, loss, device)
+        train, rest = prefix.entering[: len(views)], prefix.entering[len(views) :]
+        return _on_kept(prefix.tail, train, rest[0] if rest else None, labels, val_labels, loss, device)
 
     def inputs(indices: Tensor, epoch: int) -> Tensor:
-        pixels = augment(indices, epoch) if augment else images.pixels[indices]
+        pixels = augment(indices, _turn(epoch, turns)) if augment else images.pixels[indices]
         return images.normalised(pixels, device)
 
     def val_inputs(indices: Tensor) -> Tensor:
@@ -82,39 +89,57 @@ def make_objective(
     return Objective(model, inputs, labels, loss, None if val is None else val_inputs, val_labels)
 
 
+def _turn(epoch: int, turns: int | None) -> int:
+    """Return whose epoch's view an epoch sees, from 1."""
+    return (epoch - 1) % turns + 1 if turns else epoch
+
+
 def _on_kept(
     network: nn.Module,
-    parts: tuple[Tensor, ...],
+    views: tuple[Tensor, ...],
+    val: Tensor | None,
     labels: Tensor,
     val_labels: Tensor | None,
     loss: Loss,
     device: torch.device,
 ) -> Objective:
-    """Train a network on inputs that are computed already: [N, ...] for training, and perhaps for validation."""
+    """Train a network on inputs that are computed already: views [N, ...] for training, and perhaps for validation."""
 
     def inputs(indices: Tensor, epoch: int) -> Tensor:
-        return parts[0][indices.to(parts[0].device)].to(device)
+        view = views[_turn(epoch, len(views)) - 1]
+        return view[indices.to(view.device)].to(device)
 
     def val_inputs(indices: Tensor) -> Tensor:
-        return parts[1][indices.to(parts[1].device)].to(device)
+        assert val is not None
+        return val[indices.to(val.device)].to(device)
 
-    kept_bytes = sum(part.nbytes for part in parts)
-    return Objective(network, inputs, labels, loss, val_inputs if len(parts) > 1 else None, val_labels, kept_bytes)
+    kept_bytes = sum(part.nbytes for part in (*views, *(() if val is None else (val,))))
+    return Objective(network, inputs, labels, loss, None if val is None else val_inputs, val_labels, kept_bytes)
 
 
 def _prefix(
     model: nn.Module,
     parts: tuple[Images, ...],
     accelerator: Any,
-    augmented: bool,
+    config: TrainConfig,
     on_warning: Callable[[str], None],
 ) -> Prefix | None:
-    """Run what is frozen before the first trained block once, or say why it runs in every step."""
-    asked = get_attached(model).config.last_blocks
-    found = "images are augmented" if augmented else run_prefix(model, parts, accelerator)
+    """Run what is frozen before the first trained block once, or say why it runs in every step.
+
+    Raises:
+        VisgraftError: views are to be cached, but no block is frozen before the first trained one.
+    """
+    anew = (config.flip or config.rand_augment) and not config.cached_views
+    reason = "images are augmented (cached_views makes a fixed number of views)"
+    found = reason if anew else run_prefix(model, parts, accelerator)
     if isinstance(found, Prefix):
         return found
-    if found and asked:
+    if not found and config.cached_views:
+        raise VisgraftError(
+            "cached_views keeps what frozen blocks make of augmented images, but none is known to be frozen before the "
+            "first one that trains; adapt the last_blocks only, or leave cached_views out"
+        )
+    if found and (config.cached_views or get_attached(model).config.last_blocks):
         on_warning(f"the frozen blocks run in every step rather than once per image: {found}")
     return None
 
@@ -126,7 +151,8 @@ def sees_features(model: nn.Module, config: TrainConfig) -> bool:
         VisgraftError: nothing is attached.
     """
     attached = get_attached(model)
-    changing = attached.where or attached.unfrozen or config.flip or config.rand_augment or config.drop_path
+    anew = (config.flip or config.rand_augment) and not config.cached_views
+    changing = attached.where or attached.unfrozen or anew or config.drop_path
     return not changing and len(attached.head) == 1  # a distilled model's head has two parts, which see two tokens
 
 
@@ -139,6 +165,33 @@ def features_of(model: Any, images: Images, accelerator: Any, batch_size: int = 
             for x, _ in images.batches(batch_size)
         ]
     return torch.cat(parts)
+
+
+@contextmanager
+def checkpointing(model: nn.Module, network: nn.Module, wanted: bool) -> Iterator[None]:
+    """Let timm compute each block anew in the backward pass inside the context, if `wanted`.
+
+    Raises:
+        VisgraftError: `network`, which trains, is only a part of the model, or timm cannot do it for this one.
+    """
+    if not wanted:
+        yield
+        return
+    if network is not model:
+        raise VisgraftError(
+            "grad_checkpointing saves memory of blocks that run in every step, but here the frozen ones run once per "
+            "image; leave it out"
+        )
+    timms: Any = model
+    try:
+        timms.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError, NotImplementedError) as error:
+        name = type(model).__name__
+        raise VisgraftError(f"timm's {name} has no gradient checkpointing; leave out grad_checkpointing") from error
+    try:
+        yield
+    finally:
+        timms.set_grad_checkpointing(False)
 
 
 def class_weights(labels: Tensor, classes: int, kind: str) -> Tensor | None:

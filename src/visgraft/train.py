@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from statistics import median
@@ -23,7 +23,7 @@ from visgraft.config import TrainConfig
 from visgraft.data.images import Images
 from visgraft.errors import TrainingDiverged, VisgraftError
 from visgraft.evaluate import peak_memory_bytes, probabilities_of, score
-from visgraft.objective import Features, Objective, draw_order, make_objective
+from visgraft.objective import Features, Objective, checkpointing, draw_order, make_objective
 from visgraft.precision import frozen_weights_in_bf16, make_accelerator, unfused_attention
 from visgraft.resume import Epoch, TrainState, optimizer_tensors, restore_optimizer
 
@@ -172,7 +172,11 @@ def _ready(
     task = make_objective(model, images, val, config, accelerator, features, on_warning)
     optimizer, schedule = _optimizer(model, config, len(images))
     bf16 = accelerator.mixed_precision == "bf16"
-    with ThreadPoolExecutor(1) as loader, frozen_weights_in_bf16(model, bf16), unfused_attention(model, bf16):
+    with ExitStack() as stack:
+        loader = stack.enter_context(ThreadPoolExecutor(1))
+        stack.enter_context(frozen_weights_in_bf16(model, bf16))
+        stack.enter_context(unfused_attention(model, bf16))
+        stack.enter_context(checkpointing(model, task.network, config.grad_checkpointing))
         clock = _Clock(time.perf_counter(), time.perf_counter() - begin)
         yield _Loop(task, config, optimizer, schedule, accelerator, clock, loader)
 

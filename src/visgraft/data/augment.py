@@ -43,6 +43,20 @@ def augmentation(
     return augment
 
 
+class View:
+    """Pixels of images in one augmented view, uint8 [N, 3, H, W], made when they are indexed."""
+
+    def __init__(self, augment: Callable[[Tensor, int], Tensor], images: int, epoch: int) -> None:
+        self.augment, self.images, self.epoch = augment, images, epoch
+
+    def __len__(self) -> int:
+        return self.images
+
+    def __getitem__(self, index: Any, /) -> Tensor:
+        chosen = torch.arange(self.images)[index]
+        return self.augment(chosen, self.epoch) if chosen.ndim else self.augment(chosen[None], self.epoch)[0]
+
+
 def _posterize(picture: Image.Image, bits: int, **options: Any) -> Image.Image:
     """Keep so many bits of each colour, at least one: timm also asks for none, which newer Pillows refuse."""
     return cast(Image.Image, posterize(picture, max(bits, 1), **options))

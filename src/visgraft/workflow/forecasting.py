@@ -229,8 +229,9 @@ def _features(model: nn.Module, sample: _Sample, config: TrainConfig) -> tuple[F
     for name, part in sample.parts.items():
         begin = time.perf_counter()
         rows = features_of(model, part.read, accelerator)
-        seconds += part.share * (time.perf_counter() - begin)
-        features[name] = rows[torch.arange(len(part.all)) % len(rows)]
+        views = config.cached_views or 1 if name == "train" else 1
+        seconds += views * part.share * (time.perf_counter() - begin)
+        features[name] = rows[torch.arange(views * len(part.all)) % len(rows)]
     return features, seconds
 
 
