@@ -106,7 +106,7 @@ def kept_bytes(model: nn.Module, x: Tensor, y: Tensor, bf16: bool) -> int:
 
 def make_step(model: nn.Module, x: Tensor, y: Tensor, bf16: bool) -> Callable[[], float]:
     """Return a function that makes one training step and returns its seconds; on a GPU by its own events."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
     def step() -> None:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):

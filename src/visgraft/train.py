@@ -290,7 +290,9 @@ def _optimizer(model: nn.Module, config: TrainConfig, images: int) -> tuple[torc
     head = [p for name, p in trained if inside and name.startswith(inside)]
     rest = [p for name, p in trained if not (inside and name.startswith(inside))]
     groups = [{"params": rest, "lr": config.lr}, {"params": head, "lr": config.head_lr or config.lr}]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, weight_decay=config.weight_decay)
+    groups = [group for group in groups if group["params"]]
+    fused = trained[0][1].device.type in ("cpu", "cuda", "mps")  # a fifth of the time for many small tensors
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
     per_epoch = steps_per_epoch(images, config)
     lowest = min(config.lr, config.head_lr or config.lr)
     if config.min_lr > lowest:
