@@ -122,7 +122,7 @@ class _Hidden(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.again, ctx.shape = again, x.shape
         ctx.save_for_backward(cast if source is None else source, down)
-        return x, (cast.reshape(-1, len(down)) @ down).view(x.shape[:-1].numel(), -1)
+        return x, _narrow(cast.reshape(-1, len(down)), down.T.contiguous()).view(x.shape[:-1].numel(), -1)
 
     @staticmethod
     @once_differentiable
@@ -185,7 +185,7 @@ class _Product(torch.autograd.Function):
         wide = rows.reshape(-1, up.shape[1])
         d_up = _mixed(hidden, mix, keep, late).view(-1, len(up)).T @ wide if needs[3] else None
         d_bias = rows.sum(0) if bias is not None and needs[4] else None
-        d_hidden = (wide @ up.T).view(len(hidden), -1)
+        d_hidden = _narrow(wide, up).view(len(hidden), -1)
         d_mix = None
         if keep is not None and late:
             d_hidden.mul_(keep)
@@ -195,6 +195,17 @@ class _Product(torch.autograd.Function):
         if keep is not None and not late:
             d_hidden.mul_(keep)
         return gradient, d_hidden, d_mix, d_up, d_bias, None, None, None
+
+
+def _narrow(x: Tensor, factor: Tensor) -> Tensor:
+    """Return x Fᵀ [N, k] of x [N, p] and a small F [k, p].
+
+    To few columns, MKL is up to three times as fast with F laid out like this and, where rows of x lie apart, with the
+    product turned round.
+    """
+    if len(factor) < 16 and x.dtype == torch.float32 and not x.is_contiguous():
+        return (factor @ x.T).T.contiguous()
+    return x @ factor.T
 
 
 def _mixed(hidden: Tensor, mix: Tensor | None, keep: Tensor | None, late: bool) -> Tensor:
