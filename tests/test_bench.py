@@ -1,6 +1,5 @@
 """Benchmarks: what is chosen on what, killed sweeps, stale lines, and the recipes of the papers."""
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
@@ -327,4 +326,4 @@ def test_lines_are_appended_whole(tmp_path: Path, swept: tuple[State, Path]) -> 
 def test_a_final_line_stores_its_config_as_the_library_takes_it(swept: tuple[State, Path]) -> None:
     for result in read_file(swept[1]):
         config = TrainConfig.from_dict(result.trial.train)
-        assert dataclasses.asdict(config) == dict(result.trial.train)
+        assert config.to_dict() == dict(result.trial.train)
