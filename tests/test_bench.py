@@ -102,6 +102,7 @@ def test_a_sweep_tunes_on_validation_and_measures_each_test_set_once(swept: tupl
     )
     assert final.preprocessing["crop_mode"] == "squash" and torch.__version__.startswith(final.versions["torch"])
     assert len(final.backbone_digest) == 64 and final.revision
+    assert final.learned_top1 is not None and 15 * final.learned_top1 == pytest.approx(round(15 * final.learned_top1))
 
 
 def test_what_is_tuned_never_opens_a_test_image(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,6 +178,20 @@ def test_costs_are_means_over_the_tasks_and_count_a_search_once() -> None:
     assert "diverged trainings" in sheets(results)[0].heads
 
 
+def test_accuracy_on_the_training_images_is_shown_where_each_task_has_it() -> None:
+    head = "top-1 on training images, last epoch"
+    results = [
+        result(trial("sct", "a", 0), 0.5),  # measured before it was kept
+        result(trial("sct", "a", 1), 0.5, learned_top1=0.9),
+        result(trial("sct", "b", 0), 0.5, learned_top1=1.0),
+        result(trial("linear", "a", 0), 0.5, learned_top1=0.6),
+        result(trial("linear", "b", 0), 0.5),
+    ]
+    rows = [dict(zip(sheet.heads, row, strict=True)) for sheet in sheets(results)[:1] for row in sheet.rows]
+    assert {row["method"]: row[head] for row in rows} == {"linear": "–", "sct": "95.0"}
+    assert head not in sheets(results[:1])[0].heads
+
+
 def test_evidence_that_holds_up_passes_after_a_round_trip_through_json() -> None:
     results = [*tuned(), *grid({"linear": {"a": (0.5,)}})]
     check_evidence([Result.from_dict(json.loads(one.to_line())) for one in results])

@@ -121,9 +121,10 @@ def _measure(
     begin = time.perf_counter()
     torch.manual_seed(config.seed)
     attach(model, method_config(trial), images.batches())
-    outcome, rate = "finished", 0.0
+    outcome, rate, learned_top1 = "finished", 0.0, None
     try:
-        rate = train(model, images, config, on_progress=on_progress).images_per_second
+        training = train(model, images, config, on_progress=on_progress)
+        rate, learned_top1 = training.images_per_second, training.history[-1].top1
     except TrainingDiverged:
         outcome = "diverged"
     seconds, counts = time.perf_counter() - begin, count_parameters(model)
@@ -154,6 +155,7 @@ def _measure(
         revision=revision(),
         when=datetime.now(UTC).isoformat(timespec="seconds"),
         channels=chosen_channels(model),
+        learned_top1=learned_top1,
     )
 
 

@@ -131,6 +131,9 @@ def _cost_columns(table: Table) -> Iterator[Column]:
     yield Column("minutes per training", tuple(_scaled(one.seconds, 60) for one in found))
     yield Column("minutes of search per task", tuple(_scaled(one.search_seconds, 60) for one in found))
     yield Column("peak GB", tuple(_scaled(one.peak_memory_bytes, 1e9) for one in found))
+    if any(one.learned_top1 is not None for one in found):
+        rates = [one.learned_top1 for one in found]
+        yield Column("top-1 on training images, last epoch", tuple(percent(rate) for rate in rates))
     if any(one.diverged for one in found):
         yield Column("diverged trainings", tuple(str(one.diverged) for one in found))
 

@@ -134,6 +134,9 @@ class Result:
     a final trial's setting was chosen: the rule, every setting tried with its figure on the validation images, and the
     seconds that took. `outcome` is "finished", or "diverged" where the last good state was measured. `channels` are
     those that a method chose, by site and block. `adapter_bytes` is the size of the stored tensors, head included.
+    `learned_top1` is top-1 on the images that were learned from, in the last epoch, as they were augmented, with the
+    model in training mode; beside top-1 on the test images it tells what was not learned from what does not carry over.
+    None: diverged, or measured before it was kept.
     """
 
     trial: Trial
@@ -158,6 +161,7 @@ class Result:
     revision: str
     when: str
     channels: Mapping[str, list[list[int]]] = field(default_factory=dict)
+    learned_top1: float | None = None
 
     def to_line(self) -> str:
         """Return one line of JSON, without the newline."""
