@@ -58,7 +58,7 @@ def test_rows_are_added_to_in_place_with_the_right_gradients(rows: tuple[int, in
 
     def run(x: Tensor, weight: Tensor, down: Tensor, wide: Tensor) -> Tensor:
         factors = LowRank(down, wide)
-        x, hidden = hidden_features(x, factors)
+        x, (hidden,) = hidden_features(x, [factors])
         return add_product(F.linear(x, weight), hidden, factors, rows)
 
     expected = F.linear(x, weight)
@@ -67,6 +67,34 @@ def test_rows_are_added_to_in_place_with_the_right_gradients(rows: tuple[int, in
     )
     torch.testing.assert_close(run(x, weight, down, wide), expected)
     assert torch.autograd.gradcheck(run, (x, weight, down, wide))
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_maps_that_read_one_tensor_together_read_what_each_would_alone(blocks: int) -> None:
+    x, first, second = numbers(2, 3, 6), numbers(6 // blocks, 2, seed=1), numbers(6 // blocks, 3, seed=2)
+
+    def run(x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
+        passed_on, hidden = hidden_features(x, [LowRank(down, down.T) for down in factors])
+        return passed_on, *hidden
+
+    passed_on, *hidden = run(x, first, second)
+    assert passed_on is x or torch.equal(passed_on, x)
+    for found, down in zip(hidden, (first, second), strict=True):
+        torch.testing.assert_close(found, run(x, down)[1])
+    assert torch.autograd.gradcheck(run, (x, first, second))
+
+
+def test_query_and_value_are_read_in_one_product() -> None:
+    model = fitted(CONFIGS["lora-0"], "plain", True)
+    attached = get_attached(model)
+    nodes, seen = [model(images(2)).sum().grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [parent for parent, _ in node.next_functions]
+    read = [node for node in seen if type(node).__name__ == "_HiddenBackward"]
+    assert len(attached.positions) == 2 * len(read) > 0
 
 
 def test_the_input_is_computed_again_from_its_source() -> None:

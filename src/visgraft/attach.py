@@ -15,7 +15,7 @@ from visgraft.finding import find_sites
 from visgraft.method import Batches, Method, OwnTensor, Place, Position
 from visgraft.registry import get_method
 from visgraft.sites import BEFORE_BLOCKS, Site, Sites
-from visgraft.taps import Add, Apply, Insert, Kept, Read, Remove, tap, tap_source
+from visgraft.taps import Act, Add, Apply, Insert, Kept, Read, Remove, tap, tap_source
 from visgraft.tensors import CHILD, LazyDigest, head_paths, own_tensors
 
 
@@ -262,7 +262,8 @@ def assemble(
 
 
 def _hook(model: nn.Module, attached: Attached, sites: Sites) -> None:
-    """Put every module of the method on its site."""
+    """Put every module of the method on its site; those that read one site unchanged in between read it together."""
+    reading: dict[Site, Read] = {}
     for key, position in attached.where.items():
         module: Any = attached.positions[key]
         reads, adds_to = sites.at(position)
@@ -272,14 +273,15 @@ def _hook(model: nn.Module, attached: Attached, sites: Sites) -> None:
             attached.handles += tap(model, reads, Insert(module)) + tap(model, adds_to, Remove(module))
             _count_tokens(attached, position, sites, module.tokens())
             continue
-        source, handles = tap_source(model, reads)
-        attached.handles += handles
-        if reads is adds_to:
-            attached.handles += tap(model, reads, Apply(module, source))
-            continue
-        kept = Kept()
-        attached.handles += tap(model, reads, Read(module, kept, source))
-        attached.handles += tap(model, adds_to, Add(module, kept))
+        if reads is adds_to or reads not in reading:
+            source, handles = tap_source(model, reads)
+            act: Act = Apply(module, source) if reads is adds_to else reading.setdefault(reads, Read(source))
+            attached.handles += handles + tap(model, reads, act)
+        if reads is not adds_to:
+            kept = Kept()
+            reading[reads].readers.append((module, kept))
+            attached.handles += tap(model, adds_to, Add(module, kept))
+        reading.pop(adds_to, None)
 
 
 def _count_tokens(attached: Attached, position: Position, sites: Sites, tokens: int) -> None:

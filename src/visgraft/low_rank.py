@@ -5,7 +5,7 @@ and what makes it slow is how often the features are read and written. Here the 
 product itself, its gradients come from products only, and what it read is not kept where it can be computed again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -48,25 +48,31 @@ Source = tuple[Tensor, Callable[[Tensor], Tensor]]
 def add_low_rank(x: Tensor, onto: Tensor, factors: LowRank, source: Source | None = None) -> Tensor:
     """Return `onto` [..., b q] plus the low-rank map of `x` [..., a p]; they may be the same tensor."""
     same = onto is x
-    x, hidden = hidden_features(x, factors, source)
+    x, [hidden] = hidden_features(x, [factors], source)
     return add_product(x if same else onto, hidden, factors)
 
 
-def hidden_features(x: Tensor, factors: LowRank, source: Source | None = None) -> tuple[Tensor, Tensor]:
-    """Return `x` itself and x D [tokens, a k].
+def hidden_features(
+    x: Tensor, maps: Sequence[LowRank], source: Source | None = None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return `x` itself and x D [tokens, a k] of each map, all with blocks of as many channels, in one product.
 
     What uses `x` from there on hands its gradient to the same product as the hidden features: added by autograd, it
     would cost two passes over the features.
 
     Args:
         x: the tensor read [..., a p].
-        factors: the map.
+        maps: the maps that read it.
         source: what to keep in place of x, and how to make x of it.
     """
     dtype = compute_dtype(x)
-    if not torch.is_grad_enabled() or source is None:
-        return _Hidden.apply(x, x.to(dtype), None, factors.down.to(dtype), None)
-    return _Hidden.apply(x, x.to(dtype), source[0].detach(), factors.down.to(dtype), source[1])
+    down = torch.cat([one.down for one in maps], 1) if len(maps) > 1 else maps[0].down
+    kept, again = (None, None) if source is None or not torch.is_grad_enabled() else (source[0].detach(), source[1])
+    x, hidden = _Hidden.apply(x, x.to(dtype), kept, down.to(dtype), again)
+    if len(maps) == 1:
+        return x, (hidden,)
+    parts = hidden.view(len(hidden), -1, down.shape[1]).split([one.down.shape[1] for one in maps], -1)
+    return x, tuple(part.flatten(1) for part in parts)
 
 
 def add_product(onto: Tensor, hidden: Tensor, factors: LowRank, rows: tuple[int, int] | None = None) -> Tensor:

@@ -193,19 +193,28 @@ class Apply:
 
 
 class Read:
-    """Act that keeps what a method reads at one site for `Add` at another: of low-rank maps the hidden features."""
+    """Act that keeps what methods read at one site for `Add` at others: of low-rank maps the hidden features.
 
-    def __init__(self, method: Method, kept: Kept, source: Source | None = None) -> None:
-        self.method, self.kept, self.source = method, kept, source
+    Maps with equally wide blocks read the site in one product, so that several cost as many passes over it as one.
+    """
+
+    def __init__(self, source: Source | None = None) -> None:
+        self.source = source
+        self.readers: list[tuple[Method, Kept]] = []
 
     def __call__(self, value: Tensor, onto: Tensor, grid: Grid) -> Tensor:
         source = None if self.source is None else self.source.take()
-        factors = factors_of(self.method)
-        if factors is None:
-            self.kept.tensor = value, None
-            return onto
-        passed_on, hidden = hidden_features(value, factors, source)
-        self.kept.tensor = hidden, factors
+        passed_on, alike = value, dict[int, list[tuple[LowRank, Kept]]]()
+        for method, kept in self.readers:
+            factors = factors_of(method)
+            if factors is None:
+                kept.tensor = value, None
+            else:
+                alike.setdefault(len(factors.down), []).append((factors, kept))
+        for pairs in alike.values():
+            passed_on, hidden = hidden_features(passed_on, [factors for factors, _ in pairs], source)
+            for (factors, kept), one in zip(pairs, hidden, strict=True):
+                kept.tensor = one, factors
         return passed_on if value is onto else onto
 
 
