@@ -164,7 +164,7 @@ class _Product(torch.autograd.Function):
         rows: tuple[int, int] | None,
     ) -> Tensor:
         if keep is not None and not late:
-            hidden = hidden * keep
+            hidden = torch.where(keep, hidden, 0)  # a product would convert the mask first, at twice the time
         mixed = _mixed(hidden, mix, keep, late).view(-1, len(up))
         ctx.late, ctx.rows = late, rows
         ctx.save_for_backward(mix, up, bias, keep, hidden)
@@ -194,12 +194,12 @@ class _Product(torch.autograd.Function):
         d_hidden = _narrow(wide, up).view(len(hidden), -1)
         d_mix = None
         if keep is not None and late:
-            d_hidden.mul_(keep)
+            d_hidden = torch.where(keep, d_hidden, 0)
         if mix is not None:
             d_mix = hidden.T @ d_hidden if needs[2] else None
             d_hidden = d_hidden @ mix.T
         if keep is not None and not late:
-            d_hidden.mul_(keep)
+            d_hidden = torch.where(keep, d_hidden, 0)
         return gradient, d_hidden, d_mix, d_up, d_bias, None, None, None
 
 
@@ -217,7 +217,7 @@ def _narrow(x: Tensor, factor: Tensor) -> Tensor:
 def _mixed(hidden: Tensor, mix: Tensor | None, keep: Tensor | None, late: bool) -> Tensor:
     """Hidden features behind the mixing, dropped there if that is the place."""
     mixed = hidden if mix is None else hidden @ mix
-    return mixed.mul_(keep) if keep is not None and late else mixed
+    return torch.where(keep, mixed, 0) if keep is not None and late else mixed
 
 
 def _add_product(rows: Tensor, mixed: Tensor, up: Tensor, bias: Tensor | None) -> None:
