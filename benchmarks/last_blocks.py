@@ -17,6 +17,7 @@ from shared import arguments, in_turns, ratios, report, shown, table
 from step_time import bound, kept_bytes, make_step
 from torch import Tensor, nn
 
+from visgraft.allocation import freed_memory_kept
 from visgraft.attach import attach
 from visgraft.backbone import Backbone, create_backbone
 from visgraft.precision import frozen_weights_in_bf16, unfused_attention
@@ -60,6 +61,7 @@ def main() -> None:
     x, y = torch.randn(count, 3, size, size, device=device), torch.randint(10, (count,), device=device)
     models = networks(asked, x, y)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(freed_memory_kept(models["bound"][0]))
         for model, _ in models.values():
             stack.enter_context(frozen_weights_in_bf16(model, asked.bf16))
             stack.enter_context(unfused_attention(model, asked.bf16))

@@ -34,6 +34,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from visgraft.allocation import freed_memory_kept
 from visgraft.attach import attach
 from visgraft.backbone import Backbone, create_backbone
 from visgraft.errors import SiteError
@@ -190,6 +191,7 @@ def main() -> None:
 
     models, refused = candidates(asked, create, x, y)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(freed_memory_kept(models["bound"]))
         for model in models.values():
             stack.enter_context(frozen_weights_in_bf16(model, asked.bf16))
             stack.enter_context(unfused_attention(model, asked.bf16))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visgraft.adapter import adapter_tensors
+from visgraft.allocation import freed_memory_kept
 from visgraft.attach import get_attached
 from visgraft.config import TrainConfig
 from visgraft.data.images import Images
@@ -176,6 +177,7 @@ def _ready(
         loader = stack.enter_context(ThreadPoolExecutor(1))
         stack.enter_context(frozen_weights_in_bf16(model, bf16))
         stack.enter_context(unfused_attention(model, bf16))
+        stack.enter_context(freed_memory_kept(model))
         stack.enter_context(checkpointing(model, task.network, config.grad_checkpointing))
         clock = _Clock(time.perf_counter(), time.perf_counter() - begin)
         yield _Loop(task, config, optimizer, schedule, accelerator, clock, loader)
