@@ -11,11 +11,11 @@ import torch
 from test_cli import SMALL, content, draw, fail, run, succeed
 from test_train import DEFAULTS, RECIPE, ready, task, training
 
-from visgraft import Backbone, DataError, TrainConfig, TrainState, VisgraftError, methods
+from visgraft import Backbone, DataError, TrainConfig, TrainState, VisgraftError, methods, prefix
 from visgraft.adapter import TENSORS
 from visgraft.data.images import Loading
 from visgraft.evaluate import peak_memory_bytes
-from visgraft.prefix import TRACED, run_prefix
+from visgraft.prefix import TRACED, enter, run_prefix
 from visgraft.train import MEASURED_STEPS, Pace, measure_pace
 from visgraft.workflow import forecast_folder, forecasting
 
@@ -146,20 +146,35 @@ def test_what_was_measured_is_multiplied_by_what_there_is(
     assert (given["val"], found["seconds_per_epoch"]) == (9, 11.5 + 4.0), "with features all figures are computed"
 
 
-def test_the_frozen_prefix_runs_over_all_images_before_the_first_epoch(
-    few: int, colours: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("views", [None, 3])
+def test_a_few_images_go_through_the_frozen_prefix_and_stand_for_all(
+    views: int | None, few: int, colours: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes = []
+    seconds, found = [0.0], []
 
-    def counted(model: Any, parts: Any, accelerator: Any) -> Any:
-        sizes.append([len(part) for part in parts])
-        return run_prefix(model, parts, accelerator)
+    def entered(*arguments: Any) -> torch.Tensor:
+        seconds[0] += len(arguments[2])
+        return enter(*arguments)
 
-    monkeypatch.setattr("visgraft.objective.run_prefix", counted)
-    config = TrainConfig(epochs=3, warmup_epochs=1.0, batch_size=8, precision="fp32")
+    def kept(*arguments: Any, **more: Any) -> Any:
+        monkeypatch.setattr(prefix, "time", SimpleNamespace(perf_counter=lambda: seconds[0]))
+        found.append(run_prefix(*arguments, **more))
+        return found[0]
+
+    monkeypatch.setattr(prefix, "enter", entered)
+    monkeypatch.setattr("visgraft.objective.run_prefix", kept)
+    augmented = {"flip": True, "cached_views": views} if views else {}
+    config = TrainConfig(epochs=3, warmup_epochs=1.0, batch_size=8, precision="fp32", **augmented)  # type: ignore[arg-type]
     lora = methods()["lora"].Config(last_blocks=1)
-    forecast_folder(colours, backbone=BACKBONE, method_config=lora, train_config=config, loading=RAM)
-    assert sizes == [[39, few]]
+    shown = forecast_folder(colours, backbone=BACKBONE, method_config=lora, train_config=config, loading=RAM)
+    [(entering, spared)], turns = [(one.entering, one.spared) for one in found], views or 1
+    assert [len(rows) for rows in entering] == [39] * turns + [few]
+    assert seconds[0] == TRACED + few * (turns + 1), "the few of each view of the training images, and of the others"
+    assert spared == (39 - few) * turns, "a second per image"
+    assert shown["seconds_by_part"]["training"] > spared
+    for rows in entering[:-1]:
+        for start in range(few, 39, few):
+            assert torch.equal(rows[start : start + few], rows[: min(few, 39 - start)])
 
 
 @pytest.mark.parametrize(("epochs", "writes"), [(3, 0), (4, 1), (11, 2), (12, 3)])

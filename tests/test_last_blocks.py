@@ -247,7 +247,7 @@ def test_a_head_alone_trains_on_features_of_cached_views(monkeypatch: pytest.Mon
     assert sum(passes) == 2 * 20 + 10
     assert (len(features["train"]), len(features["val"])) == (40, 10)
     monkeypatch.setattr("visgraft.objective.sees_features", lambda *_: False)
-    monkeypatch.setattr("visgraft.objective.run_prefix", lambda *_: "it is tested")
+    monkeypatch.setattr("visgraft.objective.run_prefix", lambda *_, **__: "it is tested")
     training.train(other, task(), VIEWS, task(10, 1), on_warning=lambda line: None)
     torch.testing.assert_close(held(model), held(other), rtol=1e-4, atol=1e-6)
 

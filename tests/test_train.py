@@ -102,7 +102,7 @@ def test_training_on_cached_features_equals_training_through_the_model(monkeypat
     for cached in (True, False):
         if not cached:
             monkeypatch.setattr("visgraft.objective.sees_features", lambda *_: False)
-            monkeypatch.setattr("visgraft.objective.run_prefix", lambda *_: None)
+            monkeypatch.setattr("visgraft.objective.run_prefix", lambda *_, **__: None)
         model: Any = ready(DEFAULTS["linear"])
         model.patch_embed.register_forward_hook(lambda *_: passes.append(1))
         figures.append(fit(model, val=task(10, seed=1)))

@@ -27,7 +27,8 @@ class Objective:
     """The network that trains, its inputs (images, or what a frozen part makes of them once), its labels and its loss.
 
     `inputs` takes (indices [B], epoch), `val_inputs` indices [B]; `loss` takes logits [B, classes] and labels.
-    `kept_bytes` is the memory that inputs computed once take.
+    `kept_bytes` is the memory that inputs computed once take, `spared` the seconds that computing all would have taken
+    beyond those spent, where some images stand for all.
     """
 
     network: nn.Module
@@ -37,6 +38,7 @@ class Objective:
     val_inputs: Callable[[Tensor], Tensor] | None
     val_labels: Tensor | None
     kept_bytes: int = 0
+    spared: float = 0.0
 
 
 def make_objective(
@@ -47,13 +49,15 @@ def make_objective(
     accelerator: Any,
     features: Features | None = None,
     on_warning: Callable[[str], None] = warn,
+    most: int | None = None,
 ) -> Objective:
     """Train the whole model on images, or only what lies behind its frozen part on what that makes of them once.
 
     That is the head, on features, or the blocks from the first trained one on. `features` keeps features between
     calls with the same augmentation: "train" and "val" [N, width] are put in, or taken from there; with K cached views
     "train" holds them one after the other [K N, width]. `on_warning` is told where only the last blocks are to be
-    adapted, or views are to be cached, but the frozen blocks run in every step all the same.
+    adapted, or views are to be cached, but the frozen blocks run in every step all the same. `most` is how many images
+    go through a frozen part, at least, to stand for the others as well; None: all go.
 
     Raises:
         VisgraftError: an option does not go with these labels, or has no effect.
@@ -73,10 +77,11 @@ def make_objective(
         train = kept["train"].split(len(images))
         return _on_kept(model.get_classifier(), train, kept.get("val"), labels, val_labels, loss, device)  # type: ignore[operator]
     asked = views if val is None else (*views, val)
-    prefix = _prefix(model, asked, accelerator, config, on_warning)
+    prefix = _prefix(model, asked, accelerator, config, on_warning, most)
     if prefix is not None:
         train, rest = prefix.entering[: len(views)], prefix.entering[len(views) :]
-        return _on_kept(prefix.tail, train, rest[0] if rest else None, labels, val_labels, loss, device)
+        objective = _on_kept(prefix.tail, train, rest[0] if rest else None, labels, val_labels, loss, device)
+        return replace(objective, spared=prefix.spared)
 
     def inputs(indices: Tensor, epoch: int) -> Tensor:
         pixels = augment(indices, _turn(epoch, turns)) if augment else images.pixels[indices]
@@ -123,6 +128,7 @@ def _prefix(
     accelerator: Any,
     config: TrainConfig,
     on_warning: Callable[[str], None],
+    most: int | None,
 ) -> Prefix | None:
     """Run what is frozen before the first trained block once, or say why it runs in every step.
 
@@ -131,7 +137,7 @@ def _prefix(
     """
     anew = (config.flip or config.rand_augment) and not config.cached_views
     reason = "images are augmented (cached_views makes a fixed number of views)"
-    found = reason if anew else run_prefix(model, parts, accelerator)
+    found = reason if anew else run_prefix(model, parts, accelerator, most=most)
     if isinstance(found, Prefix):
         return found
     if not found and config.cached_views:

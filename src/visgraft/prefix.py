@@ -5,6 +5,7 @@ on. Nothing here knows a family: one traced forward pass says where the network 
 before; the tail runs the model's own `forward` with those modules standing still, and is compared with the whole.
 """
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,10 +53,12 @@ class Prefix:
     """What the frozen prefix gives: the network behind it, and what enters that, for each set of images [N, ...].
 
     The tensors lie on the model's device where they take no more than a share of its free memory, else on the CPU.
+    `spared` are the seconds that those images would have taken for which others stand.
     """
 
     tail: "Tail"
     entering: tuple[Tensor, ...]
+    spared: float = 0.0
 
     @property
     def bytes(self) -> int:
@@ -258,7 +261,7 @@ def _home(needed: int, device: torch.device) -> torch.device | None:
 
 
 def run_prefix(
-    model: nn.Module, parts: Sequence[Images], accelerator: Any, batch_size: int = 64
+    model: nn.Module, parts: Sequence[Images], accelerator: Any, batch_size: int = 64, most: int | None = None
 ) -> Prefix | str | None:
     """Run the frozen prefix over sets of images once.
 
@@ -267,6 +270,7 @@ def run_prefix(
         parts: the sets of images.
         accelerator: says device and precision.
         batch_size: images per forward pass.
+        most: after how many images of each set to stop and let those stand for all, again and again; None: never.
 
     Returns:
         What it gives; None where no whole block is frozen before the first trained one; or why that is not kept.
@@ -288,11 +292,25 @@ def run_prefix(
     if home is None:
         share = f"{MEMORY_SHARE:.0%} of the free memory"
         return f"what they give would take {needed / 1e9:.1f} GB, more than {share}; fewer or smaller images take less"
+    size = batch_size if most is None else min(batch_size, most)
     kept = tuple(torch.empty(len(part), *entering.shape[1:], dtype=entering.dtype, device=home) for part in parts)
     with torch.no_grad(), accelerator.autocast():
-        for part, rows in zip(parts, kept, strict=True):
-            done = 0
-            for images, _ in part.batches(batch_size):
-                rows[done : done + len(images)] = enter(model, cut, images.to(device))
-                done += len(images)
-    return Prefix(tail, kept)
+        spared = [
+            _fill(rows, (enter(model, cut, x.to(device)) for x, _ in part.batches(size)), most)
+            for part, rows in zip(parts, kept, strict=True)
+        ]
+    return Prefix(tail, kept, sum(spared))
+
+
+def _fill(rows: Tensor, batches: Iterator[Tensor], most: int | None) -> float:
+    """Fill rows batch by batch, from `most` on with those there are; return the seconds that the others would take."""
+    begin, done = time.perf_counter(), 0
+    for batch in batches:
+        rows[done : done + len(batch)] = batch
+        done += len(batch)
+        if most is not None and done >= most:
+            break
+    spent, left = time.perf_counter() - begin, len(rows) - done
+    for start in range(done, len(rows), done):
+        rows[start : start + done] = rows[: min(done, len(rows) - start)]
+    return spent * left / done if left else 0.0

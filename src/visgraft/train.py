@@ -128,8 +128,7 @@ def train(
         features: a dictionary that keeps those features for further calls with the same backbone and images.
         resume: the state to go on from, for a run with the same arguments.
         on_state: called after every epoch with the state to go on from.
-        on_warning: called with a line where only the last blocks are adapted, but the others run in every step all
-            the same, e.g. for want of memory.
+        on_warning: called with a line where only the last blocks are adapted, but the others run in every step.
 
     Raises:
         TrainingDiverged: the loss stopped being finite; the model holds the last good epoch's state.
@@ -166,11 +165,12 @@ def _ready(
     val: Images | None,
     features: Features | None,
     on_warning: Callable[[str], None],
+    most: int | None = None,
 ) -> Iterator[_Loop]:
     """Yield a run that is about to make its first step; its clock runs."""
     begin, accelerator = time.perf_counter(), make_accelerator(config.precision)
     model.to(accelerator.device)
-    task = make_objective(model, images, val, config, accelerator, features, on_warning)
+    task = make_objective(model, images, val, config, accelerator, features, on_warning, most)
     optimizer, schedule = _optimizer(model, config, len(images))
     bf16 = accelerator.mixed_precision == "bf16"
     with ExitStack() as stack:
@@ -179,7 +179,7 @@ def _ready(
         stack.enter_context(unfused_attention(model, bf16))
         stack.enter_context(freed_memory_kept(model))
         stack.enter_context(checkpointing(model, task.network, config.grad_checkpointing))
-        clock = _Clock(time.perf_counter(), time.perf_counter() - begin)
+        clock = _Clock(time.perf_counter(), time.perf_counter() - begin + task.spared)
         yield _Loop(task, config, optimizer, schedule, accelerator, clock, loader)
 
 
@@ -193,6 +193,7 @@ def measure_pace(
     at_least: float = 1.0,
     then: Callable[[Pace, TrainState], None] | None = None,
     on_warning: Callable[[str], None] = warn,
+    most: int | None = None,
 ) -> Pace:
     """Make one step of training to warm up, then the first few of an epoch until `at_least` seconds have passed.
 
@@ -200,14 +201,14 @@ def measure_pace(
 
     Args:
         then: called with the result and the last state, while all that training holds is still held.
-        on_warning: as of `train`.
+        most: how many images go through blocks that run once per image, at least, to stand for all; None: all go.
 
     Raises:
         TrainingDiverged: the loss stopped being finite.
         VisgraftError: as `train`.
     """
     _check(model, config, val)
-    with _ready(model, images, config, val, features, on_warning) as loop:
+    with _ready(model, images, config, val, features, on_warning, most) as loop:
         state, (warm, *_) = _time_epoch(model, replace(loop, most=1), TrainState(0, _tensors(model)))
         begin, rounds = time.perf_counter(), list[tuple[float, ...]]()
         while not rounds or time.perf_counter() - begin < at_least:

@@ -257,5 +257,6 @@ def _measure(
     val = None if sample.val is None else sample.val.read if features is None else sample.val.all
     share = sample.val.share if sample.val and features is None else 1.0
     images = sample.train.all
-    pace = measure_pace(model, images, config, val, features=features, then=pack, on_warning=watch.warning)
+    warn = watch.warning
+    pace = measure_pace(model, images, config, val, features=features, then=pack, on_warning=warn, most=SAMPLE)
     return pace, share * pace.validation, packing
