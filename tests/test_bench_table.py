@@ -33,6 +33,21 @@ def test_the_csv_parses_back_to_the_numbers() -> None:
     assert cell["mean"] == "0.5 0.5 0.5" and cell["interval_over"] == "seeds" and cell["images"] == "500"
 
 
+def test_macro_f1_stands_beside_top1() -> None:
+    """What answers nothing but the larger class has a top-1 that hides it."""
+    shares = {("sct", "a", 0): 0.5, ("sct", "a", 1): 0.7, ("sct", "b", 0): 0.4, ("linear", "a", 0): 0.3}
+    results = []
+    for (method, task, seed), share in shares.items():
+        one = result(trial(method, task, seed), 0.9, {"restyled": 0.9})
+        results.append(replace(one, measured={k: replace(m, macro_f1=share) for k, m in one.measured.items()}))
+    rows = [dict(zip(sheet.heads, row, strict=True)) for sheet in sheets(results)[:1] for row in sheet.rows]
+    assert {row["method"]: row["macro-F1 (%), mean of 2 tasks"] for row in rows} == {"linear": "–", "sct": "50.00"}
+    lines = {(line["method"], line["test_set"], line["task"]): line["macro_f1"] for line in parsed(csv(results))}
+    assert float(lines["sct", "test", "a"]) == pytest.approx(0.6)
+    assert float(lines["sct", "restyled", ""]) == pytest.approx(0.5)
+    assert {line["macro_f1"] for line in parsed(csv(two_groups())) if "group" in line["of"]} == {""}
+
+
 def blocks(text: str) -> list[list[int]]:
     """How many cells each row of each Markdown table has."""
     found = []

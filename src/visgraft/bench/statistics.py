@@ -353,6 +353,17 @@ def paired(first: Row, second: Row, test: str = TEST) -> Paired | None:
     return Paired(first.label, second.label, float(np.mean(means)), interval, won, lost, tied, len(means), pairs)
 
 
+def macro_f1(row: Row, tasks: Sequence[str], test: str = TEST) -> float | None:
+    """Return the mean over the tasks of macro-F1, each a mean over seeds; None where a task is missing."""
+    if row.missing(tasks, test):
+        return None
+    found: dict[str, list[float]] = {task: [] for task in tasks}
+    for result in row.on(tasks).results:
+        if test in result.measured:
+            found[result.trial.task].append(result.measured[test].macro_f1)
+    return float(np.mean([np.mean(one) for one in found.values()]))
+
+
 def _median(row: Row, name: str) -> float:
     return float(median(getattr(result, name) for result in row.results))
 

@@ -22,6 +22,7 @@ from visgraft.bench.statistics import (
     Row,
     Table,
     costs,
+    macro_f1,
     mean_of_groups,
     mean_of_tasks,
     paired,
@@ -124,6 +125,13 @@ def _difference_columns(table: Table) -> Iterator[Column]:
         yield Column(f"Δ {method}", tuple(points(one.mean if one else None, 2) for one in found))
 
 
+def _macro_f1_column(table: Table) -> Column:
+    """Show what top-1 hides where classes are of different sizes: how a method does on each of them."""
+    values = tuple(macro_f1(row, table.tasks) for row in table.rows)
+    head = f"macro-F1 (%), mean of {len(table.tasks)} task{'s' * (len(table.tasks) != 1)}"
+    return Column(head, tuple(percent(value, 2) for value in values), values)
+
+
 def _cost_columns(table: Table) -> Iterator[Column]:
     found = [costs(row, table.tasks) for row in table.rows]
     yield Column("parameters without head", tuple(f"{one.parameters:,.0f}" for one in found))
@@ -143,7 +151,8 @@ def _scaled(value: float | None, unit: float) -> str:
 
 
 def _main(table: Table) -> Sheet:
-    columns = (_method_column(table), *_accuracy_columns(table), *_difference_columns(table), *_cost_columns(table))
+    accuracies = (*_accuracy_columns(table), *_difference_columns(table), _macro_f1_column(table))
+    columns = (_method_column(table), *accuracies, *_cost_columns(table))
     return Sheet(f"{_title(table)}: top-1 accuracy (%)", caption(table), columns, tuple(_notes(table)))
 
 
@@ -378,6 +387,7 @@ def _csv_line(
         "low": mean.interval.low,
         "high": mean.interval.high,
         "interval_over": mean.interval.over,
+        "macro_f1": macro_f1(own, tuple(own.cells(test)), test) if "group" not in mean.name else "",
         **{f"minus_{method}": _csv_difference(table, own, method, test, mean) for method in BASELINES},
         **costs(own, tasks)._asdict(),
     }
