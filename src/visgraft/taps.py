@@ -204,7 +204,8 @@ class Read:
 
     def __call__(self, value: Tensor, onto: Tensor, grid: Grid) -> Tensor:
         source = None if self.source is None else self.source.take()
-        passed_on, alike = value, dict[int, list[tuple[LowRank, Kept]]]()
+        passed_on = value
+        alike: dict[int, list[tuple[LowRank, Kept]]] = {}
         for method, kept in self.readers:
             factors = factors_of(method)
             if factors is None:
