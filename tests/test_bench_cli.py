@@ -119,6 +119,7 @@ def test_protocols_are_listed() -> None:
         (["--set", "sct.lr=fast"], "--lr is 'fast', but must be a number"),
         (["--set", "lora.rank=4"], "names 'lora', which is not among the methods"),
         (["--set", "rank=4"], "training has no option 'rank'"),
+        (["--set", "linear.rank=4"], "linear has no option 'rank'; it has none of its own, and those of training"),
         (["--set", "select=val"], "keeps the epoch that is best on the images it is measured on"),
         (["--normalisation", "imagenett"], "--normalisation is 'imagenett', but must be one of model, imagenet, half"),
         (["--tasks", "photo"], "has no task 'photo'"),

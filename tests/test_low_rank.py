@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from visgraft import attach, methods
 from visgraft.attach import get_attached
-from visgraft.low_rank import LowRank, add_low_rank, add_product, hidden_features, keep_mask
+from visgraft.low_rank import LowRank, add_low_rank, add_product, hidden_features, keep_mask, masked
 from visgraft.method import Method
 from visgraft.methods.alore import ALoREConfig
 
@@ -115,12 +115,12 @@ def test_the_input_is_computed_again_from_its_source() -> None:
 def test_dropped_features_are_as_many_as_asked_for_and_what_stays_is_scaled() -> None:
     torch.manual_seed(0)
     keep, chance = keep_mask(4000, 25, 0.3, torch.device("cpu"))
-    assert keep.shape == (4000, 25) and keep.dtype == torch.bool
+    assert keep.shape == (4000, 25) and set(keep.unique().tolist()) == {-1, 0}
     assert abs(chance - 0.7) < 1e-5
-    share, spread = keep.double().mean(), (0.7 * 0.3 / keep.numel()) ** 0.5
+    share, spread = -keep.double().mean(), (0.7 * 0.3 / keep.numel()) ** 0.5
     assert abs(share - 0.7) < 4 * spread
     for lag in (1, 2, 3, 4):  # four features share a draw
-        pairs = (keep.flatten()[:-lag] & keep.flatten()[lag:]).double().mean()
+        pairs = -(keep.flatten()[:-lag] & keep.flatten()[lag:]).double().mean()
         assert abs(pairs - 0.49) < 4 * (0.49 * 0.51 / keep.numel()) ** 0.5
     torch.manual_seed(0)
     assert torch.equal(keep_mask(4000, 25, 0.3, torch.device("cpu"))[0], keep)
@@ -128,6 +128,16 @@ def test_dropped_features_are_as_many_as_asked_for_and_what_stays_is_scaled() ->
     one = torch.ones(1, 1, dtype=torch.float64)
     added = add_low_rank(x, torch.zeros_like(x), LowRank(one, one, dropout=0.3))
     assert set(added.unique().tolist()) == {0.0, 1 / chance}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_mask_keeps_features_bit_by_bit(dtype: torch.dtype) -> None:
+    x = torch.tensor([[-1.5, 0.1, float("nan")], [float("inf"), -0.0, 3e-8]], dtype=dtype)
+    mask = torch.tensor([[-1, 0, 0], [0, -1, -1]], dtype=torch.int8)
+    for shown in (x, x.T.contiguous().T):
+        found = masked(shown, mask)
+        assert found.dtype == dtype and torch.equal(found, torch.where(mask != 0, x, 0))
+        assert found[1, 1].signbit()
 
 
 def step(model: Any, x: Tensor) -> dict[str, Tensor]:

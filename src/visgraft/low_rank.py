@@ -99,18 +99,28 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def keep_mask(tokens: int, features: int, rate: float, device: torch.device) -> tuple[Tensor, float]:
-    """Return which features to keep, bool [tokens, features], and the chance that one is kept.
+    """Return a mask for `masked`, int8 [tokens, features], and the chance that a feature is kept.
 
     On a CPU a draw of 64 bits decides on four features, each with a chance that is `1 - rate` to 1/65536: torch's own
     dropout draws for every feature, which takes as long as all else that is done to it.
     """
     if device.type != "cpu":
-        return torch.rand(tokens, features, device=device) >= rate, 1 - rate
+        return (torch.rand(tokens, features, device=device) >= rate).to(torch.int8).neg_(), 1 - rate
     count = tokens * features
     words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     dropped = min(round(rate * 65536), 65535)
-    keep = words.view(torch.int16)[:count].view(tokens, features) >= dropped - 32768
-    return keep, 1 - dropped / 65536
+    keep = words.view(torch.int16)[:count].view(tokens, features).ge_(dropped - 32768)
+    return keep.to(torch.int8).neg_(), 1 - dropped / 65536
+
+
+def masked(x: Tensor, mask: Tensor) -> Tensor:
+    """Return `x` with zeros where the mask, int8, is 0, and as it is where all its bits are set.
+
+    The numbers are taken as whole ones, bit by bit: on a CPU, `where` and a product with a mask of bools take five to
+    ten times as long.
+    """
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return (x.view(whole) & mask).view(x.dtype)
 
 
 class _Hidden(torch.autograd.Function):
@@ -164,7 +174,7 @@ class _Product(torch.autograd.Function):
         rows: tuple[int, int] | None,
     ) -> Tensor:
         if keep is not None and not late:
-            hidden = torch.where(keep, hidden, 0)  # a product would convert the mask first, at twice the time
+            hidden = masked(hidden, keep)
         mixed = _mixed(hidden, mix, keep, late).view(-1, len(up))
         ctx.late, ctx.rows = late, rows
         ctx.save_for_backward(mix, up, bias, keep, hidden)
@@ -194,12 +204,12 @@ class _Product(torch.autograd.Function):
         d_hidden = _narrow(wide, up).view(len(hidden), -1)
         d_mix = None
         if keep is not None and late:
-            d_hidden = torch.where(keep, d_hidden, 0)
+            d_hidden = masked(d_hidden, keep)
         if mix is not None:
             d_mix = hidden.T @ d_hidden if needs[2] else None
             d_hidden = d_hidden @ mix.T
         if keep is not None and not late:
-            d_hidden = torch.where(keep, d_hidden, 0)
+            d_hidden = masked(d_hidden, keep)
         return gradient, d_hidden, d_mix, d_up, d_bias, None, None, None
 
 
@@ -217,7 +227,7 @@ def _narrow(x: Tensor, factor: Tensor) -> Tensor:
 def _mixed(hidden: Tensor, mix: Tensor | None, keep: Tensor | None, late: bool) -> Tensor:
     """Hidden features behind the mixing, dropped there if that is the place."""
     mixed = hidden if mix is None else hidden @ mix
-    return torch.where(keep, mixed, 0) if keep is not None and late else mixed
+    return masked(mixed, keep) if keep is not None and late else mixed
 
 
 def _add_product(rows: Tensor, mixed: Tensor, up: Tensor, bias: Tensor | None) -> None:

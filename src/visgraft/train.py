@@ -13,7 +13,6 @@ from warnings import warn
 import numpy as np
 import torch
 from timm.layers import DropPath
-from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,6 +24,7 @@ from visgraft.data.images import Images
 from visgraft.errors import TrainingDiverged, VisgraftError
 from visgraft.evaluate import peak_memory_bytes, probabilities_of, score
 from visgraft.objective import Features, Objective, checkpointing, draw_order, make_objective
+from visgraft.optimizer import make_optimizer, steps_per_epoch
 from visgraft.precision import frozen_weights_in_bf16, make_accelerator, unfused_attention
 from visgraft.resume import Epoch, TrainState, optimizer_tensors, restore_optimizer
 
@@ -171,7 +171,7 @@ def _ready(
     begin, accelerator = time.perf_counter(), make_accelerator(config.precision)
     model.to(accelerator.device)
     task = make_objective(model, images, val, config, accelerator, features, on_warning, most)
-    optimizer, schedule = _optimizer(model, config, len(images))
+    optimizer, schedule = make_optimizer(model, config, len(images))
     bf16 = accelerator.mixed_precision == "bf16"
     with ExitStack() as stack:
         loader = stack.enter_context(ThreadPoolExecutor(1))
@@ -284,46 +284,6 @@ def _check(model: nn.Module, config: TrainConfig, val: Images | None) -> None:
             f"drop_path is {config.drop_path}, but the model was created without; "
             "pass drop_path_rate to timm.create_model, or set drop_path=0"
         )
-
-
-def _optimizer(model: nn.Module, config: TrainConfig, images: int) -> tuple[torch.optim.Optimizer, Any]:
-    """AdamW with a group for the head, and timm's warm-up and cosine schedule, stepped per update."""
-    inside = tuple(f"{path}." for path in get_attached(model).head)
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    head = [p for name, p in trained if inside and name.startswith(inside)]
-    rest = [p for name, p in trained if not (inside and name.startswith(inside))]
-    groups = [{"params": rest, "lr": config.lr}, {"params": head, "lr": config.head_lr or config.lr}]
-    groups = [group for group in groups if group["params"]]
-    fused = trained[0][1].device.type in ("cpu", "cuda", "mps")  # a fifth of the time for many small tensors
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
-    per_epoch = steps_per_epoch(images, config)
-    lowest = min(config.lr, config.head_lr or config.lr)
-    if config.min_lr > lowest:
-        raise VisgraftError(f"min_lr is {config.min_lr}, above the peak of {lowest}; lower it")
-    warmup = min(round(config.warmup_epochs * per_epoch), config.epochs * per_epoch - 1)
-    schedule = CosineLRScheduler(
-        optimizer,
-        t_initial=config.epochs * per_epoch - warmup,
-        warmup_t=warmup,
-        lr_min=config.min_lr,
-        warmup_lr_init=config.warmup_lr or lowest * 1e-3,  # one start for both groups; both rise
-        warmup_prefix=True,
-        t_in_epochs=False,
-    )
-    return optimizer, schedule
-
-
-def steps_per_epoch(images: int, config: TrainConfig) -> int:
-    """Return how many steps an epoch over so many images has.
-
-    Raises:
-        VisgraftError: `drop_last` leaves none.
-    """
-    if config.drop_last and images < config.batch_size:
-        raise VisgraftError(
-            f"drop_last leaves none of {images} images in batches of {config.batch_size}; lower the batch size"
-        )
-    return images // config.batch_size if config.drop_last else -(-images // config.batch_size)
 
 
 def _batches(loop: _Loop, number: int) -> Iterator[tuple[Tensor, Tensor]]:

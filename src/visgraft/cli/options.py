@@ -133,9 +133,12 @@ def parse_option(method: str | None, name: str, text: str) -> Any:
     classes: list[type[MethodConfig] | type[TrainConfig]] = [get_method(method).Config] if method else []
     known = {field.name: field for kind in (TrainConfig, *classes) for field in dataclasses.fields(kind)}
     if name not in known:
-        owner = method or "training"
-        remedy = "" if method else "; an option of a method is METHOD.OPTION=VALUE"
-        raise VisgraftError(f"{owner} has no option {name!r}{nearest(name, known)}{remedy}")
+        if method is None:
+            end = "; an option of a method is METHOD.OPTION=VALUE"
+            raise VisgraftError(f"training has no option {name!r}{nearest(name, known)}{end}")
+        own = ", ".join(f.name for f in method_fields(get_method(method).Config)) or "none of its own"
+        end = f"; it has {own}, and those of training (visgraft train --help)"
+        raise VisgraftError(f"{method} has no option {name!r}{nearest(name, known) or end}")
     return _parse(known[name], None if text == "none" else text)
 
 
