@@ -8,6 +8,7 @@ import json
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from support import (
     ALL_FAMILIES,
     CONFIGS,
+    DEFAULTS,
     PAIRS,
     batches,
     enliven,
@@ -204,13 +206,34 @@ COMPILED = [(name, "plain") for name in CONFIGS] + [
 ]
 
 
-@pytest.mark.parametrize(("name", "kind"), COMPILED, ids=lambda value: value)
-def test_11_it_compiles_into_one_graph(name: str, kind: str) -> None:
+@pytest.mark.parametrize(("name", "kind"), [*COMPILED, ("lora-0", "convnext"), ("fact-0", "swin")])
+def test_11_it_compiles_into_one_graph_with_the_same_gradients(name: str, kind: str) -> None:
     torch._dynamo.reset()
-    # In float64, because compiled models add low-rank maps in another order.
     model, x = adapted(name, kind).double(), pictures(kind).double()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(logits(compiled, x), logits(model, x))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+    torch.testing.assert_close(gradients(compiled, model, x), gradients(model, model, x))
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_11_a_training_step_in_bf16_compiles_into_one_graph(name: str) -> None:
+    torch._dynamo.reset()
+    model, x = adapted(name, "plain").train(), pictures("plain")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(compiled, model, x)
+    assert found
+    for key, gradient in found.items():
+        assert gradient is not None, key
+        assert gradient.isfinite().all(), key
+
+
+def gradients(run: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
+    """What every parameter of the model receives."""
+    model.zero_grad(set_to_none=True)
+    run(x).square().sum().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
 @each_pair

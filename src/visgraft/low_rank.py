@@ -68,7 +68,8 @@ def hidden_features(
     dtype = compute_dtype(x)
     down = torch.cat([one.down for one in maps], 1) if len(maps) > 1 else maps[0].down
     kept, again = (None, None) if source is None or not torch.is_grad_enabled() else (source[0].detach(), source[1])
-    x, hidden = _Hidden.apply(x, x.to(dtype), kept, down.to(dtype), again)
+    cast = None if x.dtype == dtype else x.to(dtype)
+    x, hidden = _Hidden.apply(x, cast, kept, down.to(dtype), again)
     if len(maps) == 1:
         return x, (hidden,)
     parts = hidden.view(len(hidden), -1, down.shape[1]).split([one.down.shape[1] for one in maps], -1)
@@ -107,7 +108,11 @@ def keep_mask(tokens: int, features: int, rate: float, device: torch.device) -> 
     if device.type != "cpu":
         return (torch.rand(tokens, features, device=device) >= rate).to(torch.int8).neg_(), 1 - rate
     count = tokens * features
-    words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    words = torch.empty((count + 3) // 4, dtype=torch.int64)
+    if torch.compiler.is_compiling():  # where the faster `random_` of all bits is not known
+        words = torch.randint_like(words, -(2**63), 2**63 - 1)
+    else:
+        words.random_(-(2**63), None)
     dropped = min(round(rate * 65536), 65535)
     keep = words.view(torch.int16)[:count].view(tokens, features).ge_(dropped - 32768)
     return keep.to(torch.int8).neg_(), 1 - dropped / 65536
@@ -123,19 +128,23 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
 
 
 class _Hidden(torch.autograd.Function):
-    """(x, x D) of x and D; with `again`, the source is kept and x is made of it anew in the backward pass."""
+    """(x, x D) of x, what it is in D's precision (None: itself) and D.
+
+    With `again`, the source is kept and x is made of it anew in the backward pass.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        cast: Tensor,
+        cast: Tensor | None,
         source: Tensor | None,
         down: Tensor,
         again: Callable[[Tensor], Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.again, ctx.shape = again, x.shape
+        ctx.again, ctx.shape, ctx.direct = again, x.shape, cast is None
+        cast = x if cast is None else cast
         ctx.save_for_backward(cast if source is None else source, down)
         return x, _narrow(cast.reshape(-1, len(down)), down.T.contiguous()).view(x.shape[:-1].numel(), -1)
 
@@ -149,12 +158,12 @@ class _Hidden(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             x = x if ctx.again is None else ctx.again(x).to(down.dtype)
             d_down = (blocks.T @ x.reshape(-1, len(down))).T  # the narrow factor first: up to three times as fast
-        d_cast = None
-        if ctx.needs_input_grad[1] and d_x is not None and d_x.dtype == down.dtype:
-            d_x = torch.addmm(d_x.reshape(-1, len(down)), blocks, down.T).view(d_x.shape)
-        elif ctx.needs_input_grad[1]:
-            d_cast = (blocks @ down.T).view(ctx.shape)
-        return d_x, d_cast, None, d_down, None
+        if not any(ctx.needs_input_grad[:2]):
+            return None, None, None, d_down, None
+        if ctx.direct and d_x is not None:
+            return torch.addmm(d_x.reshape(-1, len(down)), blocks, down.T).view(d_x.shape), None, None, d_down, None
+        d_cast = (blocks @ down.T).view(ctx.shape)
+        return (d_cast, None, None, d_down, None) if ctx.direct else (d_x, d_cast, None, d_down, None)
 
 
 class _Product(torch.autograd.Function):
@@ -185,7 +194,8 @@ class _Product(torch.autograd.Function):
             return result
         if onto.dtype == mixed.dtype:
             result = torch.addmm(onto.reshape(-1, up.shape[1]), mixed, up)
-            result = torch.ops.aten._unsafe_view(result, onto.shape)  # a view could not be changed in place later
+            # Because a view could not be changed in place later.
+            result = torch.ops.aten._unsafe_view.default(result, onto.shape)
         else:
             result = onto + (mixed @ up).view(onto.shape)
         return result if bias is None else result.add_(bias)

@@ -170,12 +170,9 @@ class Source:
 
 
 def factors_of(method: Method) -> LowRank | None:
-    """The method's map as factors; None where it has none, or its plain form is to run.
-
-    That is where a compiler looks on, which fuses by itself, and where somebody's hook waits for the module's call.
-    """
+    """The method's map as factors; None where it has none, or where somebody's hook waits for the module's call."""
     watched = method._forward_pre_hooks or method._forward_hooks or method._backward_hooks
-    return None if torch.compiler.is_compiling() or watched else method.low_rank()
+    return None if watched else method.low_rank()
 
 
 class Apply:
