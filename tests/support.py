@@ -168,6 +168,14 @@ def logits(model: Callable[[Tensor], Tensor], x: Tensor | None = None) -> Tensor
         return model(images() if x is None else x)
 
 
+def gradients(run: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
+    """What every trained parameter receives, and the logits."""
+    model.zero_grad(set_to_none=True)
+    answer = run(x)
+    answer.square().sum().backward()
+    return {"logits": answer.detach(), **{key: p.grad for key, p in model.named_parameters() if p.requires_grad}}
+
+
 FIXED_TOKENS = ("beit", "swin", "swin_padded", "swin_v2", "convnext", "convnext_conv", "convnext_v2", "mixer", "resmlp")
 REFUSALS: dict[tuple[str, str], str] = {
     **{(name, kind): "needs the site tokens.in" for name in ("vpt_shallow-0", "vpt_deep-0") for kind in FIXED_TOKENS},

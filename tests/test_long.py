@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from support import CONFIGS, DEFAULTS, fitted, images, logits, size_of
+from support import CONFIGS, DEFAULTS, fitted, gradients, images, logits, size_of
 
 from visgraft import count_parameters, methods
 from visgraft.attach import assemble, detach
@@ -45,9 +45,13 @@ def test_every_method_attaches_to_full_sizes_or_says_why_not(backbone: str) -> N
     assert set(refused) <= {"vpt_shallow", "vpt_deep", "fact"}
 
 
-@pytest.mark.parametrize(("name", "kind"), [("sct-0", "plain"), ("alore-0", "swin"), ("lora-0", "convnext")])
-def test_inductor_compiles_it_and_answers_the_same(name: str, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"), [("sct-0", "plain"), ("alore-0", "swin"), ("lora-0", "plain"), ("lora-0", "convnext")]
+)
+def test_inductor_compiles_it_with_the_same_answers_and_gradients(name: str, kind: str) -> None:
     torch._dynamo.reset()
     model, x = fitted(CONFIGS[name], kind), images(size=size_of(kind))
     compiled = torch.compile(model, fullgraph=True)
     torch.testing.assert_close(logits(compiled, x), logits(model, x), rtol=1e-4, atol=1e-5)
+    model.double()
+    torch.testing.assert_close(gradients(compiled, model, x.double()), gradients(model, model, x.double()))
