@@ -59,6 +59,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / "photos" / old).rename(root / "photos" / new)
     shutil.copytree(root / "photos" / "cat", root / "new-photos")
     shutil.copytree(root / "photos", root / "photos-winter")
+    shutil.copytree(root / "photos", root / "textile" / "images")
     with (root / "labels.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["image_path", "label"])
@@ -88,7 +89,7 @@ def test_commands_run(page: str, photos: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
-    mkdocs = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", tmp_path / "site"]
+    mkdocs = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"]
     done = subprocess.run(mkdocs, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "site" / "ja" / "quickstart" / "index.html").read_text(encoding="utf-8")
