@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from shared import arguments, quartiles, report, shown, table
+from shared import arguments, quartiles, report, seconds_of, shown, table
 from step_time import make_step
 
 from visgraft import attach
@@ -43,7 +43,7 @@ def one(asked: argparse.Namespace, method: str, keep: bool) -> dict[str, float]:
             stack.enter_context(freed_memory_kept(model))
         stack.enter_context(frozen_weights_in_bf16(model, asked.bf16))
         stack.enter_context(unfused_attention(model, asked.bf16))
-        step = make_step(model, x, y, asked.bf16)
+        step = seconds_of(make_step(model, x, y, asked.bf16), x.device)
         for _ in range(3):
             step()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -13,7 +13,7 @@ import argparse
 import contextlib
 
 import torch
-from shared import arguments, in_turns, ratios, report, shown, table
+from shared import arguments, in_turns, ratios, report, seconds_of, shown, table
 from step_time import bound, kept_bytes, make_step
 from torch import Tensor, nn
 
@@ -66,7 +66,10 @@ def main() -> None:
             stack.enter_context(frozen_weights_in_bf16(model, asked.bf16))
             stack.enter_context(unfused_attention(model, asked.bf16))
         kept = {name: kept_bytes(model, entering, y, asked.bf16) for name, (model, entering) in models.items()}
-        steps = {name: make_step(model, entering, y, asked.bf16) for name, (model, entering) in models.items()}
+        steps = {
+            name: seconds_of(make_step(model, entering, y, asked.bf16), y.device)
+            for name, (model, entering) in models.items()
+        }
         rounds = in_turns(steps, asked.rounds)
     figures = {name: ratios(rounds, name, "bound") for name in models}
     shares = {name: round(kept[name] / kept["bound"], 3) for name in models}

@@ -10,7 +10,6 @@ rounds of a time divided by the plain model's of the same round, with the quarti
 """
 
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,13 +63,11 @@ def tree(model: nn.Module) -> list[tuple[str, type[nn.Module]]]:
 def forward(model: nn.Module, x: Tensor) -> Callable[[], float]:
     """Return a function that makes one forward pass and returns its seconds."""
 
-    def run() -> float:
-        start = time.perf_counter()
+    def run() -> None:
         with torch.inference_mode():
             model(x)
-        return time.perf_counter() - start
 
-    return run
+    return shared.seconds_of(run, x.device)
 
 
 def adapted(backbone: str, method: str) -> nn.Module:

@@ -161,7 +161,7 @@ def measure(task: str, method: str, options: dict[str, Any], lr: float, seed: in
     if method == "salex" and seed == 0:
         images_of_it = found.tune.normalised(found.tune.pixels[:8])
         certificate = merge(model, images_of_it)[1]  # raises where the difference is above the tolerance
-        row |= {"merge_difference": certificate.max_abs_difference, "merge_tolerance": certificate.tolerance}
+        row |= {"merge_difference": certificate.max_abs_difference, "merge_error": certificate.merged_error}
     return row | {"seconds": round(time.perf_counter() - begin, 1)}
 
 

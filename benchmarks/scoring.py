@@ -8,9 +8,8 @@ over rounds is shown with the quartiles. Memory is the peak of the bytes in tens
 returned and that are still alive, which a TorchDispatchMode counts; the images come from a generator and count too.
 """
 
-import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import shared
@@ -65,17 +64,6 @@ def stream(count: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield images, (start + torch.arange(batch)) % CLASSES
 
 
-def timed(act: Callable[[], object]) -> Callable[[], float]:
-    """Return a function that calls another one and returns its seconds."""
-
-    def run() -> float:
-        start = time.perf_counter()
-        act()
-        return time.perf_counter() - start
-
-    return run
-
-
 def plain_pass(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
     """Run the model on all images."""
     with torch.no_grad():
@@ -94,9 +82,12 @@ def measure(backbone: str, asked: Any) -> tuple[list[dict[str, Any]], dict[int, 
     """Return a row per mode of SCT, and the peak per number of images."""
     model = timm.create_model(backbone, num_classes=CLASSES).eval()
     batches = list(stream(asked.images, asked.image_size))
-    parts = {"plain": timed(lambda: plain_pass(model, batches))}
+    cpu = torch.device("cpu")
+    parts = {"plain": shared.seconds_of(lambda: plain_pass(model, batches), cpu)}
     for mode, names in SITES.items():
-        parts[mode] = timed(lambda names=names: salient_channels_at(model, batches, None, names, "class_aware"))
+        parts[mode] = shared.seconds_of(
+            lambda names=names: salient_channels_at(model, batches, None, names, "class_aware"), cpu
+        )
     found = shared.in_turns(parts, asked.rounds)
     seconds = round(shared.quartiles([one["plain"] for one in found])[1], 3)
     rows = [

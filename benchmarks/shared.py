@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,27 @@ def in_turns(parts: Mapping[str, Callable[[], float]], rounds: int) -> list[dict
         first = number % len(names)
         found.append({name: parts[name]() for name in names[first:] + names[:first]})
     return found
+
+
+def seconds_of(act: Callable[[], object], device: torch.device, times: int = 1) -> Callable[[], float]:
+    """Return a function that calls `act` so many times and returns the seconds of one; on a GPU by its own events."""
+
+    def on_cpu() -> float:
+        start = time.perf_counter()
+        for _ in range(times):
+            act()
+        return (time.perf_counter() - start) / times
+
+    def on_gpu() -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(times):
+            act()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000 / times
+
+    return on_gpu if device.type == "cuda" else on_cpu
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:

@@ -22,12 +22,11 @@ import argparse
 import contextlib
 import copy
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from shared import arguments, in_turns, quartiles, report, shown, table
+from shared import arguments, in_turns, quartiles, report, seconds_of, shown, table
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
@@ -125,8 +124,8 @@ def kept_bytes(model: nn.Module, x: Tensor, y: Tensor, bf16: bool) -> int:
     return found
 
 
-def make_step(model: nn.Module, x: Tensor, y: Tensor, bf16: bool) -> Callable[[], float]:
-    """Return a function that makes one training step and returns its seconds; on a GPU by its own events."""
+def make_step(model: nn.Module, x: Tensor, y: Tensor, bf16: bool) -> Callable[[], None]:
+    """Return a function that makes one training step."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
     def step() -> None:
@@ -136,20 +135,7 @@ def make_step(model: nn.Module, x: Tensor, y: Tensor, bf16: bool) -> Callable[[]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def on_cpu() -> float:
-        start = time.perf_counter()
-        step()
-        return time.perf_counter() - start
-
-    def on_gpu() -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        step()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1000
-
-    return on_gpu if x.device.type == "cuda" else on_cpu
+    return step
 
 
 def candidates(asked: argparse.Namespace, create: Callable[[], nn.Module], x: Tensor, y: Tensor) -> Any:
@@ -178,7 +164,7 @@ def measure(models: dict[str, nn.Module], x: Tensor, y: Tensor, asked: argparse.
     if asked.compile:
         torch._dynamo.config.recompile_limit = 2 * len(models)  # all share the code of one class
         models = {name: torch.compile(model, fullgraph=True) for name, model in models.items()}
-    steps = {name: make_step(model, x, y, asked.bf16) for name, model in models.items()}
+    steps = {name: seconds_of(make_step(model, x, y, asked.bf16), x.device) for name, model in models.items()}
     rounds = in_turns(steps, asked.rounds)
     result: dict[str, Any] = {"bound_ms": 1000 * statistics.median(r["bound"] for r in rounds)}
     for name in steps:

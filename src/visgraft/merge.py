@@ -2,40 +2,19 @@
 
 import copy
 import dataclasses
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from visgraft.affine import Fold, add_missing_biases, fold, fold_target, probe, refusal
 from visgraft.attach import find_positions, get_attached, strip
+from visgraft.certificate import Certificate, answers, certify, fold_difference, image_batches
 from visgraft.config import MethodConfig
 from visgraft.dryrun import meta_copy
 from visgraft.errors import MergeError, VisgraftError
 from visgraft.finding import find_sites
-from visgraft.input_size import input_size
 from visgraft.registry import get_method
-
-NOISE_IMAGES = 16
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """What was measured between the adapted and the merged model, in the model's own precision.
-
-    `max_abs_difference` is the largest difference of any logit (of any feature where there is no head), `tolerance`
-    what it had to stay below, `top1_agreement` the share of `images` with the same highest logit, and `source` says
-    whether those were real images or seeded noise.
-    """
-
-    method: str
-    max_abs_difference: float
-    tolerance: float
-    top1_agreement: float
-    images: int
-    source: str
-    dtype: str
 
 
 def why_not_merged(model: nn.Module, config: MethodConfig, allow_new_bias: bool = False) -> str | None:
@@ -116,6 +95,11 @@ def _fold_all(model: nn.Module, plain: nn.Module, allow_new_bias: bool) -> None:
         fold(plain, target, affine)
 
 
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in (torch.float32, torch.float64):
+        raise MergeError(f"the model is in {dtype}, in which folding rounds visibly; call model.float() first")
+
+
 def folded(model: nn.Module, *, allow_new_bias: bool = False) -> nn.Module:
     """Return a plain copy in eval mode with the method folded into its weights, without measuring it (see `merge`).
 
@@ -123,41 +107,25 @@ def folded(model: nn.Module, *, allow_new_bias: bool = False) -> nn.Module:
         MergeError: the method cannot be folded exactly here.
     """
     attached = get_attached(model)
-    dtype = next(model.parameters()).dtype
-    if dtype not in (torch.float32, torch.float64):
-        raise MergeError(f"the model is in {dtype}, in which folding rounds visibly; call model.float() first")
+    _check_dtype(next(model.parameters()).dtype)
     # The digest is handed on as it is: a copy of it would make it, and the plain model has none.
     plain = strip(copy.deepcopy(model, {id(attached.plain): attached.plain})).eval()
     _fold_all(model, plain, allow_new_bias)
     return plain
 
 
-def _noise(model: nn.Module) -> list[Tensor]:
-    return [torch.randn(NOISE_IMAGES, *input_size(model), generator=torch.Generator().manual_seed(0))]
-
-
-def _compare(model: nn.Module, plain: nn.Module, images: Any, method: str) -> Certificate:
-    """Run both models and measure; the images are moved to the model's device and precision."""
-    like = next(model.parameters())
-    largest, scale, agree, count = 0.0, 0.0, 0, 0
-    batches = _noise(plain) if images is None else [images] if isinstance(images, Tensor) else images
-    with torch.no_grad():
-        for batch in batches:
-            x = (batch if isinstance(batch, Tensor) else batch[0]).to(like.device, like.dtype)
-            before, after = model(x).double(), plain(x).double()
-            largest = max(largest, (before - after).abs().max().item())
-            scale = max(scale, before.abs().max().item())
-            agree += int((before.argmax(-1) == after.argmax(-1)).sum())
-            count += len(x)
-    if not count:
-        raise MergeError("no images to measure the merged model on; pass some, or None for seeded noise")
-    tolerance = 1e-9 * scale if like.dtype == torch.float64 else 1e-5 * scale + 1e-5
-    source = "noise" if images is None else "images"
-    return Certificate(method, largest, tolerance, agree / count, count, source, str(like.dtype).removeprefix("torch."))
+def _in_float64(model: nn.Module) -> nn.Module:
+    """Return a copy in eval mode in float64, on the CPU where the model's device has no float64 (Apple's GPUs)."""
+    plain = get_attached(model).plain
+    device = "cpu" if next(model.parameters()).device.type == "mps" else next(model.parameters()).device
+    # The digest is handed on as it is: a copy of it would make it.
+    return copy.deepcopy(model, {id(plain): plain}).to(device, torch.float64).eval()
 
 
 def merge(model: nn.Module, images: Any = None, *, allow_new_bias: bool = False) -> tuple[nn.Module, Certificate]:
     """Return a plain copy of the model with the method folded into its weights, and the measured certificate.
+
+    The fold is made and proven in float64 and rounded once; meanwhile two copies of the model are held in float64.
 
     Args:
         model: a model with something attached, in float32 or float64; it is left as it is.
@@ -166,17 +134,21 @@ def merge(model: nn.Module, images: Any = None, *, allow_new_bias: bool = False)
             has tensors that timm's constructor does not make.
 
     Raises:
-        MergeError: the method cannot be folded exactly here, or the measured difference is above the tolerance.
+        MergeError: the method cannot be folded exactly here, the folded model is another function, or rounding does
+            more to it than to the adapted one.
     """
-    plain, training = folded(model, allow_new_bias=allow_new_bias), model.training
+    attached, like, training = get_attached(model), next(model.parameters()), model.training
+    _check_dtype(like.dtype)
+    reference = _in_float64(model)
+    exact = folded(reference, allow_new_bias=allow_new_bias)
+    first, batches, source = image_batches(images, exact)
+    truth = answers(reference, first)
+    difference = fold_difference(truth, answers(exact, first))
+    del reference
+    plain = exact.to(like.device, like.dtype)
     try:
         model.eval()
-        certificate = _compare(model, plain, images, get_attached(model).config.method)
+        measured = certify(model, plain, batches, first, truth, difference)
     finally:
         model.train(training)
-    if not certificate.max_abs_difference <= certificate.tolerance:
-        raise MergeError(
-            f"the merged model differs by {certificate.max_abs_difference:.2e} on {certificate.images} images, above "
-            f"{certificate.tolerance:.2e}; keep the adapter attached, or merge in float64 (model.double())"
-        )
-    return plain, certificate
+    return plain, Certificate(attached.config.method, source=source, **measured)

