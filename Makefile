@@ -8,7 +8,7 @@ OUT    ?= demo-out
 # Debian's package of Fashion-MNIST; elsewhere torchvision downloads the same images when they are needed.
 FASHION := /usr/share/datasets/fashion-mnist
 
-.PHONY: install fashion test test-all check demo bench capabilities docs clean
+.PHONY: install fashion test test-all test-rounding check demo bench capabilities docs clean
 
 $(VENV)/.base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -40,9 +40,24 @@ check: $(VENV)/.test
 test: check fashion
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# Everything, with inductor and backbones of full size.
+# Everything, with inductor and backbones of full size; then, as on other processors, what their rounding could change.
 test-all: check fashion
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m ''
+	$(MAKE) test-rounding
+
+# Instructions and numbers of threads decide in which order numbers are added, so how they round.
+ROUNDING := $(addprefix tests/test_,$(addsuffix .py,adapter alore baselines_1 baselines_2 checkpointing digest fact image_sizes \
+	last_blocks laws low_rank merge merged objective precision predict resume salex sct train weights_files))
+OLD_CPU  := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
+AVX2_CPU := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2
+
+test-rounding: check fashion
+	$(OLD_CPU) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ROUNDING)
+	$(AVX2_CPU) OMP_NUM_THREADS=2 $(BIN)/python -m pytest -n 1 $(ROUNDING)
+	OMP_NUM_THREADS=4 $(BIN)/python -m pytest -n 1 $(ROUNDING)
+	$(OLD_CPU) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -rP tests/test_merge.py
+	$(AVX2_CPU) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -rP tests/test_merge.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -rP tests/test_merge.py
 
 # The offline suite on real pretrained weights: killed, the same command goes on.
 bench: $(VENV)/.test fashion

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from visgraft.data.images import Images
 from visgraft.errors import DataError
 from visgraft.precision import make_accelerator
+from visgraft.tensors import eval_mode
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,12 @@ class Evaluation:
 
 def logits_of(model: nn.Module, images: Images, accelerator: Accelerator, batch_size: int = 64) -> Tensor:
     """Return the model's outputs [N, outputs] in float32 on the CPU, in eval mode and without gradient."""
-    training, outputs = model.training, []
-    model.eval().to(accelerator.device)
-    with torch.inference_mode(), accelerator.autocast():
+    outputs = []
+    model.to(accelerator.device)
+    with torch.inference_mode(), accelerator.autocast(), eval_mode(model):
         for start in range(0, len(images), batch_size):
             x = images.normalised(images.pixels[start : start + batch_size], accelerator.device)
             outputs.append(model(x).float().cpu())
-    model.train(training)
     return torch.cat(outputs).clone()
 
 

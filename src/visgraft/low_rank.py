@@ -94,7 +94,7 @@ def add_product(onto: Tensor, hidden: Tensor, factors: LowRank, rows: tuple[int,
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the precision in which products with `x` are computed: autocast's where it acts on such a tensor."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if x.dtype == torch.float64 or x.is_meta or not torch.is_autocast_enabled(kind):  # no autocast on the meta device
         return x.dtype
     return torch.get_autocast_dtype(kind)
 

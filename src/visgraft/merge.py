@@ -15,6 +15,7 @@ from visgraft.dryrun import meta_copy
 from visgraft.errors import MergeError, VisgraftError
 from visgraft.finding import find_sites
 from visgraft.registry import get_method
+from visgraft.tensors import eval_mode
 
 
 def why_not_merged(model: nn.Module, config: MethodConfig, allow_new_bias: bool = False) -> str | None:
@@ -122,6 +123,17 @@ def _in_float64(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(plain): plain}).to(device, torch.float64).eval()
 
 
+def _rounded(exact: nn.Module, like: nn.Module) -> nn.Module:
+    """Give every tensor, in place, the device and the precision that it has in another model."""
+    usual = next(like.parameters())
+    own = {**dict(like.named_parameters()), **dict(like.named_buffers())}
+    for name, tensor in (*exact.named_parameters(), *exact.named_buffers()):
+        target = own.get(name, usual)  # a bias may be new
+        tensor.data = tensor.data.to(target.device, target.dtype)
+    return exact
+
+
+@torch.inference_mode(False)  # in it, the merged model's tensors could not be trained later
 def merge(model: nn.Module, images: Any = None, *, allow_new_bias: bool = False) -> tuple[nn.Module, Certificate]:
     """Return a plain copy of the model with the method folded into its weights, and the measured certificate.
 
@@ -134,21 +146,18 @@ def merge(model: nn.Module, images: Any = None, *, allow_new_bias: bool = False)
             has tensors that timm's constructor does not make.
 
     Raises:
-        MergeError: the method cannot be folded exactly here, the folded model is another function, or rounding does
-            more to it than to the adapted one.
+        MergeError: the method cannot be folded exactly here, the folded model is another function, rounding does more
+            to it than to the adapted one, or there is nothing to measure on.
     """
-    attached, like, training = get_attached(model), next(model.parameters()), model.training
-    _check_dtype(like.dtype)
+    attached = get_attached(model)
+    _check_dtype(next(model.parameters()).dtype)
     reference = _in_float64(model)
     exact = folded(reference, allow_new_bias=allow_new_bias)
     first, batches, source = image_batches(images, exact)
     truth = answers(reference, first)
     difference = fold_difference(truth, answers(exact, first))
     del reference
-    plain = exact.to(like.device, like.dtype)
-    try:
-        model.eval()
+    plain = _rounded(exact, model)
+    with eval_mode(model):
         measured = certify(model, plain, batches, first, truth, difference)
-    finally:
-        model.train(training)
     return plain, Certificate(attached.config.method, source=source, **measured)

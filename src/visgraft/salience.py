@@ -12,6 +12,7 @@ from visgraft.finding import find_sites
 from visgraft.method import Batches, Grid
 from visgraft.sites import Site
 from visgraft.taps import tap
+from visgraft.tensors import eval_mode
 
 SCORES = ("class_aware", "class_agnostic", "random", "lowest")
 EVERY = -1  # in place of a class: all images
@@ -70,13 +71,11 @@ def _squares_at(model: nn.Module, batches: Batches, names: Sequence[str]) -> dic
     ]
     apart: dict[str, Any] = {path: model.get_submodule(path) for path in _separate_biases(blocks, names)}
     before = {path: attention.qkv_bias_separate for path, attention in apart.items()}
-    modes = {module: module.training for module in model.modules()}
     like = next(model.parameters())
     try:
-        model.eval()
         for attention in apart.values():
             attention.qkv_bias_separate = True
-        with torch.no_grad():
+        with torch.no_grad(), eval_mode(model):
             for images, labels in _rebatch(batches):
                 members = _members(labels)
                 for act in chain.from_iterable(acts.values()):
@@ -87,8 +86,6 @@ def _squares_at(model: nn.Module, batches: Batches, names: Sequence[str]) -> dic
             handle.remove()
         for path, attention in apart.items():
             attention.qkv_bias_separate = before[path]
-        for module, mode in modes.items():
-            module.training = mode
     sums = {name: [act.sums for act in found] for name, found in acts.items()}
     if not sums[names[0]][0]:
         raise VisgraftError("no images to score channels with: `batches` is empty; pass (images, labels) of the task")

@@ -159,11 +159,12 @@ class Source:
         """Return the norm's input, and the function that makes the site's tokens of it."""
         x = self.kept.take()
         kind = x.device.type
-        known = torch.amp.is_autocast_available(kind)  # not on the meta device
-        cast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) if known else None
+        cast: Any = contextlib.nullcontext()
+        if not x.is_meta:  # which has no autocast
+            cast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
         def again(x: Tensor) -> Tensor:
-            with cast or contextlib.nullcontext():
+            with cast:
                 return self.lens.tokens(self.norm.forward(x))
 
         return x, again

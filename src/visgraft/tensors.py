@@ -1,7 +1,8 @@
 """The backbone's own tensors: its head, its digest, and what each tensor is."""
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,18 @@ from visgraft.method import OwnTensor
 
 CHILD = "visgraft"
 """Name of the child module that `attach` registers on the backbone; it holds everything that the method adds."""
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Hold a model in eval mode inside the context; afterwards each of its modules has the mode that it had."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def classifier_paths(model: nn.Module) -> tuple[str, ...]:

@@ -4,10 +4,9 @@ import itertools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import optuna
 
 from visgraft.compare.budget import Cost, OutOfTime
 from visgraft.config import MethodConfig, TrainConfig
@@ -18,14 +17,13 @@ from visgraft.objective import Features
 from visgraft.registry import get_method
 from visgraft.resume import Epoch
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)
+if TYPE_CHECKING:  # imported where a search begins, because what else this package has needs no optuna
+    import optuna
 
 REDUCTION = 3
 """Of the trainings that get as far as a rung, one in so many goes on."""
 RANDOM_TRIALS = 4
 """Trials drawn at random before the sampler learns from them."""
-
-PRUNED, FAILED = optuna.trial.TrialState.PRUNED, optuna.trial.TrialState.FAIL
 
 Setting = Mapping[str, Any]
 
@@ -86,6 +84,9 @@ class Search:
     best: tuple[float, Setting, Fit] | None = None
 
     def __post_init__(self) -> None:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
         space = get_method(self.method).knobs
         self.untried = [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
         self.study = optuna.create_study(
@@ -109,8 +110,10 @@ class Search:
         size = len(self.task.images), len(self.task.val)
         return self.cost.training(2, *size) - self.cost.training(1, *size)
 
-    def _ask(self) -> optuna.Trial:
+    def _ask(self) -> "optuna.Trial":
         """Return a trial with a setting that was not tried yet: training is reproducible, so a second says nothing."""
+        from optuna.trial import TrialState
+
         space = get_method(self.method).knobs
         while True:
             trial = self.study.ask()
@@ -118,7 +121,7 @@ class Search:
             if setting in self.untried:
                 self.untried.remove(setting)
                 return trial
-            self.study.tell(trial, state=FAILED)
+            self.study.tell(trial, state=TrialState.FAIL)
             self.study.enqueue_trial(self.untried[self.generator.integers(len(self.untried))])
 
     def configured(self, setting: Setting) -> tuple[MethodConfig, TrainConfig]:
@@ -130,6 +133,9 @@ class Search:
 
         `on_epoch` gets every step; it may raise OutOfTime.
         """
+        from optuna import TrialPruned
+        from optuna.trial import TrialState
+
         trial, begin = self._ask(), time.monotonic()
         setting, last = dict(trial.params), None
         self.trials += 1
@@ -141,25 +147,25 @@ class Search:
                 last = epoch.val_figure
                 trial.report(last, epoch.epoch)
                 if epoch.epoch < self.epochs and trial.should_prune():
-                    raise optuna.TrialPruned
+                    raise TrialPruned
 
         try:
             fit = self.task.bench.fit(
                 *self.configured(setting), self.task.images, self.task.val,
                 on_progress=report, features=self.task.features if self.cost.head_only else None,
             )  # fmt: skip
-        except (optuna.TrialPruned, TrainingDiverged, OutOfTime) as error:
-            outcome = {optuna.TrialPruned: "pruned", TrainingDiverged: "diverged"}.get(type(error), "out of time")
+        except (TrialPruned, TrainingDiverged, OutOfTime) as error:
+            outcome = {TrialPruned: "pruned", TrainingDiverged: "diverged"}.get(type(error), "out of time")
             self.pruned += outcome == "pruned"
             self.diverged += outcome == "diverged"
-            self.study.tell(trial, state=PRUNED if outcome == "pruned" else FAILED)
+            self.study.tell(trial, state=TrialState.PRUNED if outcome == "pruned" else TrialState.FAIL)
         else:
             outcome, last = "finished", fit.evaluation.figure
             self._keep(trial, fit)
         self.spent += time.monotonic() - begin
         return outcome, setting, last
 
-    def _keep(self, trial: optuna.Trial, fit: Fit) -> None:
+    def _keep(self, trial: "optuna.Trial", fit: Fit) -> None:
         figure = fit.evaluation.figure
         self.study.tell(trial, figure)
         if self.best is None or figure > self.best[0]:

@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from visgraft.config import MethodConfig, TrainConfig, option
 from visgraft.method import Grid, Method, Place, Position
@@ -105,7 +104,9 @@ class SSF(Method):
         if not x.is_contiguous():
             moved = x * factor if self.shift is None else torch.addcmul(self.shift, x, factor)
             return moved.to(onto.dtype)
-        # Batch normalisation that normalises by mean 0 and variance 1: torch has a fused backward pass for it.
+        # Batch normalisation that normalises by mean 0 and variance 1: torch has a fused backward pass for it. The
+        # operator itself, because the function in front of it refuses an eps of 0 in some versions.
         zero, one = torch.zeros_like(factor), torch.ones_like(factor)
         shift = zero if self.shift is None else self.shift
-        return F.batch_norm(x.flatten(0, -2), zero, one, factor, shift, eps=0.0).view(x.shape)
+        flat, training, momentum, eps, cudnn = x.flatten(0, -2), False, 0.0, 0.0, False
+        return torch.batch_norm(flat, factor, shift, zero, one, training, momentum, eps, cudnn).view(x.shape)
