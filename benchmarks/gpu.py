@@ -39,6 +39,7 @@ PARTS = {
     "steps": gpu_steps.eager_steps,
     "profile": gpu_steps.profile,
     "inference": gpu_checks.inference,
+    "compiled_answers": gpu_checks.compiled_answers,
     "input": gpu_data.waiting,
     "compiled": gpu_steps.compiled_steps,
     "accuracy": gpu_data.accuracy,

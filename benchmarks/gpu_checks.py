@@ -2,6 +2,7 @@
 
 import copy
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,15 @@ MERGING: dict[str, dict[str, Any]] = {"alore": {}, "lora": {}, "ssf": {}, "sct":
 BF16_FACTOR = 4.0  # as in the laws: of the error that a plain model computing the same function has in bf16
 
 
-def backbone(run: Any, name: str) -> nn.Module:
+def backbone(run: Any, name: str, **changes: Any) -> nn.Module:
     """Return a backbone with random weights on the run's device, or a tiny one of its family."""
     torch.manual_seed(0)
-    return timm.create_model(name, num_classes=CLASSES, **(TINY[name] if run.tiny else {})).eval().to(run.device)
+    model = timm.create_model(name, num_classes=CLASSES, **{**(TINY[name] if run.tiny else {}), **changes}).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith("gamma"):  # 1e-6 as made, which would hide whatever happens in a block
+                parameter.fill_(1.0)
+    return model.to(run.device)
 
 
 def images(run: Any, model: nn.Module, count: int) -> tuple[Tensor, Tensor]:
@@ -85,7 +91,7 @@ def laws(plain: nn.Module, method: str, x: Tensor, y: Tensor) -> dict[str, Any]:
     away = (logits(loaded, x.cpu()) - answer.cpu()).abs().max().item() / answer.abs().max().item()
     back = (logits(loaded.to(x.device), x) - answer).abs().max().item()
     found: dict[str, Any] = {
-        "losses": [losses[0], losses[-1]], "moved": moved, "on_cpu": away, "back": back,
+        "loss_before": losses[0], "loss_after": losses[-1], "moved": moved, "on_cpu": away, "back": back,
     }  # fmt: skip
     peer, why = plain, why_not_merged(plain, get_method(method).Config())
     if why is None:
@@ -115,6 +121,35 @@ def train_a_little(model: nn.Module, x: Tensor, y: Tensor) -> list[float]:
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+def compiled_answers(run: Any) -> None:
+    """Hold compiled models against eager ones: logits and the gradient of every trained tensor, in fp32, two blocks."""
+    torch.backends.cudnn.allow_tf32 = False
+    name = "vit_base_patch16_224"
+    plain = backbone(run, name, depth=2)
+    x, y = images(run, plain, 8)
+    for method in METHODS[:1] if run.tiny else METHODS:
+        with run.measuring("compiled_answers", 20, backbone=name, method=method) as ready:
+            if ready:
+                torch._dynamo.reset()
+                model = visgraft.attach(copy.deepcopy(plain), get_method(method).Config(), [(x, y)]).eval()
+                begin = time.perf_counter()
+                one = torch.compile(model, fullgraph=True, backend="aot_eager" if run.tiny else "inductor")
+                found = [gradients(model, answer, x, y) for answer in (one, model)]
+                apart = max(((a - b).norm() / b.norm().clamp(min=1e-12)).item() for a, b in zip(*found, strict=True))
+                seconds = round(time.perf_counter() - begin, 1)
+                run.record(
+                    "compiled_answers", backbone=name, method=method, ok=apart < 1e-4, apart=apart, seconds=seconds
+                )
+
+
+def gradients(model: nn.Module, answer: Any, x: Tensor, y: Tensor) -> list[Tensor]:
+    """Return logits and the gradients of all that trains, of a step in eval mode, where nothing is drawn."""
+    model.zero_grad(set_to_none=True)
+    found = answer(x)
+    F.cross_entropy(found, y).backward()
+    return [found.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
 def inference(run: Any) -> None:

@@ -13,7 +13,18 @@ from unittest.mock import patch
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
-PARTS = {"correctness", "steps", "profile", "inference", "scoring", "input", "graphs", "compiled", "accuracy"}
+PARTS = {
+    "correctness",
+    "steps",
+    "profile",
+    "inference",
+    "scoring",
+    "input",
+    "graphs",
+    "compiled",
+    "accuracy",
+    "compiled_answers",
+}
 
 
 def command(out: Path, *options: object) -> list[str]:
@@ -51,6 +62,9 @@ def test_every_part_is_measured(tmp_path: Path) -> None:
     checked = [line for line in found if line["part"] == "correctness"]
     assert len(checked) == 18 and all(line["ok"] for line in checked)
     assert {line["method"] for line in checked if "refused" in line} == {"vpt_deep"}
+    assert all(line["moved"] > 1e-3 for line in checked if "refused" not in line)
+    assert len({line["moved"] for line in checked if "refused" not in line}) == 16, "what methods do is hidden"
+    assert [line["ok"] for line in found if line["part"] == "compiled_answers"] == [True]
     steps = {line["name"] for line in found if line["part"] == "steps" and "ratio" in line}
     assert steps >= {"bound", "bound again", "sct", "alore", "lora", "ssf", "bitfit", "adaptformer", "full", "linear"}
     for line in found:
