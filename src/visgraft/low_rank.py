@@ -198,7 +198,10 @@ class _Product(torch.autograd.Function):
             result = torch.ops.aten._unsafe_view.default(result, onto.shape)
         else:
             result = onto + (mixed @ up).view(onto.shape)
-        return result if bias is None else result.add_(bias)
+        if bias is None:
+            return result
+        # In place, a compiled one loses all gradients on torch 2.11; the compiler makes one pass of it anyway.
+        return result + bias if torch.compiler.is_compiling() else result.add_(bias)
 
     @staticmethod
     @once_differentiable
