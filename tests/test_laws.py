@@ -79,17 +79,17 @@ def test_1_the_keys_of_the_backbone_stay(name: str, kind: str) -> None:
 
 @each_pair
 def test_2_a_method_starts_where_it_claims_to(name: str, kind: str) -> None:
-    config, x, model = CONFIGS[name], pictures(kind), adapted(name, kind, alive=False)
-    plain, started = logits(family(kind), x), logits(model, x)
+    config, x = CONFIGS[name], pictures(kind)
+    plain, started = logits(family(kind), x), logits(adapted(name, kind, alive=False), x)
     if methods()[config.method].starts_as_identity(config):
         torch.testing.assert_close(started, plain)
-        # Bit for bit as the plain model with the same switches: Swin V2 then adds a bias in a step of its own.
-        alike = family(kind)
-        for path, attribute in get_attached(model).settings:
-            setattr(alike.get_submodule(path), attribute, getattr(model.get_submodule(path), attribute))
-        assert torch.equal(started, logits(alike, x))
+        # Bit for bit it is only where the same kernels run: a bias added in a step of its own (Swin V2) or a convolution
+        # whose input lies otherwise in memory rounds otherwise. In float64 nothing else can hide behind that.
+        exact, x = logits(family(kind).double(), x.double()), x.double()
+        assert (logits(adapted(name, kind, alive=False).double(), x) - exact).abs().max() <= 1e-12 * exact.abs().max()
     else:
         assert not torch.allclose(started, plain, atol=1e-4)
+    x = x.float()
     assert not torch.allclose(logits(adapted(name, kind), x), plain, atol=1e-4), "the modules change nothing"
 
 
