@@ -163,6 +163,14 @@ def test_a_model_in_float64_has_no_better_one_to_be_held_against() -> None:
     assert "float64" in certificate.verdict and "errs" not in certificate.verdict
 
 
+@pytest.mark.parametrize("pool", ["token", "", "avg"])
+def test_a_model_without_a_head_is_held_to_its_features(pool: str) -> None:
+    model = fitted(ALoREConfig(), num_classes=0, global_pool=pool)
+    plain, certificate = merge(model, images(4))
+    assert plain(images(4)).ndim == (2 if pool else 3)
+    assert 0 < certificate.max_abs_difference < 1e-3 and certificate.images == 4
+
+
 def test_a_head_of_zeros_is_merged_too() -> None:
     model = attach(vit(), LinearConfig()).eval()
     nn.init.zeros_(model.head.weight)

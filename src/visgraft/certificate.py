@@ -104,10 +104,13 @@ def _noise(shape: Iterable[int]) -> Tensor:
 
 
 def answers(model: nn.Module, images: Tensor) -> Tensor:
-    """Return the model's logits [B, classes] in float64, computed on its own device and in its own precision."""
+    """Return the model's logits [B, classes] in float64, computed on its own device and in its own precision.
+
+    Features that a model without a head leaves unpooled are taken as so many logits.
+    """
     like = next(model.parameters())
     with torch.no_grad():
-        return model(images.to(like.device, like.dtype)).double()
+        return model(images.to(like.device, like.dtype)).double().flatten(1)
 
 
 def fold_difference(before: Tensor, after: Tensor) -> tuple[float, float]:
@@ -176,7 +179,7 @@ def certify(
     adapted_error, merged_error, allowed = (
         (None, None, None) if dtype == torch.float64 else _errors(model, merged, first, truth)
     )
-    verdict = f"folding changes no logit by more than {fold[0]:.1e} in float64 (allowed {fold[1]:.1e})"
+    verdict = f"in float64 folding changes the logits at worst by {fold[0]:.1e} where {fold[1]:.1e} is allowed"
     if adapted_error is not None:
         verdict += (
             f"; against float64 the merged model errs by {merged_error:.1e} (allowed {allowed:.1e}), the adapted one "
