@@ -23,8 +23,8 @@ from shared import arguments, in_turns, ratios, report, shown, table
 from torch import Tensor
 from torch.nn import functional as F
 
-from visgraft.low_rank import LowRank, add_low_rank
-from visgraft.method import Place, Position
+from visgraft.core.low_rank import LowRank, add_low_rank
+from visgraft.core.method import Place, Position
 from visgraft.methods.alore import ALoRE, ALoREConfig
 
 SHAPES = {"ViT-S, 16 × 197": (3152, 384), "ViT-S, 32 × 50": (1600, 384), "ViT-B, 8 × 197": (1576, 768)}

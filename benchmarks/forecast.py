@@ -31,8 +31,8 @@ SETTINGS: dict[str, tuple[str, int, str, dict[str, Any]]] = {
 def arguments(name: str, image_size: int) -> dict[str, Any]:
     """Return the arguments that the forecast and the training share."""
     from visgraft import Backbone
+    from visgraft.core.registry import get_method
     from visgraft.data.images import Loading
-    from visgraft.registry import get_method
 
     method, epochs, cache, changes = SETTINGS[name]
     kind = get_method(method)
@@ -46,7 +46,7 @@ def arguments(name: str, image_size: int) -> dict[str, Any]:
 def forecast(data: Path, out: Path, name: str, image_size: int) -> dict[str, Any]:
     """Return the forecast, and the seconds that making it took."""
     import visgraft.methods  # noqa: F401  (registers them)
-    from visgraft.workflow import forecast_folder
+    from visgraft.training.forecast import forecast_folder
 
     begin = time.perf_counter()
     found = forecast_folder(data, out, **arguments(name, image_size))
@@ -56,9 +56,9 @@ def forecast(data: Path, out: Path, name: str, image_size: int) -> dict[str, Any
 def train(data: Path, out: Path, name: str, image_size: int) -> dict[str, Any]:
     """Train, and return the seconds from the call to the finished adapter, and the peak memory."""
     import visgraft.methods  # noqa: F401  (registers them)
-    from visgraft.adapter import TENSORS
-    from visgraft.evaluate import peak_memory_bytes
-    from visgraft.workflow import train_folder
+    from visgraft.adapters.directory import TENSORS
+    from visgraft.measure.evaluation import peak_memory_bytes
+    from visgraft.training.run import train_folder
 
     begin = time.perf_counter()
     train_folder(data, out, **arguments(name, image_size))
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--settings", default=",".join(SETTINGS))
     parser.add_argument("--json", type=Path, default=None)
     asked = parser.parse_args()
-    from visgraft.data.gauges import draw_gauges
+    from visgraft.drawn.gauges import draw_gauges
 
     rows = {}
     with tempfile.TemporaryDirectory() as folder:

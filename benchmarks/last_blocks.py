@@ -17,12 +17,12 @@ from shared import arguments, in_turns, ratios, report, seconds_of, shown, table
 from step_time import bound, kept_bytes, make_step
 from torch import Tensor, nn
 
-from visgraft.allocation import freed_memory_kept
-from visgraft.attach import attach
-from visgraft.backbone import Backbone, create_backbone
-from visgraft.precision import frozen_weights_in_bf16, unfused_attention
-from visgraft.prefix import Tail, enter, find_cut
-from visgraft.registry import get_method
+from visgraft.backbones.creation import Backbone, create_backbone
+from visgraft.core.attach import attach
+from visgraft.core.registry import get_method
+from visgraft.measure.precision import frozen_weights_in_bf16, unfused_attention
+from visgraft.training.allocation import freed_memory_kept
+from visgraft.training.prefix import Tail, enter, find_cut
 
 
 def networks(asked: argparse.Namespace, x: Tensor, y: Tensor) -> dict[str, tuple[nn.Module, Tensor]]:

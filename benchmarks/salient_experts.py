@@ -10,12 +10,12 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from visgraft.config import MethodConfig, TrainConfig, option
+from visgraft.core.method import Batches, Grid, Method, Place, Position
+from visgraft.core.registry import register
 from visgraft.errors import SiteError, VisgraftError
-from visgraft.method import Batches, Grid, Method, Place, Position
 from visgraft.methods.alore import Bank
-from visgraft.registry import register
-from visgraft.salience import SCORE_FUNCTIONS, SCORES, channel_squares
+from visgraft.methods.salience import SCORE_FUNCTIONS, SCORES, channel_squares
+from visgraft.options import MethodConfig, TrainConfig, option
 
 SITES = ("attn.in", "attn.out", "mlp.in", "mlp.out")
 FORMS = ("square", "read", "write")

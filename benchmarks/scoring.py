@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from visgraft.salience import SCORING_BATCH, salient_channels_at
+from visgraft.methods.salience import SCORING_BATCH, salient_channels_at
 
 SITES = {"attn": ["stream.mid"], "mlp": ["stream.out"], "qkv": ["attn.q", "attn.v"]}  # per mode of SCT
 CLASSES = 100

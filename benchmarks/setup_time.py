@@ -23,9 +23,9 @@ import torch
 from torch import nn
 
 import visgraft
-from visgraft.adapter import CONFIG
-from visgraft.merge import folded
-from visgraft.registry import get_method
+from visgraft.adapters.directory import CONFIG
+from visgraft.core.registry import get_method
+from visgraft.export.merge import folded
 
 METHODS = "alore,lora,repadapter,ssf,sct"
 OPTIONS: dict[str, dict[str, Any]] = {"sct": {"mode": "mlp", "score": "random"}}  # its mode attn does not merge

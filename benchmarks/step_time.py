@@ -33,13 +33,13 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from visgraft.allocation import freed_memory_kept
-from visgraft.attach import attach
-from visgraft.backbone import Backbone, create_backbone
+from visgraft.backbones.creation import Backbone, create_backbone
+from visgraft.core.attach import attach
+from visgraft.core.finding import find_sites
+from visgraft.core.registry import get_method, list_methods
 from visgraft.errors import SiteError
-from visgraft.finding import find_sites
-from visgraft.precision import frozen_weights_in_bf16, unfused_attention
-from visgraft.registry import get_method, methods
+from visgraft.measure.precision import frozen_weights_in_bf16, unfused_attention
+from visgraft.training.allocation import freed_memory_kept
 
 
 class Reached(torch.autograd.Function):
@@ -142,7 +142,7 @@ def candidates(asked: argparse.Namespace, create: Callable[[], nn.Module], x: Te
     """Return {name: model} of the bound (twice), the methods and the peers, and {method: why it was refused}."""
     models: dict[str, nn.Module] = {"bound": bound(create()), "bound again": bound(create())}
     refused: dict[str, str] = {}
-    for name in methods() if asked.methods == "all" else asked.methods.split(","):
+    for name in list_methods() if asked.methods == "all" else asked.methods.split(","):
         try:
             models[name] = attach(create(), get_method(name).Config(), [(x, y)]).train()
         except SiteError as error:

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from visgraft import Backbone, MethodConfig, TrainConfig
+from visgraft.core.registry import get_method
 from visgraft.files import write_json
-from visgraft.registry import get_method
-from visgraft.workflow import eval_adapter, train_folder
+from visgraft.measure.measuring import eval_adapter
+from visgraft.training.run import train_folder
 
 PARTS = {"train": 100, "val": 80, "test": 300}
 BACKBONE = "vit_small_patch14_dinov2"

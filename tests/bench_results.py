@@ -8,7 +8,7 @@ from typing import Any
 
 from visgraft.bench.statistics import Table, tables
 from visgraft.bench.trial import Measured, Result, Trial
-from visgraft.config import TrainConfig
+from visgraft.options import TrainConfig
 
 PARAMETERS = {"linear": 0, "full": 21_600_000, "sct": 28_224, "alore": 73_792, "lora": 147_456}
 NOTHING = {"rule": "none", "tried": [], "seconds": 0.0}

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from support import CONFIGS, DEFAULTS, family
 
-from visgraft import methods
-from visgraft.attach import assemble, detach
+from visgraft import list_methods
+from visgraft.core.attach import assemble, detach
 from visgraft.errors import SiteError
-from visgraft.merge import remedy, why_not_merged
+from visgraft.export.merge import remedy, why_not_merged
 
 PAGE = Path(__file__).parents[1] / "docs" / "capabilities.md"
 # What the columns are called, and the tiny backbone of tests/support.py that is probed for each.
@@ -55,7 +55,7 @@ measures every merge. `visgraft methods --backbone NAME` answers the same for on
 @functools.cache
 def probe(method: str, kind: str) -> tuple[str, str]:
     """Return what a method with its default options does on a tiny backbone, and why not more."""
-    model, config = family(kind), methods()[method].Config()
+    model, config = family(kind), list_methods()[method].Config()
     try:
         detach(assemble(model, config))
     except SiteError as error:

@@ -16,11 +16,11 @@ from PIL import Image
 from support import enliven, images
 
 from visgraft import Backbone, create_backbone, save
-from visgraft.attach import attach
 from visgraft.cli import predict as verb
 from visgraft.cli.show import progress_console
+from visgraft.core.attach import attach
+from visgraft.core.registry import get_method
 from visgraft.errors import VisgraftError
-from visgraft.registry import get_method
 
 BACKBONE = Backbone("test_vit", "none", image_size=32)
 CLASSES = {"linear": "abc", "sct": "abc", "alore": "abc", "lora": "xyz", "full": "abc"}

@@ -12,8 +12,8 @@ from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from visgraft import MethodConfig, methods
-from visgraft.attach import attach
+from visgraft import MethodConfig, list_methods
+from visgraft.core.attach import attach
 
 CLASSES = 5
 TINY: dict[str, Any] = {
@@ -78,7 +78,7 @@ EXTRAS: dict[str, list[dict[str, Any]]] = {
 }
 CONFIGS: dict[str, MethodConfig] = {
     f"{name}-{i}": kind.Config.from_dict(values)
-    for name, kind in methods().items()
+    for name, kind in list_methods().items()
     for i, values in enumerate([{}, *EXTRAS.get(name, [])])
 }
 DEFAULTS = [name for name in CONFIGS if name.endswith("-0")]

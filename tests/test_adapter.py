@@ -16,13 +16,15 @@ from safetensors import SafetensorError
 from support import CLASSES, CONFIGS, enliven, fitted, images, live, logits, vit
 from torch import Tensor, nn
 
-from visgraft import Backbone, MethodConfig, attach, count_parameters, create_backbone, load, merge, methods, save
-from visgraft.adapter import CARD, CONFIG, TENSORS, read_config
-from visgraft.attach import CHILD
+from visgraft import Backbone, MethodConfig, count_parameters, create_backbone, list_methods, load, save
+from visgraft.adapters.directory import CARD, CONFIG, TENSORS, read_config
+from visgraft.core import attach
+from visgraft.core.tensors import CHILD
 from visgraft.errors import AdapterError, VisgraftError
+from visgraft.export import merge
+from visgraft.export.merge import mergeable
 from visgraft.files import check_target
-from visgraft.merge import mergeable
-from visgraft.salience import SCORES
+from visgraft.methods.salience import SCORES
 
 REMEDY = r"restore it|train again|pass |update visgraft|create the backbone|choose another"
 TRIES = settings(max_examples=15, deadline=None, derandomize=True)
@@ -73,7 +75,7 @@ def is_plain(model: nn.Module, seed: int = 0) -> bool:
 @TRIES
 @given(data=st.data())
 def test_any_valid_options_come_back_bit_for_bit_and_merge(name: str, data: st.DataObject) -> None:
-    config = methods()[name].Config.from_dict(data.draw(st.fixed_dictionaries({}, optional=OPTIONS[name])))
+    config = list_methods()[name].Config.from_dict(data.draw(st.fixed_dictionaries({}, optional=OPTIONS[name])))
     with tempfile.TemporaryDirectory() as folder:
         model = saved(Path(folder), config)
         loaded = load(folder, backbone=vit()).model
@@ -289,7 +291,11 @@ def test_a_save_that_fails_changes_nothing(
             raise error
         rename(source, target)
 
-    targets = {"tensors": "safetensors.torch.save_file", "config": "visgraft.adapter.write_json", "rename": "os.rename"}
+    targets = {
+        "tensors": "safetensors.torch.save_file",
+        "config": "visgraft.adapters.directory.write_json",
+        "rename": "os.rename",
+    }
     with monkeypatch.context() as patch:
         patch.setattr(targets[step], fail_at_the_target if step == "rename" else fail)
         patch.setattr("visgraft.files._swap", lambda *folders: False)  # as where the system cannot exchange folders

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from visgraft.allocation import OWN_WAYS, freed_memory_kept
+from visgraft.training.allocation import OWN_WAYS, freed_memory_kept
 
 GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is not glibc's")
 

@@ -6,11 +6,12 @@ import torch
 from support import CLASSES, fitted, images, logits, vit
 from torch import Tensor, nn
 
-from visgraft import ALoREConfig, FullConfig, LinearConfig, LoRAConfig, MethodConfig, attach, count_parameters
-from visgraft.affine import probe
-from visgraft.attach import assemble, get_attached
+from visgraft import ALoREConfig, FullConfig, LinearConfig, LoRAConfig, MethodConfig, count_parameters
+from visgraft.core import attach
+from visgraft.core.attach import assemble, get_attached
+from visgraft.core.method import Grid
 from visgraft.errors import MergeError, SiteError, VisgraftError
-from visgraft.method import Grid
+from visgraft.export.affine import probe
 
 COUNTS = [
     ("vit_base_patch16_224", ALoREConfig(), 147_520),

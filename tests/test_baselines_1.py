@@ -9,10 +9,12 @@ import torch
 from support import CLASSES, fitted, images, logits, vit
 from torch import Tensor, nn
 
-from visgraft import MethodConfig, attach, count_parameters
-from visgraft.attach import assemble, get_attached
+from visgraft import MethodConfig, count_parameters
+from visgraft.core import attach
+from visgraft.core.attach import assemble, get_attached
+from visgraft.core.method import Grid, Method, OwnTensor, Place, Position
+from visgraft.core.registry import get_method
 from visgraft.errors import SiteError, VisgraftError
-from visgraft.method import Grid, Method, OwnTensor, Place, Position
 from visgraft.methods.adapter import AdapterConfig
 from visgraft.methods.adaptformer import AdaptFormerConfig
 from visgraft.methods.bitfit import BitFitConfig
@@ -20,7 +22,6 @@ from visgraft.methods.norm import NormConfig
 from visgraft.methods.partial import PartialConfig
 from visgraft.methods.repadapter import RepAdapterConfig
 from visgraft.methods.ssf import SSFConfig
-from visgraft.registry import get_method
 
 BLOCK, NORMS = 7_087_872, 25 * 2 * 768  # parameters of one block of ViT-B/16, and of its 25 LayerNorms
 COUNTS = [

@@ -10,11 +10,13 @@ import torch
 from support import CLASSES, family, fitted, images, logits, size_of, vit
 from torch import Tensor, nn
 
-from visgraft import LinearConfig, MethodConfig, attach, count_parameters, merge, methods
-from visgraft.affine import probe
-from visgraft.attach import assemble, get_attached
+from visgraft import LinearConfig, MethodConfig, count_parameters, list_methods
+from visgraft.core import attach
+from visgraft.core.attach import assemble, get_attached
+from visgraft.core.method import Grid, Place, Position
 from visgraft.errors import MergeError, VisgraftError
-from visgraft.method import Grid, Place, Position
+from visgraft.export import merge
+from visgraft.export.affine import probe
 from visgraft.methods.arc import ARCConfig
 from visgraft.methods.convpass import ConvpassConfig
 from visgraft.methods.fact import FacTConfig
@@ -43,7 +45,7 @@ EXACT: dict[str, Any] = {"rtol": 1e-11, "atol": 1e-11}
 
 def alone(config: MethodConfig, positions: Sequence[Position], seed: int = 0) -> tuple[list[Any], Mapping[str, Any]]:
     """The method's modules at these positions, off their start and in float64, and what they share; no backbone."""
-    method = methods()[config.method]
+    method = list_methods()[config.method]
     torch.manual_seed(seed)
     shared = method.shared(config, positions)
     modules = [method(config, position, shared) for position in positions]
@@ -124,7 +126,7 @@ def test_convpass_starts_with_the_kernels_centre_or_xavier() -> None:
     place = Position(0, Place("attn.in", "stream.mid"), 32, 32)
     for init in ("centre", "xavier"):
         torch.manual_seed(0)
-        module: Any = methods()["convpass"](ConvpassConfig(init=init), place, {})
+        module: Any = list_methods()["convpass"](ConvpassConfig(init=init), place, {})
         x = torch.randn(2, 8, 3, 3)
         bound = math.sqrt(6 / (2 * 8 * 9))
         with torch.no_grad():
@@ -182,7 +184,7 @@ def test_arc_starts_as_its_option_says() -> None:
             assert (coefficients.abs().max() > 0) == (position.place.reads in at_random)
             assert coefficients.abs().max() <= bound
         assert torch.equal(logits(model), logits(vit())) == (init == "zero")
-    starts = methods()["arc"].starts_as_identity
+    starts = list_methods()["arc"].starts_as_identity
     assert starts(ARCConfig(places=("attn.in",))) and starts(ARCConfig(init="zero")) and not starts(ARCConfig())
 
 
@@ -258,7 +260,7 @@ def test_prompts_stand_behind_the_prefix_and_leave_no_trace(grid: Grid) -> None:
 @pytest.mark.parametrize("config", [VPTShallowConfig(prompts=50), VPTDeepConfig(prompts=50)])
 def test_prompts_start_within_the_papers_bound_on_vit_b(config: MethodConfig) -> None:
     bound = math.sqrt(6 / (3 * 16 * 16 + 768))
-    kind = methods()[config.method]
+    kind = list_methods()[config.method]
     torch.manual_seed(0)
     module: Any = kind(config, Position(0, Place("tokens.in", "tokens.out"), 768, 768), {})
     assert 0.99 * bound < module.prompts.abs().max() <= bound
@@ -302,7 +304,7 @@ def test_vpt_refuses_to_merge() -> None:
 )
 def test_bad_options_are_refused_in_one_line(name: str, options: dict, message: str) -> None:
     with pytest.raises(VisgraftError, match=message) as caught:
-        methods()[name].Config.from_dict(options)
+        list_methods()[name].Config.from_dict(options)
     assert "\n" not in str(caught.value)
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from visgraft import Backbone, TrainConfig, methods
+from visgraft import Backbone, TrainConfig, list_methods
 from visgraft.bench.ledger import append, read_file, read_results
 from visgraft.bench.paper_recipes import ALORE_PAPER, SCT_PAPER
 from visgraft.bench.plan import Cell, Request, plan
@@ -222,7 +222,7 @@ def test_seeds_share_the_setting_that_the_first_one_chose(root: Path, swept: tup
     assert [t.backbone["seed"] for t in finals] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("method", methods())
+@pytest.mark.parametrize("method", list_methods())
 def test_every_method_gets_the_same_small_search_around_its_default(method: str) -> None:
     found = candidates(Recipe(trials=4), PROTOCOL, TASK, method)
     default = candidates(Recipe("default"), PROTOCOL, TASK, method)

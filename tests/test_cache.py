@@ -11,7 +11,7 @@ from PIL import Image
 from test_cli import SMALL, draw, run, succeed
 
 from visgraft import DataError, Example, Images, load_images
-from visgraft.adapter import TENSORS
+from visgraft.adapters.directory import TENSORS
 from visgraft.data import cache as caches
 from visgraft.data.augment import augmentation
 from visgraft.data.decode import open_image

@@ -20,12 +20,12 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
-from visgraft import Epoch, load, methods, read_folder
-from visgraft.adapter import TENSORS
+from visgraft import Epoch, list_methods, load, read_folder
+from visgraft.adapters.directory import TENSORS
 from visgraft.cli import main, show
 from visgraft.cli.show import describe
 from visgraft.data.decode import open_image
-from visgraft.data.gauges import draw_gauges
+from visgraft.drawn.gauges import draw_gauges
 
 PROGRAM = Path(sys.executable).parent / "visgraft"
 SMALL = ["--backbone", "test_vit", "--weights", "none", "--image-size", "32"]
@@ -166,7 +166,7 @@ def assert_timm_alone_answers_alike(adapter: Path, plain: Path, file: Path) -> N
 
 def test_methods_lists_the_published_counts_in_a_process_of_its_own() -> None:
     rows = {row["name"]: row for row in start("methods", "--backbone", "vit_base_patch16_224")}
-    assert rows.keys() == methods().keys()
+    assert rows.keys() == list_methods().keys()
     assert all(
         row.keys() == {"name", "paper", "places", "mergeable", "why_not_merged", "params_adapter"}
         for row in rows.values()
@@ -185,7 +185,7 @@ def test_a_mistake_is_one_line_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("method", methods())
+@pytest.mark.parametrize("method", list_methods())
 def test_15_every_method_trains_from_the_command_line(method: str, flat: Path, tmp_path: Path) -> None:
     out = tmp_path / "adapter"
     trained = succeed("train", flat, "--out", out, "--method", method, "--epochs", 2, *SMALL)

@@ -17,16 +17,16 @@ from PIL import Image
 from test_search import answers, pretend, reach
 from typer.testing import CliRunner
 
-from visgraft import Backbone, VisgraftError, load, methods
+from visgraft import Backbone, VisgraftError, list_methods, load
 from visgraft.cli.compare import compare as verb
 from visgraft.cli.compare import describe
-from visgraft.compare import Comparison, Progress, compare
-from visgraft.compare import race as race_module
-from visgraft.compare.budget import Cost, OutOfTime
 from visgraft.data import images as images_module
 from visgraft.data.dataset import Dataset, Example
 from visgraft.data.read import read_data
 from visgraft.errors import DataError
+from visgraft.search import Comparison, Progress, compare
+from visgraft.search import race as race_module
+from visgraft.search.budget import Cost, OutOfTime
 
 BACKBONE = Backbone("test_vit", "none", 32)
 SMALL = ["--backbone", "test_vit", "--weights", "none", "--image-size", "32"]
@@ -51,7 +51,7 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The linear probe's 100 epochs say no more here than 20."""
-    kind = methods()["linear"]
+    kind = list_methods()["linear"]
     monkeypatch.setattr(kind, "recipe", replace(kind.recipe, epochs=20, warmup_epochs=2.0))
 
 
@@ -101,7 +101,7 @@ def test_a_comparison_reads_no_test_image_and_is_the_same_again(colours: Path, o
 
 
 def test_with_many_images_the_validation_part_decides(colours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("visgraft.compare.run.FEW_IMAGES", 20)
+    monkeypatch.setattr("visgraft.search.run.FEW_IMAGES", 20)
     found = compared(colours, names=("linear",), trials=1)
     assert (found.measured_on, found.images, found.folds) == ("validation", len(read_data(colours).val), 0)
     assert "on these same validation images" in found.notes[0] and len(found.notes) == 1
@@ -113,8 +113,8 @@ def test_a_better_method_is_recommended_with_its_setting(colours: Path, monkeypa
     reach(lambda method, setting: {"linear": 1, "sct": 12, "alore": 30}[method] if setting.get("lr") != 5e-3 else 3)
     monkey_costs = {name: Cost(0.0, 1e-4, 1e-4, name == "linear") for name in ("linear", "alore")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("visgraft.compare.run.measure_cost", lambda task, name: monkey_costs[name])
-        patch.setattr("visgraft.compare.race.fit_fold", lambda bench, method, config, images, fold, *rest: (
+        patch.setattr("visgraft.search.run.measure_cost", lambda task, name: monkey_costs[name])
+        patch.setattr("visgraft.search.race.fit_fold", lambda bench, method, config, images, fold, *rest: (
             SimpleNamespace(probabilities=answers(images.labels, {"linear": 5, "alore": 28}[method.method])[fold[1]])
         ))  # fmt: skip
         found = compared(colours, trials=3)
@@ -123,7 +123,7 @@ def test_a_better_method_is_recommended_with_its_setting(colours: Path, monkeypa
         r"alore gains 76\.7 ± \d\d?\.\d points over a linear probe; use --method alore --lr", found.sentence
     )
     method, recipe = found.best_config()
-    assert method.method == "alore" and recipe.epochs == methods()["alore"].recipe.epochs
+    assert method.method == "alore" and recipe.epochs == list_methods()["alore"].recipe.epochs
 
 
 def test_images_with_several_classes_are_compared_by_average_precision(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import sys
 import pytest
 from test_cli import PROGRAM
 
-from visgraft import methods
+from visgraft import list_methods
 
 
 def complete(*words: str) -> list[str]:
@@ -27,7 +27,7 @@ def test_verbs_are_completed() -> None:
 @pytest.mark.parametrize(
     ("words", "found"),
     [
-        (("train", "--method", ""), set(methods())),
+        (("train", "--method", ""), set(list_methods())),
         (("train", "--ra"), {"--rand-augment", "--rank"}),
         (("train", "--backbone", "vit_small_patch14_d"), {"vit_small_patch14_dinov2"}),
         (("predict", "--skip"), {"--skip-broken"}),

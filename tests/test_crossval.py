@@ -12,12 +12,12 @@ from scipy.stats import binomtest
 from support import CLASSES, CONFIGS, logits, vit
 from torch import Tensor
 
-from visgraft import Backbone, TrainConfig, methods
-from visgraft.crossval import Bench, Predictions, cross_validate, fit_fold, folds, join, possible_folds, select
+from visgraft import Backbone, TrainConfig, list_methods
 from visgraft.data.dataset import Dataset, Example
 from visgraft.data.images import Images, Loading
 from visgraft.errors import DataError, TrainingDiverged
-from visgraft.intervals import bootstrap, clusters, paired_difference, rate_interval, wilson
+from visgraft.measure.intervals import bootstrap, clusters, paired_difference, rate_interval, wilson
+from visgraft.training.crossval import Bench, Predictions, cross_validate, fit_fold, folds, join, possible_folds, select
 
 HALF = (0.5, 0.5, 0.5)
 RECIPE = TrainConfig(epochs=2, warmup_epochs=0.0, batch_size=8, lr=5e-3, precision="fp32")
@@ -106,7 +106,7 @@ def test_as_many_folds_are_possible_as_the_rarest_class_allows() -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_after_a_training_the_backbone_and_its_head_are_what_they_were_bit_for_bit(name: str) -> None:
     ground, config = bench(), CONFIGS[name]
-    drop_path = methods()[config.method].recipe.drop_path
+    drop_path = list_methods()[config.method].recipe.drop_path
     model: Any = ground.model(drop_path)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     answers, flags = logits(model), [p.requires_grad for p in model.parameters()]
@@ -266,8 +266,8 @@ def test_cross_validation_reads_no_test_image_and_gives_its_figures(
     found = cross_validate(
         data,
         backbone=Backbone("test_vit", "none", 32),
-        method_config=methods()["linear"].Config(),
-        train_config=replace(methods()["linear"].recipe, epochs=30, warmup_epochs=1.0, precision="fp32"),
+        method_config=list_methods()["linear"].Config(),
+        train_config=replace(list_methods()["linear"].recipe, epochs=30, warmup_epochs=1.0, precision="fp32"),
         folds=3,
         loading=Loading(skip_broken=True),
     )

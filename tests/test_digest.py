@@ -13,9 +13,11 @@ from support import CONFIGS, DEFAULTS, batches, images, vit
 from torch import nn
 from torch.nn import functional as F
 
-from visgraft import attach, load, merge, save
-from visgraft.attach import get_attached
-from visgraft.tensors import backbone_digest
+from visgraft import load, save
+from visgraft.core import attach
+from visgraft.core.attach import get_attached
+from visgraft.core.tensors import backbone_digest
+from visgraft.export import merge
 
 
 def given(name: str = "alore-0") -> Any:
@@ -74,7 +76,7 @@ def test_an_adapter_stored_late_in_another_precision_loads(tmp_path: Path) -> No
 
 
 def test_neither_attaching_nor_merging_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("visgraft.tensors._sha256", lambda tensors: pytest.fail("made where nobody asked for it"))
+    monkeypatch.setattr("visgraft.core.tensors._sha256", lambda tensors: pytest.fail("made where nobody asked for it"))
     merge(given().eval(), images())
 
 

@@ -14,12 +14,13 @@ import torch
 from support import images, logits, vit
 
 import visgraft
-from visgraft import count_parameters, load, merge, methods, read_folder, save
-from visgraft.attach import attach
+from visgraft import count_parameters, list_methods, load, read_folder, save
 from visgraft.cli.options import flags
-from visgraft.data.gauges import draw_gauges
-from visgraft.families import BLOCKS
-from visgraft.registry import METHODS
+from visgraft.core.attach import attach
+from visgraft.core.families import BLOCKS
+from visgraft.core.registry import METHODS
+from visgraft.drawn.gauges import draw_gauges
+from visgraft.export import merge
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,7 +52,7 @@ def run(page: str, number: int, shorter: tuple[str, str] = ("", "")) -> dict[str
 
 def test_the_worked_example_of_a_method_gets_everything_by_its_registration(scratch: Path) -> None:
     config = run("CONTRIBUTING.md", 0)["ShiftConfig"](strength=0.5)
-    assert "shift" in methods() and "strength" in {flag.field.name for flag in flags()}
+    assert "shift" in list_methods() and "strength" in {flag.field.name for flag in flags()}
     before = logits(vit())
     model = attach(vit(), config)
     assert torch.equal(logits(model), before)

@@ -10,10 +10,12 @@ from support import family, fitted, images, logits, vit
 from test_baselines_2 import EXACT, GRID, alone, tokens
 from torch import Tensor
 
-from visgraft import attach, merge, methods
-from visgraft.attach import get_attached
+from visgraft import list_methods
+from visgraft.core import attach
+from visgraft.core.attach import get_attached
+from visgraft.core.method import Place, Position
 from visgraft.errors import MergeError, SiteError
-from visgraft.method import Place, Position
+from visgraft.export import merge
 from visgraft.methods.fact import FacTConfig
 
 
@@ -97,7 +99,7 @@ def test_fact_starts_as_the_program_does() -> None:
     positions = block_positions(64, (0, 1, 2))
     torch.manual_seed(0)
     for form in ("tt", "tucker"):
-        config, kind = FacTConfig(form=form), methods()["fact"]
+        config, kind = FacTConfig(form=form), list_methods()["fact"]
         shared = kind.shared(config, positions)
         modules: list[Any] = [kind(config, position, shared) for position in positions]
         factors: Any = shared["factors_64"]
@@ -114,7 +116,7 @@ def test_fact_starts_as_the_program_does() -> None:
 
 def test_fact_takes_the_projections_that_a_family_has() -> None:
     def targets_of(config: FacTConfig) -> list[set[str]]:
-        return [{place.adds_to for place in places} for places in methods()["fact"].placements(config)]
+        return [{place.adds_to for place in places} for places in list_methods()["fact"].placements(config)]
 
     mlp, proj = {"mlp.hidden", "mlp.out"}, {"attn.out"}
     one, three = {"attn.qkv"}, {"attn.q", "attn.k", "attn.v"}

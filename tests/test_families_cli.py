@@ -8,7 +8,7 @@ import torch
 from test_cli import draw, succeed
 
 from visgraft import load
-from visgraft.input_size import input_size
+from visgraft.backbones.input_size import input_size
 
 BACKBONES = [
     ("test_convnext", 64, "sct"),

@@ -11,13 +11,15 @@ import torch
 from test_cli import SMALL, content, draw, fail, run, succeed
 from test_train import DEFAULTS, RECIPE, ready, task, training
 
-from visgraft import Backbone, DataError, TrainConfig, TrainState, VisgraftError, methods, prefix
-from visgraft.adapter import TENSORS
+from visgraft import Backbone, DataError, TrainConfig, TrainState, VisgraftError, list_methods
+from visgraft.adapters.directory import TENSORS
 from visgraft.data.images import Loading
-from visgraft.evaluate import peak_memory_bytes
-from visgraft.prefix import TRACED, enter, run_prefix
-from visgraft.train import MEASURED_STEPS, Pace, measure_pace
-from visgraft.workflow import forecast_folder, forecasting
+from visgraft.measure.evaluation import peak_memory_bytes
+from visgraft.training import forecast as forecasting
+from visgraft.training import prefix
+from visgraft.training.forecast import forecast_folder
+from visgraft.training.loop import MEASURED_STEPS, Pace, measure_pace
+from visgraft.training.prefix import TRACED, enter, run_prefix
 
 BACKBONE = Backbone("test_vit", "none", 32)
 PIXELS = 3 * 32 * 32
@@ -39,7 +41,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> int:
 
 def forecast(data: Path, method: str = "lora", loading: Loading = RAM, **changes: Any) -> dict[str, Any]:
     config = replace(TrainConfig(epochs=3, warmup_epochs=1.0, batch_size=8, precision="fp32"), **changes)
-    kind = methods()[method]
+    kind = list_methods()[method]
     return forecast_folder(data, backbone=BACKBONE, method_config=kind.Config(), train_config=config, loading=loading)
 
 
@@ -71,7 +73,7 @@ def test_a_few_images_are_read_and_no_test_image(few: int, colours: Path, monkey
 
     monkeypatch.setattr(forecasting, "load_images", watched)
     found = forecast_folder(
-        colours, backbone=BACKBONE, method_config=methods()["sct"].Config(), train_config=RECIPE,
+        colours, backbone=BACKBONE, method_config=list_methods()["sct"].Config(), train_config=RECIPE,
         watch=forecasting.Watch(None, lambda *done: told.append(done)),
     )  # fmt: skip
     assert found["images_read"] == len(opened) == len(set(opened)) == 2 * few
@@ -162,10 +164,10 @@ def test_a_few_images_go_through_the_frozen_prefix_and_stand_for_all(
         return found[0]
 
     monkeypatch.setattr(prefix, "enter", entered)
-    monkeypatch.setattr("visgraft.objective.run_prefix", kept)
+    monkeypatch.setattr("visgraft.training.objective.run_prefix", kept)
     augmented = {"flip": True, "cached_views": views} if views else {}
     config = TrainConfig(epochs=3, warmup_epochs=1.0, batch_size=8, precision="fp32", **augmented)  # type: ignore[arg-type]
-    lora = methods()["lora"].Config(last_blocks=1)
+    lora = list_methods()["lora"].Config(last_blocks=1)
     shown = forecast_folder(colours, backbone=BACKBONE, method_config=lora, train_config=config, loading=RAM)
     [(entering, spared)], turns = [(one.entering, one.spared) for one in found], views or 1
     assert [len(rows) for rows in entering] == [39] * turns + [few]

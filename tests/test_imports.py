@@ -31,7 +31,7 @@ def test_the_import_graph_has_no_circle() -> None:
     graph = {name: imports_of(path, set(files)) - {name, "visgraft"} for name, path in files.items()}
     assert sum(map(len, graph.values())) > 200
     order = list(graphlib.TopologicalSorter(graph).static_order())
-    assert order.index("visgraft.errors") < order.index("visgraft.sites") < order.index("visgraft.cli.app")
+    assert order.index("visgraft.errors") < order.index("visgraft.core.sites") < order.index("visgraft.cli.app")
 
 
 def test_methods_know_neither_timm_nor_the_command_line() -> None:

@@ -15,26 +15,27 @@ from timm.layers import DropPath
 from timm.models.beit import Beit
 from torch import Tensor, nn
 
-import visgraft.prefix
-from visgraft import MethodConfig, SCTConfig, TrainConfig, VisgraftError, attach, load, methods, save
-from visgraft.adapter import CONFIG
-from visgraft.attach import get_attached
+import visgraft.training.prefix
+from visgraft import MethodConfig, SCTConfig, TrainConfig, VisgraftError, list_methods, load, save
+from visgraft.adapters.directory import CONFIG
 from visgraft.bench.ledger import read_file
 from visgraft.bench.running import method_config
 from visgraft.cli.options import flags
-from visgraft.config import method_fields
-from visgraft.families import BLOCKS
-from visgraft.objective import make_objective
-from visgraft.precision import make_accelerator
-from visgraft.prefix import Prefix, Tail, find_cut, run_prefix
+from visgraft.core import attach
+from visgraft.core.attach import get_attached
+from visgraft.core.families import BLOCKS
+from visgraft.measure.precision import make_accelerator
+from visgraft.options import method_fields
 from visgraft.report.parts import show_parts
+from visgraft.training.objective import make_objective
+from visgraft.training.prefix import Prefix, Tail, find_cut, run_prefix
 
-IN_BLOCKS = [name for name, kind in methods().items() if kind.Config.has_places]
+IN_BLOCKS = [name for name, kind in list_methods().items() if kind.Config.has_places]
 ROOT = Path(__file__).parents[1]
 
 
 def config(name: str, **options: Any) -> MethodConfig:
-    return methods()[name].Config(**options)
+    return list_methods()[name].Config(**options)
 
 
 def blocks_of(model: nn.Module) -> set[int | None]:
@@ -48,12 +49,12 @@ def prefix_of(model: nn.Module, kind: str = "plain", precision: str = "fp32", co
 
 
 def test_methods_without_modules_in_blocks_refuse_it_and_do_not_offer_it() -> None:
-    others = [name for name in methods() if name not in IN_BLOCKS]
+    others = [name for name in list_methods() if name not in IN_BLOCKS]
     assert set(others) == {"linear", "full", "bitfit", "norm", "partial"}
     for name in others:
         with pytest.raises(VisgraftError, match=f"last_blocks has no effect on {name}"):
             config(name, last_blocks=1)
-        assert "last_blocks" not in {field.name for field in method_fields(methods()[name].Config)}
+        assert "last_blocks" not in {field.name for field in method_fields(list_methods()[name].Config)}
     (flag,) = (flag for flag in flags() if flag.field.name == "last_blocks")
     assert flag.kind is int and "|" not in flag.help
 
@@ -165,7 +166,7 @@ def both(model: nn.Module, monkeypatch: pytest.MonkeyPatch, recipe: Any, **optio
     """Train the same model with the prefix run once and in every step; return both results and both adapters."""
     other = copy.deepcopy(model)
     once = training.train(model, task(), recipe, task(10, 1), **options)
-    monkeypatch.setattr(visgraft.prefix, "MEMORY_SHARE", 0.0)
+    monkeypatch.setattr(visgraft.training.prefix, "MEMORY_SHARE", 0.0)
     with pytest.warns(UserWarning, match="would take"):
         always = training.train(other, task(), recipe, task(10, 1), **options)
     return once, always, held(model), held(other)
@@ -216,7 +217,7 @@ def test_cached_views_take_turns_and_each_runs_through_the_prefix_once(monkeypat
     model.blocks[0].mlp.register_forward_hook(lambda module, args, output: passes.append(len(output)))
     tasks = [make_objective(model, task(), None, VIEWS, make_accelerator("fp32"))]
     assert sum(passes) == 2 * 20 + 3 * 2, "both views of all images; two to see where to cut, and to compare"
-    monkeypatch.setattr(visgraft.prefix, "MEMORY_SHARE", 0.0)
+    monkeypatch.setattr(visgraft.training.prefix, "MEMORY_SHARE", 0.0)
     with pytest.warns(UserWarning, match="would take"):
         tasks.append(make_objective(model, task(), None, VIEWS, make_accelerator("fp32")))
     chosen = torch.tensor([7, 2, 11])
@@ -246,8 +247,8 @@ def test_a_head_alone_trains_on_features_of_cached_views(monkeypatch: pytest.Mon
     training.train(model, task(), VIEWS, task(10, 1), features=features)
     assert sum(passes) == 2 * 20 + 10
     assert (len(features["train"]), len(features["val"])) == (40, 10)
-    monkeypatch.setattr("visgraft.objective.sees_features", lambda *_: False)
-    monkeypatch.setattr("visgraft.objective.run_prefix", lambda *_, **__: "it is tested")
+    monkeypatch.setattr("visgraft.training.objective.sees_features", lambda *_: False)
+    monkeypatch.setattr("visgraft.training.objective.run_prefix", lambda *_, **__: "it is tested")
     training.train(other, task(), VIEWS, task(10, 1), on_warning=lambda line: None)
     torch.testing.assert_close(held(model), held(other), rtol=1e-4, atol=1e-6)
 

@@ -32,12 +32,15 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visgraft import attach, count_parameters, detach, load, merge, methods, save
-from visgraft.attach import CHILD, get_attached
+from visgraft import count_parameters, detach, list_methods, load, save
+from visgraft.core import attach
+from visgraft.core.attach import get_attached
+from visgraft.core.finding import find_sites
+from visgraft.core.taps import Kept
+from visgraft.core.tensors import CHILD
 from visgraft.errors import MergeError, SiteError, VisgraftError
-from visgraft.finding import find_sites
-from visgraft.merge import why_not_merged
-from visgraft.taps import Kept
+from visgraft.export import merge
+from visgraft.export.merge import why_not_merged
 
 SMALL_FILE = 16 * 1024
 REFUSED = [(name, kind) for name, kind in PAIRS if refused(name, kind)]
@@ -81,7 +84,7 @@ def test_1_the_keys_of_the_backbone_stay(name: str, kind: str) -> None:
 def test_2_a_method_starts_where_it_claims_to(name: str, kind: str) -> None:
     config, x = CONFIGS[name], pictures(kind)
     plain, started = logits(family(kind), x), logits(adapted(name, kind, alive=False), x)
-    if methods()[config.method].starts_as_identity(config):
+    if list_methods()[config.method].starts_as_identity(config):
         # In float64, where rounding hides nothing else. Bit for bit it is only where the same kernels run: a bias added
         # in a step of its own (Swin V2), or a convolution whose input lies otherwise in memory, rounds otherwise.
         exact = logits(family(kind).double(), x.double())
@@ -342,10 +345,10 @@ def test_the_last_blocks_can_be_adapted_alone(name: str, kind: str, tmp_path: Pa
     assert torch.equal(logits(detach(fitted(config, kind)), x), logits(family(kind), x))
 
 
-@pytest.mark.parametrize("name", methods())
+@pytest.mark.parametrize("name", list_methods())
 def test_16_every_method_has_its_row_in_the_docs(name: str) -> None:
     table = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
     rows = [line for line in table.splitlines() if line.startswith(f"| `{name}` |")]
     assert len(rows) == 1, f"docs/methods.md needs one row that starts with | `{name}` |"
-    assert methods()[name].paper.removeprefix("arXiv:") in rows[0]
-    assert json.loads(json.dumps(methods()[name].Config().to_dict())) == methods()[name].Config().to_dict()
+    assert list_methods()[name].paper.removeprefix("arXiv:") in rows[0]
+    assert json.loads(json.dumps(list_methods()[name].Config().to_dict())) == list_methods()[name].Config().to_dict()

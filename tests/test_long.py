@@ -5,10 +5,10 @@ import timm
 import torch
 from support import CONFIGS, DEFAULTS, fitted, gradients, images, logits, size_of
 
-from visgraft import count_parameters, methods
-from visgraft.attach import assemble, detach
+from visgraft import count_parameters, list_methods
+from visgraft.core.attach import assemble, detach
 from visgraft.errors import SiteError
-from visgraft.merge import why_not_merged
+from visgraft.export.merge import why_not_merged
 
 pytestmark = pytest.mark.long
 
@@ -38,7 +38,7 @@ def test_every_method_attaches_to_full_sizes_or_says_why_not(backbone: str) -> N
             assert "use other options" in str(error) or "leave" in str(error)
             continue
         count = count_parameters(model)
-        small = bool(methods()[config.method].placements(config))
+        small = bool(list_methods()[config.method].placements(config))
         assert count.adapter < (0.05 * total if small else total), name
         detach(model)
         why_not_merged(model, config)

@@ -9,13 +9,14 @@ from support import CONFIGS, PAIRS, family, fitted, images, logits, refused, siz
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visgraft import attach, methods
-from visgraft.attach import get_attached
-from visgraft.low_rank import LowRank, add_low_rank, add_product, hidden_features, keep_mask, masked
-from visgraft.method import Method
+from visgraft import list_methods
+from visgraft.core import attach
+from visgraft.core.attach import get_attached
+from visgraft.core.low_rank import LowRank, add_low_rank, add_product, hidden_features, keep_mask, masked
+from visgraft.core.method import Method
 from visgraft.methods.alore import ALoREConfig
 
-FAST = {name for name, config in CONFIGS.items() if methods()[config.method].low_rank is not Method.low_rank}
+FAST = {name for name, config in CONFIGS.items() if list_methods()[config.method].low_rank is not Method.low_rank}
 EACH = [(name, kind) for name, kind in PAIRS if name in FAST and not refused(name, kind)]
 
 
@@ -158,7 +159,7 @@ def test_the_fast_route_is_the_plain_one(name: str, kind: str, monkeypatch: pyte
     used = [module.low_rank() for module in get_attached(model).positions.values()]  # type: ignore[operator]
     fast, fast_x = step(model, x), x.grad
     x.grad = None
-    monkeypatch.setattr(methods()[CONFIGS[name].method], "low_rank", lambda self: None)
+    monkeypatch.setattr(list_methods()[CONFIGS[name].method], "low_rank", lambda self: None)
     slow = step(plain, x)
     assert fast.keys() == slow.keys()
     for key, gradient in slow.items():
@@ -237,7 +238,7 @@ def test_bf16_hands_what_enters_linear_layers_over_in_bf16() -> None:
 
 def test_a_family_s_norm_is_the_one_that_makes_the_tensor() -> None:
     """A wrong norm in the table would be refused by the dry run; that the right ones are there is checked here."""
-    from visgraft.finding import find_sites
+    from visgraft.core.finding import find_sites
 
     for kind in ("plain", "beit", "eva_fused", "swin", "convnext", "mixer"):
         for sites in find_sites(family(kind)).blocks:

@@ -12,16 +12,18 @@ from test_laws import adapted, pictures
 from test_merged import MERGING
 from torch import Tensor, nn
 
-from visgraft import ALoREConfig, LinearConfig, LoRAConfig, SSFConfig, attach, merge, methods
-from visgraft.affine import fold_target
-from visgraft.attach import get_attached
-from visgraft.certificate import ERROR_FACTOR, REFERENCE_IMAGES, answers, certify, image_batches
+from visgraft import ALoREConfig, LinearConfig, LoRAConfig, SSFConfig, list_methods
+from visgraft.core import attach
+from visgraft.core.attach import get_attached
+from visgraft.core.finding import find_sites
 from visgraft.errors import MergeError
-from visgraft.finding import find_sites
-from visgraft.merge import folded
+from visgraft.export import merge
+from visgraft.export.affine import fold_target
+from visgraft.export.certificate import ERROR_FACTOR, REFERENCE_IMAGES, answers, certify, image_batches
+from visgraft.export.merge import folded
 
 FOLDING = [(name, kind) for name, kind in MERGING if CONFIGS[name].has_places]
-MODULE: Any = importlib.import_module("visgraft.merge")  # the name in the package is the function
+MODULE: Any = importlib.import_module("visgraft.export.merge")  # the name in the package is the function
 Damage = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -71,7 +73,7 @@ def test_a_wrong_fold_is_refused(name: str, kind: str, monkeypatch: pytest.Monke
 
         return fold_all
 
-    shifts = methods()[CONFIGS[name].method].shifts(CONFIGS[name]) or moves_a_bias(model)
+    shifts = list_methods()[CONFIGS[name].method].shifts(CONFIGS[name]) or moves_a_bias(model)
     for damage in (perturbed, transposed, forgotten) if shifts else (perturbed, transposed):
         damaged.clear()
         monkeypatch.setattr(MODULE, "_fold_all", fold_wrongly(damage))

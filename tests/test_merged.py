@@ -12,10 +12,12 @@ from support import CONFIGS, TINY, enliven, family, images
 from test_laws import OBEYING, adapted, pictures
 from timm.models.vision_transformer import VisionTransformer
 
-from visgraft import attach, merge, methods
-from visgraft.adapter import save_plain
-from visgraft.backbone import model_data_config
-from visgraft.merge import why_not_merged
+from visgraft import list_methods
+from visgraft.backbones.creation import model_data_config
+from visgraft.core import attach
+from visgraft.export import merge
+from visgraft.export.merge import why_not_merged
+from visgraft.export.plain import save_plain
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 MERGING = [(name, kind) for name, kind in OBEYING if why_not_merged(family(kind), CONFIGS[name]) is None]
@@ -44,7 +46,7 @@ def test_a_merged_model_does_what_a_plain_one_does_and_nothing_else(name: str, k
 
 
 def test_every_method_that_claims_to_be_affine_is_among_them() -> None:
-    claiming = {name for name, kind in methods().items() if kind.affine(kind.Config()) and not kind.inserts}
+    claiming = {name for name, kind in list_methods().items() if kind.affine(kind.Config()) and not kind.inserts}
     assert {"alore", "lora", "repadapter", "ssf"} <= claiming <= {CONFIGS[name].method for name, _ in MERGING} | {"sct"}
 
 

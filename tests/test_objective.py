@@ -17,11 +17,12 @@ from test_cli import SMALL, draw, fail, run, succeed
 from test_train import DEFAULTS, HALF, RECIPE, fit, held, ready, task, training
 from torch.nn import functional as F
 
-from visgraft import Images, TrainConfig, VisgraftError, load, predict
-from visgraft.adapter import TENSORS
+from visgraft import Images, TrainConfig, VisgraftError, load
+from visgraft.adapters.directory import TENSORS
 from visgraft.data.decode import open_image
-from visgraft.evaluate import score
-from visgraft.objective import class_weights, draw_order, make_loss
+from visgraft.measure.evaluation import score
+from visgraft.serve import prediction as predict
+from visgraft.training.objective import class_weights, draw_order, make_loss
 
 RARE = torch.tensor([0] * 30 + [1] * 6 + [2] * 4)
 CPU = torch.device("cpu")
@@ -188,7 +189,7 @@ def test_an_adapter_keeps_the_background_of_its_training(tmp_path: Path, monkeyp
         colours.append(background)
         return open_image(source, background)
 
-    for place in ("visgraft.data.images", "visgraft.predict"):
+    for place in ("visgraft.data.images", "visgraft.serve.prediction"):
         monkeypatch.setattr(importlib.import_module(place), "open_image", note)
     train = ["train", data, "--out", out, "--method", "linear", "--epochs", 1, *SMALL]
     for words, asked, expected in (

@@ -7,10 +7,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from visgraft import methods
+from visgraft import list_methods
 from visgraft.cli.options import _kind, method_config, with_flags
-from visgraft.config import method_fields
 from visgraft.errors import VisgraftError
+from visgraft.options import method_fields
 
 SEEN: list[dict[str, Any]] = []
 APP = typer.Typer()
@@ -30,7 +30,7 @@ def typed(*words: str) -> dict[str, Any]:
     return SEEN[-1]
 
 
-OPTIONS = [(name, field) for name, kind in methods().items() for field in method_fields(kind.Config)]
+OPTIONS = [(name, field) for name, kind in list_methods().items() for field in method_fields(kind.Config)]
 
 
 def example(field: dataclasses.Field[Any]) -> tuple[list[str], Any]:

@@ -7,10 +7,10 @@ from test_train import RECIPE, fit, held, ready, same
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visgraft.config import TrainConfig
 from visgraft.errors import TrainingDiverged
+from visgraft.measure.precision import MOST_UNFUSED_TOKENS, frozen_weights_in_bf16, unfused_attention
 from visgraft.methods.sct import SCTConfig
-from visgraft.precision import MOST_UNFUSED_TOKENS, frozen_weights_in_bf16, unfused_attention
+from visgraft.options import TrainConfig
 
 
 def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:

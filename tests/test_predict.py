@@ -18,13 +18,15 @@ from PIL import Image
 from predicting import BACKBONE, CLASSES, adapters, make, pictures, refused, rows_of, run
 from safetensors.torch import save_file
 
-from visgraft import Backbone, create_backbone, evaluate, load, load_images, model_data_config, predict
-from visgraft.adapter import CONFIG
-from visgraft.attach import get_attached
+from visgraft import Backbone, create_backbone, load, load_images, model_data_config
+from visgraft.adapters.directory import CONFIG
+from visgraft.core.attach import get_attached
 from visgraft.data.dataset import Example
 from visgraft.errors import AdapterError, DataError, VisgraftError
-from visgraft.precision import make_accelerator
-from visgraft.predict import Prediction, load_together, predict_stream
+from visgraft.measure import evaluation as evaluate
+from visgraft.measure.precision import make_accelerator
+from visgraft.serve import prediction as predict
+from visgraft.serve.prediction import Prediction, load_together, predict_stream
 
 
 def test_together_they_answer_as_each_alone_in_any_order(adapters: dict[str, Path], pictures: list[Path]) -> None:
@@ -102,7 +104,7 @@ def test_each_runs_in_the_precision_it_was_trained_in(tmp_path: Path, pictures: 
 def test_images_are_streamed_and_decoded_once(
     adapters: dict[str, Path], pictures: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module: Any = sys.modules["visgraft.predict"]
+    module: Any = sys.modules["visgraft.serve.prediction"]
     opened, asked, real = [], [], module.open_image
     monkeypatch.setattr(module, "open_image", lambda path, *how: (opened.append(path), real(path, *how))[1])
 

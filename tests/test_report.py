@@ -15,22 +15,15 @@ import pytest
 from PIL import Image
 from support import CLASSES, enliven, vit
 
-from visgraft import (
-    ALoREConfig,
-    Backbone,
-    MethodConfig,
-    TrainConfig,
-    attach,
-    load,
-    methods,
-    save,
-)
-from visgraft.adapter import CONFIG, TENSORS, read_config
+from visgraft import ALoREConfig, Backbone, MethodConfig, TrainConfig, list_methods, load, save
+from visgraft.adapters.directory import CONFIG, TENSORS, read_config
 from visgraft.cli.report import report as report_verb
+from visgraft.core import attach
 from visgraft.errors import AdapterError, DataError, VisgraftError
+from visgraft.measure.measuring import measure_adapter
 from visgraft.report import channels
 from visgraft.report.page import MARKER, Report, build_report, gather, render, write_page
-from visgraft.workflow import measure_adapter, train_folder
+from visgraft.training.run import train_folder
 
 BACKBONE = Backbone("test_vit", "none", 32)
 NAMES = ("<b>x</b>", 'a & "b"', "c$2^x$ c")
@@ -106,7 +99,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def runs(table: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
-    return {name: learn(table, folder / name, methods()[name].Config()) for name in ("linear", "sct", "alore")}
+    return {name: learn(table, folder / name, list_methods()[name].Config()) for name in ("linear", "sct", "alore")}
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +186,7 @@ def test_few_classes_are_named_in_the_matrix_and_many_are_not(count: int, tmp_pa
     rows = [{"label": name, "split": part} for name in names for part in ("train", "train", "val", "val")]
     colours = [(8 * i % 256, 200 - 5 * i, 90) for i in range(count) for _ in range(4)]
     data = draw(tmp_path / "data", rows, colours)
-    found = gather([learn(data, tmp_path / "linear", methods()["linear"].Config(), epochs=1)], data)
+    found = gather([learn(data, tmp_path / "linear", list_methods()["linear"].Config(), epochs=1)], data)
     shown, text = found.sections[0].measured, render(found)
     assert shown is not None and len(shown.classes) == count
     assert ('class="matrix"' in text, shown.confusion is None) == (count == 2, count == 2)
@@ -208,7 +201,7 @@ def test_several_classes_per_image(tmp_path: Path) -> None:
         for i, labels in enumerate(["a", "a;b", "", "b"] * 9)
     ]
     data = draw(tmp_path / "data", rows, [COLOURS[i % 3] for i in range(36)])
-    runs = [learn(data, tmp_path / name, methods()[name].Config(), 1) for name in ("linear", "sct", "alore")]
+    runs = [learn(data, tmp_path / name, list_methods()[name].Config(), 1) for name in ("linear", "sct", "alore")]
     found = gather(runs, data)
     page = Page(render(found))
     assert found.figure == "mean average precision" and all(row["interval"] is None for row in found.rows)

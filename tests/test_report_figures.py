@@ -11,25 +11,19 @@ import torch
 from PIL import Image
 from support import CLASSES, batches, fitted, images, logits, vit
 
-from visgraft import (
-    ALoREConfig,
-    MethodConfig,
-    SCTConfig,
-    detach,
-    merge,
-    methods,
-)
-from visgraft.attach import get_attached
+from visgraft import ALoREConfig, MethodConfig, SCTConfig, detach, list_methods
+from visgraft.core.attach import get_attached
+from visgraft.core.method import Grid
 from visgraft.data.images import Images
-from visgraft.evaluate import confusion, score
-from visgraft.method import Grid
+from visgraft.export import merge
+from visgraft.measure.evaluation import confusion, score
+from visgraft.methods.salience import salient_channels
+from visgraft.pictures import heat_map
 from visgraft.report import channels, compare, tables
-from visgraft.report.embed import heat_map
 from visgraft.report.figures import curves
 from visgraft.report.looking import occlusion
 from visgraft.report.mistakes import find_mistakes
 from visgraft.report.parts import entering, keep_parts, show_parts
-from visgraft.salience import salient_channels
 
 
 def measured(probabilities: list[list[float]], labels: list[Any]) -> Any:
@@ -140,8 +134,10 @@ def test_the_channels_are_ordered_by_how_often_they_are_chosen() -> None:
 
 
 def made_of_parts() -> list[MethodConfig]:
-    configs = [kind.Config() for kind in methods().values()]
-    return [config for config in configs if methods()[config.method].parts(config)] + [ALoREConfig(experts=2, rank=1)]
+    configs = [kind.Config() for kind in list_methods().values()]
+    return [config for config in configs if list_methods()[config.method].parts(config)] + [
+        ALoREConfig(experts=2, rank=1)
+    ]
 
 
 @pytest.mark.parametrize("config", made_of_parts(), ids=lambda config: config.method)
@@ -160,7 +156,7 @@ def test_a_part_alone_is_the_model_merged_with_the_others_at_zero(config: Method
     model = fitted(config).double().eval()
     x, before = images(dtype=torch.float64), logits(model, images(dtype=torch.float64))
     seen = []
-    for part in range(methods()[config.method].parts(config)):
+    for part in range(list_methods()[config.method].parts(config)):
         plain, _ = merge(keep_parts(model, (part,)), x)
         alone_ = fitted(config).double().eval()
         for module in get_attached(alone_).positions.values():

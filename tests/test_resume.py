@@ -15,8 +15,8 @@ from test_cli import PROGRAM, SMALL, draw, run, succeed
 from test_train import DEFAULTS, RECIPE, fit, held, ready, same, task
 
 from visgraft import Epoch, TrainConfig, TrainState, VisgraftError, load
-from visgraft.adapter import TENSORS
-from visgraft.resume import read_state, state_file, write_state
+from visgraft.adapters.directory import TENSORS
+from visgraft.training.resume import read_state, state_file, write_state
 
 LONG = replace(RECIPE, epochs=4)
 VARIANTS = {
@@ -97,7 +97,7 @@ def stop(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
             return real(*arguments[:4], press, **options)
 
-        monkeypatch.setattr("visgraft.workflow.training.train", interrupted)
+        monkeypatch.setattr("visgraft.training.run.train", interrupted)
 
     return at
 
@@ -105,7 +105,7 @@ def stop(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 def importlib_train() -> Any:
     import importlib
 
-    return importlib.import_module("visgraft.train")
+    return importlib.import_module("visgraft.training.loop")
 
 
 def arguments(data: Path, out: Path, method: str = "sct") -> list[Any]:

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from visgraft import Backbone, Epoch, VisgraftError, methods
-from visgraft.compare import parse_budget
-from visgraft.compare.budget import MIN_TRIALS, Clock, Cost, OutOfTime, Plan, Size, duration, make_plan
-from visgraft.compare.race import Race
-from visgraft.compare.search import Search, Task, configure, default_setting
-from visgraft.crossval import Bench, Fit
+from visgraft import Backbone, Epoch, VisgraftError, list_methods
 from visgraft.data.images import Images
 from visgraft.errors import TrainingDiverged
+from visgraft.search import parse_budget
+from visgraft.search.budget import MIN_TRIALS, Clock, Cost, OutOfTime, Plan, Size, duration, make_plan
+from visgraft.search.race import Race
+from visgraft.search.settings import Search, Task, configure, default_setting
+from visgraft.training.crossval import Bench, Fit
 
 BACKBONE = Backbone("test_vit", "none", 32)
 
@@ -36,7 +36,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any], 
     reach(lambda method, setting: 50)
 
     def fit(self: Bench, method: Any, config: Any, images: Images, val: Images, **options: Any) -> Fit:
-        knobs = methods()[method.method].knobs
+        knobs = list_methods()[method.method].knobs
         setting = {name: getattr(method, name, getattr(config, name, None)) for name in knobs}
         seen.append((method.method, setting, 0))
         right = REACHED[0](method.method, setting)
@@ -143,9 +143,9 @@ def test_a_clock_without_a_budget_always_has_time() -> None:
     assert 5 < Clock(10, spent=4).left <= 6
 
 
-@pytest.mark.parametrize("name", methods())
+@pytest.mark.parametrize("name", list_methods())
 def test_every_value_of_a_methods_knobs_is_an_option_and_the_default_is_among_them(name: str) -> None:
-    kind = methods()[name]
+    kind = list_methods()[name]
     assert configure(name, default_setting(name)) == (kind.Config(), kind.recipe)
     assert kind.knobs, "a comparison would try the default alone"
     for values in itertools.product(*kind.knobs.values()):
@@ -159,7 +159,7 @@ def test_every_value_of_a_methods_knobs_is_an_option_and_the_default_is_among_th
 
 @pytest.mark.parametrize(("knobs", "said"), [({"speed": (1,)}, "no option 'speed'"), ({"lr": (7.0,)}, "is not among")])
 def test_wrong_knobs_are_named(knobs: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(methods()["alore"], "knobs", knobs)
+    monkeypatch.setattr(list_methods()["alore"], "knobs", knobs)
     with pytest.raises(VisgraftError, match=said):
         default_setting("alore")
 

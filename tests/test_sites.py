@@ -13,17 +13,18 @@ from timm.models.vision_transformer import Block, ParallelScalingBlock, ResPostB
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visgraft import attach, methods
-from visgraft.attach import CHILD
-from visgraft.dryrun import prove_sites
+from visgraft import list_methods
+from visgraft.core import attach
+from visgraft.core.dryrun import prove_sites
+from visgraft.core.families import BLOCKS, _mixer_block, _open_block, _swin_block
+from visgraft.core.finding import find_sites
+from visgraft.core.method import Grid
+from visgraft.core.sites import Neighbour, Site
+from visgraft.core.taps import tap
+from visgraft.core.tensors import CHILD
 from visgraft.errors import SiteError
-from visgraft.families import BLOCKS, _mixer_block, _open_block, _swin_block
-from visgraft.finding import find_sites
-from visgraft.method import Grid
-from visgraft.sites import Neighbour, Site
-from visgraft.taps import tap
 
-WITH_SITES = [name for name in DEFAULTS if methods()[CONFIGS[name].method].placements(CONFIGS[name])]
+WITH_SITES = [name for name in DEFAULTS if list_methods()[CONFIGS[name].method].placements(CONFIGS[name])]
 
 
 class Note:

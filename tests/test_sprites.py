@@ -9,9 +9,9 @@ from scipy import ndimage
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
 
-from visgraft.data import painting, sprites
-from visgraft.data.painting import Points, Scene, Solid, paint
-from visgraft.data.sprites import TASKS, arrange, class_name, draw_sprite, draw_sprites
+from visgraft.drawn import painting, sprites
+from visgraft.drawn.painting import Points, Scene, Solid, paint
+from visgraft.drawn.sprites import TASKS, arrange, class_name, draw_sprite, draw_sprites
 from visgraft.errors import DataError
 
 

@@ -18,22 +18,23 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visgraft import Adapted, Epoch, MethodConfig, TrainConfig, Training, VisgraftError, evaluate, load_images, methods
-from visgraft.adapter import adapter_tensors
-from visgraft.attach import attach
-from visgraft.backbone import image_transform, model_data_config
+from visgraft import Adapted, Epoch, MethodConfig, TrainConfig, Training, VisgraftError, list_methods, load_images
+from visgraft.adapters.directory import adapter_tensors
+from visgraft.backbones.creation import image_transform, model_data_config
+from visgraft.core.attach import attach
 from visgraft.data.augment import augmentation
 from visgraft.data.dataset import Example
 from visgraft.data.images import Images
 from visgraft.errors import TrainingDiverged
-from visgraft.evaluate import confusion, score
-from visgraft.precision import resolve_precision
-from visgraft.predict import predict
+from visgraft.measure import evaluation as evaluate
+from visgraft.measure.evaluation import confusion, score
+from visgraft.measure.precision import resolve_precision
+from visgraft.serve.prediction import predict
 
-training: Any = importlib.import_module("visgraft.train")  # the attribute of that name is the function
+training: Any = importlib.import_module("visgraft.training.loop")  # the attribute of that name is the function
 HALF = (0.5, 0.5, 0.5)
 RECIPE = TrainConfig(epochs=3, warmup_epochs=1.0, batch_size=8, lr=5e-3, precision="fp32")
-DEFAULTS: dict[str, MethodConfig] = {name: kind.Config() for name, kind in methods().items()}
+DEFAULTS: dict[str, MethodConfig] = {name: kind.Config() for name, kind in list_methods().items()}
 
 
 def task(count: int = 20, seed: int = 0, size: int = 16) -> Images:
@@ -101,8 +102,8 @@ def test_training_on_cached_features_equals_training_through_the_model(monkeypat
     states, figures = [], []
     for cached in (True, False):
         if not cached:
-            monkeypatch.setattr("visgraft.objective.sees_features", lambda *_: False)
-            monkeypatch.setattr("visgraft.objective.run_prefix", lambda *_, **__: None)
+            monkeypatch.setattr("visgraft.training.objective.sees_features", lambda *_: False)
+            monkeypatch.setattr("visgraft.training.objective.run_prefix", lambda *_, **__: None)
         model: Any = ready(DEFAULTS["linear"])
         model.patch_embed.register_forward_hook(lambda *_: passes.append(1))
         figures.append(fit(model, val=task(10, seed=1)))
@@ -359,7 +360,7 @@ def test_predict_names_the_same_classes_as_evaluate_most_probable_first(tmp_path
 
 
 def test_options_survive_the_way_through_plain_values() -> None:
-    recipes = [kind.recipe for kind in methods().values()]
+    recipes = [kind.recipe for kind in list_methods().values()]
     for config in (*CONFIGS.values(), *recipes, TrainConfig(head_lr=1.0, rand_augment="rand-m9")):
         assert type(config).from_dict(json.loads(json.dumps(config.to_dict()))) == config
 

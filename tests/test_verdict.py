@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from visgraft.compare.verdict import Candidate, confused_pairs, decide, difference, is_guessing
-from visgraft.crossval import Predictions
-from visgraft.intervals import Difference
+from visgraft.measure.intervals import Difference
+from visgraft.search.verdict import Candidate, confused_pairs, decide, difference, is_guessing
+from visgraft.training.crossval import Predictions
 
 LINEAR = Candidate("linear", {"lr": 0.01}, 0.80, 0, True)
 SCT = Candidate("sct", {"lr": 5e-3, "scale": 1.0}, 0.80, 28_224, True)

@@ -20,9 +20,9 @@ from support import live
 from timm.models.mlp_mixer import MlpMixer
 from torch import Tensor, nn
 
+from visgraft.backbones.heads import classifier_paths
+from visgraft.backbones.weights import load_weights
 from visgraft.errors import WeightsError
-from visgraft.tensors import classifier_paths
-from visgraft.weights import load_weights
 
 OUTPUTS = 3  # of the new head, other than those of the head in the file
 

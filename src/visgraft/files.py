@@ -112,3 +112,12 @@ def _swap(first: Path, second: Path) -> bool:
         return False
     here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of <fcntl.h> and <stdio.h>
     return bool(call(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0)
+
+
+def cache_folder() -> Path:
+    """Return where what can be made again is kept: $VISGRAFT_CACHE, or the user's cache folder."""
+    if found := os.environ.get("VISGRAFT_CACHE"):
+        return Path(found)
+    import platformdirs
+
+    return platformdirs.user_cache_path("visgraft")

@@ -7,13 +7,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from visgraft.backbone import Backbone
+from visgraft.backbones.creation import Backbone
 from visgraft.bench.settings import Candidates, Recipe, candidates, with_epochs
 from visgraft.bench.trial import Result, Trial, split_digest
-from visgraft.precision import resolve_precision
+from visgraft.core.registry import get_method
+from visgraft.measure.precision import resolve_precision
 from visgraft.protocols.opening import open_task
 from visgraft.protocols.row import Protocol, Task
-from visgraft.registry import get_method
 
 Done = Mapping[str, Result]
 """Finished trials by their keys."""

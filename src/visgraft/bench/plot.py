@@ -22,7 +22,7 @@ from visgraft.bench.plot_numbers import (
 from visgraft.bench.statistics import Mean, Table, tables
 from visgraft.errors import VisgraftError
 from visgraft.files import new_file
-from visgraft.report.embed import BLUE, ORANGE, THEMES
+from visgraft.pictures import BLUE, ORANGE, THEMES
 
 if TYPE_CHECKING:
     from visgraft.bench.trial import Result

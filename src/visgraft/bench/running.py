@@ -17,23 +17,23 @@ import torch
 from torch import nn
 
 import visgraft
-from visgraft.adapter import adapter_tensors
-from visgraft.attach import attach, count_parameters, get_attached
-from visgraft.backbone import create_backbone, model_data_config
+from visgraft.adapters.directory import adapter_tensors
+from visgraft.backbones.creation import create_backbone, model_data_config
 from visgraft.bench.trial import Measured, Result, Trial, backbone_of, split_digest
-from visgraft.config import MethodConfig
+from visgraft.core.attach import attach, count_parameters, get_attached
+from visgraft.core.method import Method
+from visgraft.core.registry import get_method
 from visgraft.data.dataset import Example
 from visgraft.data.images import Images, load_images
 from visgraft.errors import TrainingDiverged, VisgraftError
-from visgraft.evaluate import Evaluation, logits_of, peak_memory_bytes, score
-from visgraft.method import Method
-from visgraft.precision import make_accelerator
+from visgraft.measure.calibration import calibration
+from visgraft.measure.evaluation import Evaluation, logits_of, peak_memory_bytes, score
+from visgraft.measure.precision import make_accelerator
+from visgraft.options import MethodConfig
 from visgraft.protocols.opening import open_task
 from visgraft.protocols.row import Parts, Protocol
-from visgraft.registry import get_method
-from visgraft.report.tables import calibration
-from visgraft.resume import Epoch
-from visgraft.train import train
+from visgraft.training.loop import train
+from visgraft.training.resume import Epoch
 
 MEANS_AND_DEVIATIONS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from visgraft.bench.paper_recipes import PAPER_RECIPES
-from visgraft.config import MethodConfig, TrainConfig
+from visgraft.core.registry import get_method
 from visgraft.errors import VisgraftError, nearest
+from visgraft.options import MethodConfig, TrainConfig
 from visgraft.protocols.row import Protocol, Task
-from visgraft.registry import get_method
 
 RECIPES = ("validated", "default", *PAPER_RECIPES)
 

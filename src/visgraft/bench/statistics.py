@@ -12,7 +12,7 @@ import numpy as np
 
 from visgraft.bench.evidence import check_evidence
 from visgraft.errors import VisgraftError
-from visgraft.intervals import wilson
+from visgraft.measure.intervals import wilson
 
 if TYPE_CHECKING:
     from visgraft.bench.trial import Result

@@ -19,7 +19,7 @@ from visgraft.bench.plan import Cell, schedule
 from visgraft.bench.running import Place, run_trial
 from visgraft.bench.trial import Result, Trial
 from visgraft.errors import VisgraftError
-from visgraft.resume import Epoch
+from visgraft.training.resume import Epoch
 
 
 @dataclass(frozen=True)

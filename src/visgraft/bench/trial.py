@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from visgraft.backbone import Backbone
-from visgraft.config import TrainConfig
+from visgraft.backbones.creation import Backbone
 from visgraft.errors import VisgraftError
+from visgraft.options import TrainConfig
 from visgraft.protocols.row import Parts
 
 RESULTS = 1

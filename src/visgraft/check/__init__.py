@@ -1,4 +1,8 @@
-"""What is wrong with the data, before training: `check_data` looks at every image, `quick_check` at their number."""
+"""What is wrong with the data, before training: `check_data` looks at every image, `quick_check` at their number.
+
+Here belongs what finds faults in somebody's images and shows them. Nothing here changes the images or trains a
+backbone on them.
+"""
 
 from visgraft.check.findings import Finding as Finding
 from visgraft.check.findings import Picture as Picture

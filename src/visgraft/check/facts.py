@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import imagehash
 import numpy as np
 from PIL import Image
 
@@ -76,6 +75,8 @@ def gather(examples: Sequence[Example], on_progress: Progress | None = None) -> 
 
 def read_facts(example: Example) -> Facts | Unreadable:
     """Read one image; what is wrong with its file is returned, not raised."""
+    import imagehash  # slow, and only needed here
+
     try:
         content = example.path.read_bytes() if example.content is None else example.content()
     except OSError as error:

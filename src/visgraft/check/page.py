@@ -4,13 +4,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from visgraft.check.findings import Finding, Picture, Report, readable
 from visgraft.data.decode import open_image
 from visgraft.errors import DataError, VisgraftError
 from visgraft.files import new_file
-from visgraft.report.embed import photograph
+from visgraft.pictures import photograph
 
 THUMBNAIL = 160  # pixels
 SETS_PER_FINDING = 8
@@ -48,6 +47,8 @@ def write_page(report: Report, path: Path) -> Path:
     Raises:
         VisgraftError: the page cannot be written.
     """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     environment = Environment(
         loader=PackageLoader("visgraft.check", "templates"),
         autoescape=True,

@@ -3,13 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 
-from visgraft.check.counts import (
-    class_findings,
-    class_table,
-    group_findings,
-    group_table,
-    part_findings,
-)
+from visgraft.check.counts import class_findings, class_table, group_findings, group_table, part_findings
 from visgraft.check.duplicates import duplicate_findings, find_copies
 from visgraft.check.facts import Facts, Progress, Unreadable, gather
 from visgraft.check.findings import Finding, Picture, Report, Table, counted, pictures, worst_first

@@ -11,19 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from visgraft.cli.arguments import (
-    Adapter,
-    Background,
-    Cache,
-    Csv,
-    Data,
-    Json,
-    Part,
-    Quiet,
-    SkipBroken,
-    Weights,
-    source,
-)
+from visgraft.cli.arguments import Adapter, Background, Cache, Csv, Data, Json, Part, Quiet, SkipBroken, Weights, source
 from visgraft.cli.bench import build as build_bench
 from visgraft.cli.check import check
 from visgraft.cli.compare import compare
@@ -48,7 +36,7 @@ def eval_(
     """Measure an adapter on the test images of a folder, a table or a data set."""
     from visgraft.cli.show import emit, print_figures
     from visgraft.data.images import Loading
-    from visgraft.workflow import eval_adapter
+    from visgraft.measure.measuring import eval_adapter
 
     if split not in ("test", "val", "train", "all"):
         raise VisgraftError(f"--split is {split!r}, but must be test, val, train or all")
@@ -69,7 +57,7 @@ def merge(
 ) -> None:
     """Fold an adapter into its backbone and certify the plain timm model."""
     from visgraft.cli.show import emit, result_console
-    from visgraft.workflow import merge_adapter
+    from visgraft.export.plain import merge_adapter
 
     result = merge_adapter(adapter, out, data=data, weights=weights)
 
@@ -85,9 +73,9 @@ def merge(
 
 def info(adapter: Adapter, json: Json = False) -> None:
     """Show what an adapter is, without loading its backbone."""
-    from visgraft.adapter import read_config
+    from visgraft.adapters.directory import read_config
     from visgraft.cli.show import emit, result_console
-    from visgraft.workflow import adapter_bytes
+    from visgraft.measure.measuring import adapter_bytes
 
     config = {**read_config(adapter), "adapter_bytes": adapter_bytes(adapter)}
 
@@ -110,7 +98,7 @@ def methods(
 ) -> None:
     """List the methods with their places, mergeability and parameters on a backbone (no weights are needed)."""
     from visgraft.cli.show import emit, print_table, result_console
-    from visgraft.workflow import describe_methods
+    from visgraft.search.describing import describe_methods
 
     rows = describe_methods(backbone)
     yes = {True: "yes", False: "no", None: "–"}

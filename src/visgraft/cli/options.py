@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import typer
 
 import visgraft.methods  # noqa: F401  (registers them, also where `visgraft` itself imports nothing)
-from visgraft.config import MethodConfig, TrainConfig, method_fields
+from visgraft.core.registry import get_method, method_names
 from visgraft.errors import VisgraftError, nearest
-from visgraft.registry import get_method, method_names
+from visgraft.options import MethodConfig, TrainConfig, method_fields
 
 C = TypeVar("C", MethodConfig, TrainConfig)
 

@@ -22,7 +22,7 @@ from visgraft.errors import DataError, VisgraftError
 
 if TYPE_CHECKING:
     from visgraft.data.images import Skipped
-    from visgraft.predict import Prediction
+    from visgraft.serve.prediction import Prediction
 
 Write = Callable[["Prediction"], None]
 STDIN = "-"
@@ -59,7 +59,7 @@ def predict(
 ) -> None:
     """Name the class of each image, with one adapter or several of one backbone."""
     from visgraft.data.images import Skipped
-    from visgraft.predict import check_same_backbone, predict_stream
+    from visgraft.serve.prediction import check_same_backbone, predict_stream
 
     adapters, images = split_arguments(arguments)
     check_same_backbone(adapters)
@@ -135,7 +135,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         AdapterError: the first one is no adapter.
         DataError: none names images.
     """
-    from visgraft.adapter import CONFIG, read_config
+    from visgraft.adapters.directory import CONFIG, read_config
 
     adapters = [argument for argument in arguments if os.path.isfile(os.path.join(argument, CONFIG))]
     if arguments[0] not in adapters:
@@ -257,8 +257,8 @@ def choose_table(out: Path) -> Table:
 
 def _width(adapters: Sequence[str], top: int | None) -> int:
     """Return how many classes a row of the table has room for."""
-    from visgraft.adapter import read_config
-    from visgraft.predict import most_named
+    from visgraft.adapters.directory import read_config
+    from visgraft.serve.prediction import most_named
 
     configs = [read_config(adapter) for adapter in adapters]
     several = [bool(config["record"].get("data", {}).get("multi_label")) for config in configs]

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from visgraft.resume import Epoch
+from visgraft.training.resume import Epoch
 
 progress_console = Console(stderr=True, highlight=False, soft_wrap=True)
 PLAIN_LINES = 30

@@ -16,7 +16,7 @@ METHOD, BACKBONE, WEIGHTS = "alore", "vit_base_patch16_224.augreg_in21k", "hub"
 def _method_names(incomplete: str) -> list[str]:
     """The names that complete a word after --method."""
     import visgraft.methods  # noqa: F401  (registers them)
-    from visgraft.registry import method_names
+    from visgraft.core.registry import method_names
 
     return [name for name in method_names() if name.startswith(incomplete)]
 
@@ -95,8 +95,7 @@ def _train(images: Any, out: Path, whole: Mapping[str, Any], resume: bool, log: 
     """Train, showing how it goes, and return the figures."""
     from visgraft.cli.log import epoch_log
     from visgraft.cli.show import loading_progress, training_progress, warn
-    from visgraft.workflow import train_folder
-    from visgraft.workflow.training import Watch
+    from visgraft.training.run import Watch, train_folder
 
     with (
         training_progress(whole["train_config"].epochs) as show,
@@ -118,8 +117,8 @@ def _check_dry_run(given: Mapping[str, Any]) -> None:
 def _forecast(images: Any, out: Path, whole: Mapping[str, Any], json: bool) -> None:
     """Print what the training would take."""
     from visgraft.cli.show import emit, loading_progress, print_forecast, warn
-    from visgraft.workflow import forecast_folder
-    from visgraft.workflow.training import Watch
+    from visgraft.training.forecast import forecast_folder
+    from visgraft.training.run import Watch
 
     with loading_progress() as show_loading:
         forecast = forecast_folder(images, out, **whole, watch=Watch(None, show_loading, warn))
@@ -129,7 +128,7 @@ def _forecast(images: Any, out: Path, whole: Mapping[str, Any], json: bool) -> N
 def _cross_validate(dataset: Any, folds: int, repeats: int, setting: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the setting reaches on all training and validation images, each held out in turn."""
     from visgraft.cli.show import training_progress
-    from visgraft.crossval import cross_validate
+    from visgraft.training.crossval import cross_validate
 
     recipe = setting["train_config"]
     with training_progress(recipe.epochs, f"cross-validation, {folds} folds, {repeats} times: ") as show:
@@ -147,10 +146,10 @@ def _start(
     values: Mapping[str, Any],
 ) -> tuple[Any, Any]:
     """Return the backbone and the method's options: as given, or as in the adapter to start from."""
-    from visgraft.adapter import read_backbone, read_config
-    from visgraft.backbone import Backbone
+    from visgraft.adapters.directory import read_backbone, read_config
+    from visgraft.backbones.creation import Backbone
     from visgraft.cli.options import method_config
-    from visgraft.registry import get_method
+    from visgraft.core.registry import get_method
 
     if init_from is None:
         origin = Backbone(backbone or BACKBONE, weights or WEIGHTS, image_size)

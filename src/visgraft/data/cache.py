@@ -27,8 +27,7 @@ from torch import Tensor
 
 from visgraft.data.dataset import Example
 from visgraft.errors import DataError, VisgraftError, nearest
-from visgraft.files import new_file, write_json
-from visgraft.img_focus import cache_folder
+from visgraft.files import cache_folder, new_file, write_json
 
 CACHES = ("auto", "ram", "disk", "none")
 DISK_LIMIT = 20 * 2**30

@@ -14,16 +14,7 @@ import stat
 from pathlib import Path
 from typing import NamedTuple
 
-from visgraft.data.dataset import (
-    SPLIT_NAMES,
-    Dataset,
-    Example,
-    Split,
-    check_classes,
-    fill_parts,
-    fingerprint,
-    listed,
-)
+from visgraft.data.dataset import SPLIT_NAMES, Dataset, Example, Split, check_classes, fill_parts, fingerprint, listed
 from visgraft.data.decode import image_extensions
 from visgraft.errors import DataError, nearest
 

@@ -9,16 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from visgraft.data.dataset import (
-    SPLIT_NAMES,
-    Dataset,
-    Example,
-    Split,
-    check_train,
-    fill_parts,
-    fingerprint,
-    listed,
-)
+from visgraft.data.dataset import SPLIT_NAMES, Dataset, Example, Split, check_train, fill_parts, fingerprint, listed
 from visgraft.errors import DataError, nearest
 
 HUB_PREFIX = "hf:"

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from visgraft.backbone import image_transform
+from visgraft.backbones.creation import image_transform
 from visgraft.data.cache import Decode, Pixels, choose_cache, hold_pixels, is_on_disk
 from visgraft.data.dataset import Example
 from visgraft.data.decode import open_image

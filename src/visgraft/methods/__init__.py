@@ -1,4 +1,8 @@
-"""The methods that ship with visgraft, one file each; importing a file registers its method, in this order."""
+"""The methods that ship with visgraft, one file each; importing a file registers its method, in this order.
+
+Here belongs what makes one method differ from another, and the channel scores that methods choose by. What all
+methods need belongs to `core`; no other room asks which method it has.
+"""
 
 from visgraft.methods.sct import SCTConfig as SCTConfig  # isort: skip
 from visgraft.methods.alore import ALoREConfig as ALoREConfig  # isort: skip

@@ -8,9 +8,9 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visgraft.config import MethodConfig, TrainConfig, option
-from visgraft.method import Grid, Method, OwnTensor, Place, Position
-from visgraft.registry import register
+from visgraft.core.method import Grid, Method, OwnTensor, Place, Position
+from visgraft.core.registry import register
+from visgraft.options import MethodConfig, TrainConfig, option
 
 SITES = ("attn.out", "mlp.out")
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "none": nn.Identity}

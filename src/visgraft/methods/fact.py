@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from visgraft.config import MethodConfig, TrainConfig, option
+from visgraft.core.low_rank import LowRank
+from visgraft.core.method import Grid, Method, Place, Position
+from visgraft.core.registry import register
 from visgraft.errors import SiteError
-from visgraft.low_rank import LowRank
-from visgraft.method import Grid, Method, Place, Position
-from visgraft.registry import register
+from visgraft.options import MethodConfig, TrainConfig, option
 
 TARGETS = {
     "qkv": (Place("attn.in", "attn.qkv"),),

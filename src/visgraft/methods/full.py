@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from visgraft.config import MethodConfig, TrainConfig
-from visgraft.method import Method, OwnTensor
-from visgraft.registry import register
+from visgraft.core.method import Method, OwnTensor
+from visgraft.core.registry import register
+from visgraft.options import MethodConfig, TrainConfig
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from visgraft.config import MethodConfig, TrainConfig
-from visgraft.method import Method
-from visgraft.registry import register
+from visgraft.core.method import Method
+from visgraft.core.registry import register
+from visgraft.options import MethodConfig, TrainConfig
 
 
 @dataclass(frozen=True)

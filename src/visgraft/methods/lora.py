@@ -8,10 +8,10 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from visgraft.config import MethodConfig, TrainConfig, option
-from visgraft.low_rank import LowRank
-from visgraft.method import Grid, Method, Place, Position
-from visgraft.registry import register
+from visgraft.core.low_rank import LowRank
+from visgraft.core.method import Grid, Method, Place, Position
+from visgraft.core.registry import register
+from visgraft.options import MethodConfig, TrainConfig, option
 
 PROJECTIONS = {
     "q": Place("attn.in", "attn.q"),

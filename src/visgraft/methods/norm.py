@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from visgraft.config import MethodConfig, TrainConfig
+from visgraft.core.method import Method, OwnTensor
+from visgraft.core.registry import register
 from visgraft.errors import VisgraftError
-from visgraft.method import Method, OwnTensor
-from visgraft.registry import register
+from visgraft.options import MethodConfig, TrainConfig
 
 
 @dataclass(frozen=True)

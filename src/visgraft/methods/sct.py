@@ -7,11 +7,11 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from visgraft.config import MethodConfig, TrainConfig, option
+from visgraft.core.method import Batches, Grid, Method, Place, Position
+from visgraft.core.registry import register
 from visgraft.errors import VisgraftError
-from visgraft.method import Batches, Grid, Method, Place, Position
-from visgraft.registry import register
-from visgraft.salience import SCORES, salient_channels_at
+from visgraft.methods.salience import SCORES, salient_channels_at
+from visgraft.options import MethodConfig, TrainConfig, option
 
 FORMS = ("A", "B")
 

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from visgraft.config import MethodConfig, TrainConfig, option
-from visgraft.method import Grid, Method, Place, Position
-from visgraft.registry import register
+from visgraft.core.method import Grid, Method, Place, Position
+from visgraft.core.registry import register
+from visgraft.options import MethodConfig, TrainConfig, option
 
 # For each kind of operation, the sites behind its layers, in order of preference, as families lack some of them. SwiGLU
 # has no single first layer, so there the hidden features are scaled where they enter the last one.

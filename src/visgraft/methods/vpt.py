@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from visgraft.config import MethodConfig, TrainConfig, option
-from visgraft.method import Grid, Method, Place, Position
-from visgraft.registry import register
+from visgraft.core.method import Grid, Method, Place, Position
+from visgraft.core.registry import register
+from visgraft.options import MethodConfig, TrainConfig, option
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""The field's protocols, and the offline suite, as rows of data."""
+"""The field's protocols, and the offline suite, as rows of data.
+
+Here belongs what says of a task where its images lie, how many there are and how they are divided. Running them
+belongs to `bench`.
+"""
 
 from visgraft.errors import VisgraftError, nearest
 from visgraft.protocols.domains import DOMAINS

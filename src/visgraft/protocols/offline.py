@@ -21,8 +21,8 @@ from PIL import Image
 from sklearn.model_selection import train_test_split
 
 from visgraft.data.folders import read_folder
-from visgraft.data.sprites import TASKS as SPRITES
-from visgraft.data.sprites import draw_sprites
+from visgraft.drawn.sprites import TASKS as SPRITES
+from visgraft.drawn.sprites import draw_sprites
 from visgraft.errors import DataError
 from visgraft.protocols.row import TEST, Parts, Protocol, Task
 from visgraft.protocols.shots import draw_shots

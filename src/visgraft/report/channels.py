@@ -10,14 +10,15 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from visgraft.adapter import TENSORS, read_backbone, read_tensors
-from visgraft.attach import CHILD, assemble, get_attached
-from visgraft.backbone import create_backbone
+from visgraft.adapters.directory import TENSORS, read_backbone, read_tensors
+from visgraft.backbones.creation import create_backbone
+from visgraft.core.attach import assemble, get_attached
+from visgraft.core.method import Batches
+from visgraft.core.registry import get_method
+from visgraft.core.tensors import CHILD
 from visgraft.errors import AdapterError
-from visgraft.method import Batches
-from visgraft.registry import get_method
-from visgraft.report.embed import ORANGE, Picture, Values, draw
-from visgraft.salience import SCORE_FUNCTIONS, channel_squares
+from visgraft.methods.salience import SCORE_FUNCTIONS, channel_squares
+from visgraft.pictures import ORANGE, Picture, Values, draw
 
 Marks = NDArray[np.bool_]
 

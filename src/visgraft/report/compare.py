@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import average_precision_score
 
-from visgraft import intervals
-from visgraft.evaluate import Evaluation
-from visgraft.intervals import bootstrap, rate_interval, spread
-from visgraft.report.tables import is_multi_label, right_answers
-from visgraft.workflow import adapter_bytes
+from visgraft.measure import intervals
+from visgraft.measure.evaluation import Evaluation, is_multi_label
+from visgraft.measure.intervals import bootstrap, rate_interval, spread
+from visgraft.measure.measuring import adapter_bytes
+from visgraft.report.tables import right_answers
 
 TIE = 0.0005  # a lead below this rounds to 0.0 points
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from visgraft.report.embed import BLUE, ORANGE, Picture, draw
-from visgraft.report.tables import Calibration
+from visgraft.measure.calibration import Calibration
+from visgraft.pictures import BLUE, ORANGE, Picture, draw
 
 CURVE_SIZE = (4.6, 2.9)
 FEW_EPOCHS = 20

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from visgraft.data.images import Images
-from visgraft.evaluate import probabilities_of
+from visgraft.measure.evaluation import probabilities_of
 
 
 def occlusion(model: nn.Module, images: Images, index: int, label: int, cells: int = 7) -> Tensor:

@@ -8,10 +8,9 @@ import torch
 from torch import nn
 
 from visgraft.data.images import Images
-from visgraft.evaluate import Evaluation
-from visgraft.report.embed import Picture, Pixels, heat_map, photograph
+from visgraft.measure.evaluation import Evaluation, is_multi_label
+from visgraft.pictures import Picture, Pixels, heat_map, photograph
 from visgraft.report.looking import occlusion
-from visgraft.report.tables import is_multi_label
 
 MOST = 8
 FAINT = 0.05  # a fall below this stays pale: a map scaled to its own noise would claim a reason

@@ -6,16 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
-from visgraft.adapter import CONFIG, read_backbone, read_config
+from visgraft.adapters.directory import CONFIG, read_backbone, read_config
 from visgraft.data.images import Loading
 from visgraft.data.read import AnySource
 from visgraft.errors import AdapterError, VisgraftError, nearest
 from visgraft.files import new_file
+from visgraft.measure.evaluation import is_multi_label
 from visgraft.report import compare
 from visgraft.report.section import PART_NAMES, Run, Say, Section, make_section
-from visgraft.report.tables import is_multi_label
 
 _DEFAULT_LOADING = Loading()
 MARKER = '<meta name="generator" content="visgraft report">'
@@ -159,6 +157,8 @@ def _notes(sections: Sequence[Section], differences: Sequence[compare.Difference
 
 def render(report: Report) -> str:
     """Return the page as HTML with all pictures inside; every text is escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     loader = PackageLoader("visgraft", "report")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, lstrip_blocks=True)
     environment.filters |= {"percent": compare.percent, "signed": compare.signed, "number": _number}

@@ -10,13 +10,13 @@ import torch
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
-from visgraft.attach import get_attached
+from visgraft.core.attach import get_attached
+from visgraft.core.finding import find_sites
+from visgraft.core.method import Grid
 from visgraft.data.images import Images
-from visgraft.evaluate import evaluate
-from visgraft.finding import find_sites
-from visgraft.merge import merge, mergeable
-from visgraft.method import Grid
-from visgraft.report.embed import Picture, Values, colour_grid, heat_map, photograph
+from visgraft.export.merge import merge, mergeable
+from visgraft.measure.evaluation import evaluate
+from visgraft.pictures import Picture, Values, colour_grid, heat_map, photograph
 from visgraft.report.mistakes import picture_of
 
 MOST_PARTS = 8

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from visgraft.data.images import Images
-from visgraft.evaluate import Evaluation, confusion
+from visgraft.measure.evaluation import Evaluation, confusion
 from visgraft.report.looking import occlusion
 
 COLOURS = ("#7f7f7f", "#1b7837", "#762a83", "#e08214", "#2166ac")

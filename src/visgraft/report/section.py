@@ -7,20 +7,21 @@ from typing import Any
 
 import numpy as np
 
-from visgraft.attach import detach
-from visgraft.backbone import Adapted
-from visgraft.config import MethodConfig
+from visgraft.adapters.directory import Adapted
+from visgraft.core.attach import detach
+from visgraft.core.registry import get_method
 from visgraft.data.images import Images, Loading
 from visgraft.data.read import AnySource
-from visgraft.evaluate import Evaluation, confusion
-from visgraft.intervals import clusters
-from visgraft.registry import get_method
+from visgraft.measure.calibration import Calibration, calibration
+from visgraft.measure.evaluation import Evaluation, confusion
+from visgraft.measure.intervals import clusters
+from visgraft.measure.measuring import adapter_data, load_as_trained, measure_adapter
+from visgraft.options import MethodConfig
+from visgraft.pictures import Picture
 from visgraft.report import compare, figures, tables
 from visgraft.report.channels import ChannelMap, channel_map, channel_scores, choices, stored_choices
-from visgraft.report.embed import Picture
 from visgraft.report.mistakes import Mistake, count_mistakes, find_mistakes
 from visgraft.report.parts import Parts, show_parts
-from visgraft.workflow.measuring import adapter_data, load_as_trained, measure_adapter
 
 PART_NAMES = {"val": "validation", "test": "test"}
 NAMED_CLASSES = 25
@@ -64,7 +65,7 @@ class Measured:
     counts: list[list[int]]
     confusion: Picture | None
     pairs: list[tables.Pair]
-    calibration: tables.Calibration
+    calibration: Calibration
     reliability: Picture
     wrong: int
     decisions: int
@@ -117,7 +118,7 @@ def _measure(run: Run, evaluation: Evaluation, images: Images, adapted: Adapted,
     """Make the tables and pictures of a measured run."""
     multi_label, names = tables.is_multi_label(evaluation), run.classes
     counts = None if multi_label else confusion(evaluation, len(names))
-    found = tables.calibration(evaluation)
+    found = calibration(evaluation)
     say(f"{run.name}: mistakes, and what the answers depend on")
     mistakes = find_mistakes(adapted.model, images, evaluation, names)
     method = get_method(run.config["method"])

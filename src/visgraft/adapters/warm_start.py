@@ -1,0 +1,63 @@
+"""Start a training run from an earlier adapter: new images of its classes, or classes that came or went."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from visgraft.adapters.directory import TENSORS, adapter_tensors, read_config, read_tensors
+from visgraft.core.attach import assemble, get_attached
+from visgraft.errors import AdapterError
+from visgraft.options import MethodConfig
+
+
+def start_from(model: nn.Module, adapter: Path, config: MethodConfig, classes: Sequence[str]) -> list[str]:
+    """Attach an adapter's method with its weights to a plain model whose head may have other classes.
+
+    The rows of the head are taken over class by class, by name; those of new classes start as in the model. Nothing is
+    chosen or scored anew: SCT keeps its channels.
+
+    Args:
+        model: the plain backbone with a head for `classes`, in place.
+        adapter: the folder of the earlier adapter.
+        config: the method's options, which must be those of the adapter.
+        classes: names of the head's outputs.
+
+    Returns:
+        Lines that name the classes that came and went.
+
+    Raises:
+        AdapterError: the adapter is damaged, of another method, options or backbone, or shares no class.
+    """
+    stored = read_config(adapter)
+    if (stored["method"], type(config).from_dict(stored["method_config"])) != (config.method, config):
+        raise AdapterError(
+            f"{adapter} is {stored['method']} with {stored['method_config']}; leave the method's options out to go on "
+            "with these"
+        )
+    before = {name: row for row, name in enumerate(stored["classes"])}
+    rows = [(row, before[name]) for row, name in enumerate(classes) if name in before]
+    if not rows:
+        raise AdapterError(f"{adapter} knows none of the classes {', '.join(classes[:5])}; train without --init-from")
+    assemble(model, config)
+    attached = get_attached(model)
+    if stored["backbone"].get("digest") not in (None, attached.digest):
+        raise AdapterError(f"{adapter} was trained on another backbone; pass the same --backbone and --weights")
+    tensors, own = read_tensors(adapter / TENSORS), adapter_tensors(model)
+    if tensors.keys() != own.keys():
+        wrong = ", ".join(sorted(tensors.keys() ^ own.keys())[:3])
+        raise AdapterError(f"{adapter / TENSORS} does not fit its config: {wrong}; restore it or train again")
+    inside = tuple(f"{path}." for path in attached.head)
+    state = model.state_dict()
+    new_rows, old_rows = (list(column) for column in zip(*rows, strict=True))
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if inside and name.startswith(inside):
+                state[name][new_rows] = tensor[old_rows].to(state[name])
+            else:
+                state[name].copy_(tensor)
+    added = [name for name in classes if name not in before]
+    gone = [name for name in before if name not in classes]
+    told = [f"new classes, whose part of the head starts at random: {', '.join(added)}"] if added else []
+    return told + ([f"classes of {adapter} that are gone: {', '.join(gone)}"] if gone else [])

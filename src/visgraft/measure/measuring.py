@@ -1,0 +1,148 @@
+"""Measure adapters on data, and merge them."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from visgraft.adapters.directory import Adapted, load, read_config
+from visgraft.core.attach import count_parameters
+from visgraft.data.dataset import Dataset, Example, Split
+from visgraft.data.images import Images, Loading, load_images
+from visgraft.data.read import AnySource, read_data
+from visgraft.errors import AdapterError, DataError
+from visgraft.measure.evaluation import Evaluation, evaluate, peak_memory_bytes
+
+_DEFAULT_LOADING = Loading()
+
+
+def adapter_bytes(path: Path) -> int:
+    """Return the size of everything in an adapter directory."""
+    return sum(file.stat().st_size for file in path.iterdir())
+
+
+def figures_of(evaluation: Evaluation | None) -> dict[str, Any]:
+    """Return the figures of an evaluation as plain JSON values; None for those that were not measured."""
+    names = ("top1", "top1_ci95", "macro_f1", "balanced_accuracy", "mean_average_precision")
+    values = {name: None if evaluation is None else getattr(evaluation, name) for name in names}
+    interval = values["top1_ci95"]
+    return {
+        **values,
+        "top1_ci95": None if interval is None else list(interval),
+        "images": 0 if evaluation is None else evaluation.images,
+    }
+
+
+def sizes_of(model: nn.Module, adapter: Path) -> dict[str, int]:
+    """Return the numbers of trained parameters and the bytes of the adapter."""
+    counts = count_parameters(model)
+    return {
+        "params_adapter": counts.adapter,
+        "params_head": counts.head,
+        "adapter_bytes": adapter_bytes(adapter),
+    }
+
+
+def skipped_of(images: Images) -> list[dict[str, str]]:
+    """Return the images that were left out, with the reasons."""
+    return [{"image": str(path), "reason": reason} for path, reason in images.skipped]
+
+
+def adapter_data(adapter: Path, data: AnySource) -> tuple[Dataset, bool]:
+    """Return data divided as they were for this adapter, and whether they are those that it was trained on.
+
+    Raises:
+        AdapterError: the classes of adapter and data differ.
+        DataError: the data cannot be used.
+    """
+    config = read_config(adapter)
+    kept = {field.name for field in dataclasses.fields(Split)}
+    stored: Mapping[str, Any] = config["record"].get("data", {})
+    dataset = read_data(data, Split(**{name: value for name, value in stored.items() if name in kept}))
+    if dataset.multi_label != stored.get("multi_label", False):
+        kind = {True: "several classes per image", False: "one class per image"}
+        raise AdapterError(
+            f"{data} has {kind[dataset.multi_label]}, but {adapter} was trained on {kind[not dataset.multi_label]}"
+        )
+    if list(dataset.classes) != config["classes"]:
+        new, missing = set(dataset.classes) - set(config["classes"]), set(config["classes"]) - set(dataset.classes)
+        differ = "; ".join(
+            f"{word} {', '.join(sorted(names)[:5])}"
+            for word, names in (("unknown:", new), ("missing:", missing))
+            if names
+        )
+        raise AdapterError(
+            f"the classes of {data} are not those of {adapter} ({differ}); use the data it was made for, or train on "
+            "these with --init-from"
+        )
+    return dataset, stored.get("fingerprint") == dataset.fingerprint
+
+
+def _examples(dataset: Dataset, same: bool, part: str, adapter: Path) -> tuple[Example, ...]:
+    """Return the examples to measure an adapter on.
+
+    Raises:
+        DataError: no such part; or data other than those trained on, so that nothing tells parts apart that were drawn.
+    """
+    if part == "all":
+        return dataset.all
+    drawn = dataset.layout == "flat" or (dataset.split is not None and part != "test")
+    if drawn and not same:
+        raise DataError(
+            f"{dataset.root} is not, or no longer, what {adapter} was trained on, so its {part} images cannot be "
+            "told from those it may have learned; pass --split all if it learned none of them"
+        )
+    return dataset.part(part)
+
+
+def load_as_trained(examples: Sequence[Example], config: Mapping[str, Any], classes: int, loading: Loading) -> Images:
+    """Load images as they were for the adapter's training."""
+    background = loading.background or config["record"].get("data", {}).get("background")
+    loading = dataclasses.replace(loading, background=background)
+    return load_images(examples, config["data_config"], outputs=classes, **vars(loading))
+
+
+def eval_adapter(
+    adapter: Path,
+    data: AnySource,
+    *,
+    weights: str | None = None,
+    part: str = "test",
+    loading: Loading = _DEFAULT_LOADING,
+) -> dict[str, Any]:
+    """Measure an adapter on the test images of a data set, or on `val`, `train` or `all`."""
+    return measure_adapter(adapter, data, weights=weights, part=part, loading=loading)[0]
+
+
+def measure_adapter(
+    adapter: Path,
+    data: AnySource,
+    *,
+    weights: str | None = None,
+    part: str = "test",
+    loading: Loading = _DEFAULT_LOADING,
+) -> tuple[dict[str, Any], Evaluation, Images, Adapted]:
+    """`eval_adapter` with all that it was computed from, for reports."""
+    config = read_config(adapter)
+    dataset, same = adapter_data(adapter, data)
+    examples = _examples(dataset, same, part, adapter)
+    adapted = load(adapter, weights=weights)
+    images = load_as_trained(examples, config, len(dataset.classes), loading)
+    precision = config["record"].get("precision", "fp32")  # as in training, so that figures compare
+    evaluation = evaluate(adapted.model, images, precision)
+    figures = {
+        "adapter": str(adapter),
+        "method": config["method"],
+        "backbone": config["backbone"]["name"],
+        "split": part,
+        **figures_of(evaluation),
+        "skipped": skipped_of(images),
+        "precision": precision,
+        **sizes_of(adapted.model, adapter),
+        "seconds": evaluation.seconds,
+        "images_per_second": evaluation.images / evaluation.seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    return figures, evaluation, images, adapted

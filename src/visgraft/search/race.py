@@ -1,0 +1,136 @@
+"""All methods at once: their searches share the time, and their best settings the folds of a cross-validation."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from visgraft.data.dataset import Example
+from visgraft.data.images import Images
+from visgraft.errors import VisgraftError
+from visgraft.search.budget import REPEATS, SLACK, Clock, OutOfTime, Plan, Size, crossval_seconds
+from visgraft.search.result import Progress
+from visgraft.search.settings import Search, Setting, Task
+from visgraft.training.crossval import Fold, Predictions, fit_fold, folds, join, select
+from visgraft.training.resume import Epoch
+
+Tell = Callable[[Progress], None]
+
+
+@dataclass
+class Race:
+    """The searches of all methods, which share the time."""
+
+    task: Task
+    searches: list[Search]
+    plan: Plan
+    clock: Clock
+    tell: Tell
+
+    @property
+    def reserve(self) -> float:
+        """Seconds to keep for the cross-validation."""
+        return SLACK * self.crossval_seconds(self.plan.repeats)
+
+    def crossval_seconds(self, repeats: int) -> float:
+        """Seconds of so many repeats of all methods' cross-validation."""
+        size = Size(len(self.task.images), len(self.task.val), self.plan.folds)
+        return sum(crossval_seconds(s.cost, s.epochs, size, self.plan.folds, repeats) for s in self.searches)
+
+    @property
+    def found(self) -> list[Search]:
+        """The searches that have a best setting."""
+        return [search for search in self.searches if search.best is not None]
+
+    def search(self, trials: int | None) -> None:
+        """Let the method that has had least time try its next setting, until the settings or the time run out.
+
+        Raises:
+            VisgraftError: no training ran to its end.
+        """
+        while True:
+            left = self.clock.left - self.reserve
+            ready = [
+                search
+                for search in self.searches
+                if search.untried
+                and (trials is None or search.trials < trials)
+                and (search.seconds < left if search.trials else self.clock.left > 0)
+            ]
+            if not ready:
+                break
+            self._try(min(ready, key=lambda search: search.spent))
+        if not self.found:
+            diverged = sum(search.diverged for search in self.searches)
+            raise VisgraftError(
+                f"no training ran to its end ({diverged} of {sum(s.trials for s in self.searches)} diverged); "
+                "pass a longer --budget, or look at the images and the weights"
+            )
+
+    def _try(self, search: Search) -> None:
+        first = not search.trials
+
+        def on_epoch(epoch: Epoch, setting: Setting) -> None:
+            if self.clock.left - (0 if first else self.reserve) <= 0:
+                raise OutOfTime
+            self.tell(self._progress("search", search, search.trials, setting, epoch))
+
+        outcome, setting, figure = search.run(on_epoch)
+        end = self._progress("search", search, search.trials, setting, None)
+        self.tell(replace(end, figure=figure, outcome=outcome))
+
+    def _progress(self, stage: str, search: Search, number: int, setting: Setting, epoch: Epoch | None) -> Progress:
+        return Progress(
+            stage, search.method, number, setting, 0 if epoch is None else epoch.epoch, search.epochs,
+            None if epoch is None else epoch.val_figure, None if search.best is None else search.best[0],
+            self.clock.left,
+        )  # fmt: skip
+
+    def cross_validate(self, examples: Sequence[Example]) -> dict[str, Predictions]:
+        """Return each method's held-out answers at its best setting, fold by fold while there is time.
+
+        A second repeat is made where it fits, planned or not. One that is not done in time is left out; where that is
+        the first, the images held out so far are taken, if they are more than the validation images. {}: none.
+        """
+        if not self.plan.folds:
+            return {}
+        images, known = join(self.task.images, self.task.val), self.task.features
+        features = torch.cat([known["train"], known["val"]]) if known else None
+        parts, done = folds(examples, self.plan.folds, REPEATS, self.task.seed), list[Fold]()
+        answers = {s.method: torch.zeros(REPEATS, len(images), self.task.bench.classes) for s in self.found}
+        for number, fold in enumerate(parts):
+            repeat, within = divmod(number, self.plan.folds)
+            if repeat and not within and self.crossval_seconds(1) > self.clock.left:
+                break
+            try:
+                for search in self.found:
+                    found = self._held_out(search, images, fold, number + 1, features)
+                    answers[search.method][repeat, torch.from_numpy(fold[1])] = found
+            except OutOfTime:
+                break
+            done.append(fold)
+        repeats = len(done) // self.plan.folds
+        seen = np.sort(np.concatenate([held_out for _, held_out in done])) if done and not repeats else None
+        if not repeats and (seen is None or len(seen) <= len(self.task.val)):
+            return {}
+        chosen = images if seen is None else select(images, seen)
+        rows = slice(None) if seen is None else torch.from_numpy(seen)
+        return {
+            method: Predictions(given[: max(repeats, 1), rows], chosen.labels, chosen.groups)
+            for method, given in answers.items()
+        }
+
+    def _held_out(self, search: Search, images: Images, fold: Fold, number: int, features: Tensor | None) -> Tensor:
+        """Return a method's answers to a fold's held-out images [held out, classes]."""
+        assert search.best is not None
+        setting = search.best[1]
+
+        def on_epoch(epoch: Epoch) -> None:
+            if self.clock.left <= 0:
+                raise OutOfTime
+            self.tell(self._progress("cross-validation", search, number, setting, epoch))
+
+        known = features if search.cost.head_only else None
+        return fit_fold(self.task.bench, *search.configured(setting), images, fold, on_epoch, known).probabilities

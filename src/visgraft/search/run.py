@@ -1,0 +1,254 @@
+"""Which method for my data? Search every method's settings within a time, and compare the best on the same images."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+
+import numpy as np
+
+from visgraft.backbones.creation import Backbone
+from visgraft.core.registry import get_method
+from visgraft.data.dataset import Dataset, Example, Split
+from visgraft.data.images import Loading
+from visgraft.data.read import AnySource, read_data
+from visgraft.errors import VisgraftError
+from visgraft.export.merge import mergeable
+from visgraft.measure.evaluation import logits_of
+from visgraft.measure.precision import make_accelerator, resolve_precision
+from visgraft.search.budget import Clock, Cost, Plan, Size, full_plan, make_plan
+from visgraft.search.race import Race, Tell
+from visgraft.search.result import Comparison, MethodResult, Progress
+from visgraft.search.settings import Search, Task, configure
+from visgraft.search.verdict import Candidate, Verdict, confused_pairs, decide, difference, is_guessing
+from visgraft.training.crossval import Bench, Predictions, kept_examples, possible_folds, select
+from visgraft.training.resume import Epoch
+
+METHODS = ("linear", "sct", "alore", "lora")
+FEW_IMAGES = 300
+"""With fewer training and validation images, the best settings are compared by cross-validation on all of them."""
+PILOT_IMAGES = 32
+
+
+def _nothing(progress: Progress) -> None:
+    """Tell nobody."""
+
+
+def compare(
+    data: AnySource | Dataset,
+    methods: Sequence[str] = METHODS,
+    *,
+    backbone: Backbone,
+    budget_seconds: float | None = None,
+    spent_seconds: float = 0.0,
+    trials: int | None = None,
+    epochs: int | None = None,
+    seed: int = 0,
+    precision: str = "auto",
+    split: Split | None = None,
+    loading: Loading = Loading(),  # noqa: B008
+    on_progress: Tell = _nothing,
+    on_loading: Callable[[int, int], None] | None = None,
+) -> Comparison:
+    """Compare methods on a data set's training and validation images; the test images are never read.
+
+    Each method's knobs (`Method.knobs`) are searched on the validation images, from its default recipe on. The best
+    settings are then compared on the validation images, or, with fewer than 300 training and validation images, by
+    repeated stratified k-fold cross-validation on all of those.
+
+    Args:
+        data: a folder, a table, a data set, or what `read_data` made of one.
+        methods: names of registered methods.
+        backbone: what is adapted; its seed is `seed`.
+        budget_seconds: the time for all of it; epochs are shortened so that it suffices. None: no limit.
+        spent_seconds: how much of it is spent already.
+        trials: settings to try per method at most; a number without a budget gives the same result again.
+        epochs: of each training where more than a head trains; None: the recipe's, or what the budget allows.
+        seed: of the search, of all trainings, and of the images' division where the source has none.
+        precision: as in `TrainConfig`.
+        split: how the images are divided where the source does not say; None: the default shares, with `seed`.
+        loading: how images are read.
+        on_progress: called after every step of training.
+        on_loading: called with (images read, images in all).
+
+    Raises:
+        VisgraftError: an unknown method, neither a budget nor trials, a budget too short, or nothing that trains.
+        DataError: the data cannot be used.
+    """
+    clock = Clock(budget_seconds, spent_seconds)
+    names = _check(methods, budget_seconds, trials, epochs)
+    dataset = data if isinstance(data, Dataset) else read_data(data, split or Split(seed=seed))
+    dataset.part("train"), dataset.part("val")
+    bench = Bench(replace(backbone, seed=seed), len(dataset.classes))
+    images, val = (
+        bench.load(dataset.part(part), on_progress=on_loading, **asdict(loading)) for part in ("train", "val")
+    )
+    task = Task(bench, images, val, seed, resolve_precision(precision))
+    examples = [*kept_examples(dataset.train, images), *kept_examples(dataset.val, val)]
+    costs = {name: measure_cost(task, name) for name in names}
+    plan = _plan(costs, examples, task, clock, epochs)
+    race = Race(task, [Search(name, task, costs[name], plan.epochs[name]) for name in names], plan, clock, on_progress)
+    race.search(trials)
+    return _conclude(race, dataset, race.cross_validate(examples))
+
+
+def _check(methods: Sequence[str], budget: float | None, trials: int | None, epochs: int | None) -> list[str]:
+    """Return the names of the methods, each once."""
+    names = list(dict.fromkeys(methods))
+    if not names:
+        raise VisgraftError("no method is named; pass --methods linear,alore or others that `visgraft methods` lists")
+    for name in names:
+        get_method(name)
+    if budget is None and trials is None:
+        raise VisgraftError("a comparison needs a budget or a number of trials; pass --budget 30m or --trials 8")
+    for option, value in (("budget", budget), ("trials", trials), ("epochs", epochs)):
+        if value is not None and not value > 0:
+            raise VisgraftError(f"{option} is {value}, but must be above 0")
+    return names
+
+
+def measure_cost(task: Task, method: str) -> Cost:
+    """Time a short training on a few images, at a learning rate that cannot diverge.
+
+    Of two epochs after the first, which warms up, the quicker counts: other programs can only slow one down.
+    """
+    count = min(PILOT_IMAGES, len(task.images))
+    few = select(task.images, np.sort(np.random.default_rng(task.seed).permutation(len(task.images))[:count]))
+    config, recipe = configure(method, {}, epochs=3, lr=1e-6, seed=task.seed, precision=task.precision)
+    ends = list[float]()
+
+    def note(epoch: Epoch) -> None:
+        if epoch.complete:
+            ends.append(time.perf_counter())
+
+    fit = task.bench.fit(config, recipe, few, few, on_progress=note, validate=False)
+    begin = time.perf_counter()
+    logits_of(task.bench.model(recipe.drop_path), few, make_accelerator(task.precision))
+    forward = (time.perf_counter() - begin) / count
+    return Cost(fit.attach_seconds / count, float(np.diff(ends).min()) / count, forward, fit.head_only)
+
+
+def _plan(costs: Mapping[str, Cost], examples: Sequence[Example], task: Task, clock: Clock, epochs: int | None) -> Plan:
+    """Return how long to train, and whether to cross-validate."""
+    recipes = {name: get_method(name).recipe.epochs for name in costs}
+    possible = possible_folds(examples) if len(examples) < FEW_IMAGES else 0
+    size = Size(len(task.images), len(task.val), possible if possible > 1 else 0)
+    if math.isinf(clock.budget) or epochs is not None:
+        return full_plan(recipes, size.folds, epochs, [name for name, cost in costs.items() if cost.head_only])
+    return make_plan(costs, recipes, size, clock.left, clock.budget)
+
+
+def _conclude(race: Race, dataset: Dataset, crossed: Mapping[str, Predictions]) -> Comparison:
+    """Measure every method's best setting on the same images, and decide."""
+    task, plan = race.task, race.plan
+    found = dict(crossed) or {s.method: _validated(s, task) for s in race.found}
+    candidates = [_candidate(search, task, found[search.method]) for search in race.found]
+    count = len(next(iter(found.values())).labels)
+    guessing = all(is_guessing(predictions) for predictions in found.values())
+    pairs = [] if guessing else confused_pairs(list(found.values()))
+    verdict = decide(
+        candidates,
+        lambda first, second: difference(found[first], found[second]),
+        count,
+        guessing=guessing,
+        points="points of mean average precision" if task.val.multi_label else "points",
+    )
+    return Comparison(
+        results=tuple(_row(s, c, found, verdict) for s, c in zip(race.found, candidates, strict=True)),
+        measure="mean_average_precision" if task.val.multi_label else "top1",
+        measured_on="cross-validation" if crossed else "validation",
+        images=count,
+        folds=plan.folds if crossed else 0,
+        repeats=len(next(iter(crossed.values())).probabilities) if crossed else 0,
+        classes=dataset.classes,
+        reference=verdict.reference,
+        recommended=verdict.recommended,
+        sentence=verdict.sentence,
+        guessing=guessing,
+        warnings=tuple(_warnings(pairs, dataset.classes)),
+        notes=tuple(_notes(race, count if crossed else 0)),
+        backbone=task.bench.backbone.to_dict(),
+        seed=task.seed,
+        budget_seconds=None if math.isinf(race.clock.budget) else race.clock.budget,
+        seconds=race.clock.spent,
+        skipped=(*task.images.skipped, *task.val.skipped),
+        predictions=found,
+    )
+
+
+def _validated(search: Search, task: Task) -> Predictions:
+    assert search.best is not None
+    return Predictions(search.best[2].probabilities[None], task.val.labels, task.val.groups)
+
+
+def _candidate(search: Search, task: Task, found: Predictions) -> Candidate:
+    assert search.best is not None
+    _, setting, fit = search.best
+    method, config = search.configured(setting)
+    folds = mergeable(task.bench.model(config.drop_path), method)
+    return Candidate(search.method, setting, found.figure, fit.parameters, folds)
+
+
+def _row(search: Search, candidate: Candidate, found: Mapping[str, Predictions], verdict: Verdict) -> MethodResult:
+    assert search.best is not None
+    predictions, reference = found[search.method], found[verdict.reference]
+    return MethodResult(
+        method=search.method,
+        setting=candidate.setting,
+        epochs=search.epochs,
+        figure=candidate.figure,
+        interval=predictions.interval,
+        macro_f1=predictions.macro_f1,
+        search_figure=search.best[0],
+        gain=None if search.method == verdict.reference else difference(predictions, reference),
+        parameters=candidate.parameters,
+        mergeable=candidate.mergeable,
+        epoch_seconds=search.epoch_seconds,
+        trials=search.trials,
+        pruned=search.pruned,
+        diverged=search.diverged,
+    )
+
+
+def _warnings(pairs: Sequence[tuple[int, int]], classes: Sequence[str]) -> list[str]:
+    """Name the classes that no method tells apart, if they are few."""
+    named = [f"{classes[first]} from {classes[second]}" for first, second in pairs]
+    if not named:
+        return []
+    told = ", ".join(named[:3]) + (f" and {len(named) - 3} other pairs" if len(named) > 3 else "")
+    return [
+        f"no method tells {told} better than guessing: is what tells them apart smaller than a patch? "
+        "try a larger --image-size before another method"
+    ]
+
+
+def _notes(race: Race, crossed: int) -> list[str]:
+    """Say what the figures do not; `crossed` is the number of images in the cross-validation."""
+    task, plan = race.task, race.plan
+    everything = len(task.images) + len(task.val)
+    notes = [
+        "The settings were chosen on "
+        + (
+            f"the {len(task.val)} validation images, which are among these"
+            if crossed
+            else "these same validation images"
+        )
+        + ", so the figures are somewhat optimistic; the test images were not read. Measure the adapter that you "
+        "train with `visgraft eval`."
+    ]
+    short = [s.method for s in race.searches if s.epochs < get_method(s.method).recipe.epochs]
+    if short:
+        kept = {s.epochs for s in race.searches if s.method in short}
+        counts = " or ".join(str(epochs) for epochs in sorted(kept))
+        notes.append(f"{', '.join(short)} trained for {counts} epochs instead of the recipe's, to be done in time.")
+    missing = [s.method for s in race.searches if s.best is None]
+    if missing:
+        notes.append(f"{', '.join(missing)} has no figure: no training of it ran to its end.")
+    if everything < FEW_IMAGES and not crossed:
+        reason = "there was no time left for it" if plan.folds else "a class has fewer than 2 images, or groups, for it"
+        notes.append(f"So few images call for cross-validation, but {reason}; the intervals are wide.")
+    if 0 < crossed < everything:
+        notes.append(
+            f"The time sufficed for the folds of {crossed} of {everything} images; a longer --budget does more."
+        )
+    return notes

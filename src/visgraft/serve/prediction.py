@@ -1,0 +1,306 @@
+"""Predictions over any number of images, with any number of adapters of one backbone in one pass."""
+
+import copy
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from visgraft.adapters.directory import TENSORS, Adapted, load, read_config
+from visgraft.core.attach import detach, get_attached
+from visgraft.data.decode import open_image
+from visgraft.errors import AdapterError, DataError, VisgraftError
+from visgraft.measure.evaluation import probabilities_of
+from visgraft.measure.precision import make_accelerator, resolve_precision
+
+BATCH_SIZE = 64  # that of `evaluate`, so that both see the same rounding
+THRESHOLD = 0.5
+
+Classes = list[tuple[str, float]]
+"""Names of classes with their probabilities, most probable first."""
+
+
+class Prediction(NamedTuple):
+    """What one adapter says of one image; `adapter` is its path as given, or the number of an `Adapted`, from 1."""
+
+    image: Path
+    adapter: str
+    classes: Classes
+
+
+class _Ready(NamedTuple):
+    """An adapter loaded, with what its record says of how to run it."""
+
+    name: str
+    adapted: Adapted
+    precision: str
+    multi_label: bool
+    background: str
+
+
+def predict(adapted: Adapted, paths: Sequence[str | Path], top: int = 1) -> list[Classes]:
+    """Return per image the `top` most probable classes with their probabilities, most probable first.
+
+    Raises:
+        DataError: a file is no image.
+    """
+    return [found.classes for found in predict_stream([adapted], map(Path, paths), top=top)]
+
+
+def predict_stream(
+    adapters: Sequence[str | Path | Adapted],
+    images: Iterable[str | Path],
+    *,
+    weights: str | None = None,
+    top: int | None = None,
+    threshold: float | None = None,
+    batch_size: int = BATCH_SIZE,
+    background: str | None = None,
+    on_broken: Callable[[Path, str], None] | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> Iterator[Prediction]:
+    """Yield a prediction of each adapter for each image, image by image, in the order given.
+
+    Every image is decoded once, in threads ahead of the model, and only a few batches are held at any time. Adapters
+    given by path share the tensors of their backbone. Each runs in the precision it was trained in; an `Adapted`
+    runs where its model is, in float32 unless its record says otherwise.
+
+    Args:
+        adapters: directories of adapters, or loaded ones; all of one backbone.
+        images: paths, which may be an endless stream.
+        weights: where the backbone's weights come from, in place of what the adapters say.
+        top: how many classes to name at most; None: one, or, where images may have several classes, no limit.
+        threshold: least probability of a class to be named, of adapters trained on images with several classes; 0.5.
+        batch_size: images per forward.
+        background: the colour behind transparent places, by name or as #rrggbb; None: as in training.
+        on_broken: called with path and reason for each file that is no image, which is left out; None: it is an error.
+        on_progress: called with the number of images read so far, after each batch.
+
+    Raises:
+        AdapterError: an adapter is damaged, or not of the same backbone as the first one.
+        DataError: a file is no image.
+        VisgraftError: an option is out of range, or no adapter is given.
+    """
+    _check_options(adapters, top, threshold, batch_size)
+    ready = _prepare(adapters, weights)
+    if threshold is not None and not any(one.multi_label for one in ready):
+        raise VisgraftError("threshold is for adapters of images with several classes, and none is; leave it out")
+    transform, colour = ready[0].adapted.transform, background or _background(ready)
+    decoded = _decoded(map(Path, images), lambda path: transform(open_image(path, colour)), 2 * batch_size)
+    named = partial(_name, top=top, threshold=THRESHOLD if threshold is None else threshold)
+    return _run(ready, _batches(decoded, batch_size), named, on_broken, on_progress)
+
+
+def _check_options(
+    adapters: Sequence[str | Path | Adapted], top: int | None, threshold: float | None, batch_size: int
+) -> None:
+    if isinstance(adapters, str | Path | Adapted) or not adapters:
+        raise VisgraftError("adapters must be a list of at least one adapter")
+    for name, value in (("top", top), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise VisgraftError(f"{name} is {value}, but must be at least 1")
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise VisgraftError(f"threshold is {threshold}, but must be between 0 and 1")
+
+
+def _run(
+    ready: Sequence[_Ready],
+    batches: Iterator[list[tuple[Path, Tensor | DataError]]],
+    named: Callable[[_Ready, Tensor], list[Classes]],
+    on_broken: Callable[[Path, str], None] | None,
+    on_progress: Callable[[int], None] | None,
+) -> Iterator[Prediction]:
+    models, done = [one.adapted.model for one in ready], 0
+    modes = [model.training for model in models]
+    try:
+        for model in models:
+            model.eval()
+        for batch in batches:
+            good = _readable(batch, on_broken)
+            if good:
+                x = torch.stack([tensor for _, tensor in good])
+                columns = [named(one, _probabilities(one, x)) for one in ready]
+                for (path, _), *answers in zip(good, *columns, strict=True):
+                    yield from (Prediction(path, one.name, answers[i]) for i, one in enumerate(ready))
+            done += len(batch)
+            if on_progress is not None:
+                on_progress(done)
+    finally:
+        for model, mode in zip(models, modes, strict=True):
+            model.train(mode)
+
+
+def _readable(
+    batch: Sequence[tuple[Path, Tensor | DataError]], on_broken: Callable[[Path, str], None] | None
+) -> list[tuple[Path, Tensor]]:
+    """Return the images of a batch, and report, or raise, what is none."""
+    good = []
+    for path, tensor in batch:
+        if isinstance(tensor, Tensor):
+            good.append((path, tensor))
+        elif on_broken is None:
+            raise tensor
+        else:
+            on_broken(path, str(tensor))
+    return good
+
+
+def _decoded(
+    paths: Iterator[Path], read: Callable[[Path], Tensor], ahead: int
+) -> Iterator[tuple[Path, Tensor | DataError]]:
+    """Yield each image as the model's input [3, H, W] in order, or why it is none; at most `ahead` wait decoded."""
+
+    def decode(path: Path) -> Tensor | DataError:
+        try:
+            return read(path)
+        except DataError as error:
+            return error
+
+    pool = ThreadPoolExecutor(os.cpu_count())
+    waiting: deque[tuple[Path, Future[Tensor | DataError]]] = deque()
+    try:
+        while True:
+            for path in islice(paths, ahead - len(waiting)):
+                waiting.append((path, pool.submit(decode, path)))
+            if not waiting:
+                return
+            path, future = waiting.popleft()
+            yield path, future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    while batch := list(islice(items, size)):
+        yield batch
+
+
+def _probabilities(one: _Ready, x: Tensor) -> Tensor:
+    """Return the probabilities [B, classes] of normalised images [B, 3, H, W], float32 on the CPU."""
+    like = next(one.adapted.model.parameters())
+    # What accelerate's autocast does. An Accelerator is never made here: making one clears os.environ for a moment,
+    # and a decoder that looks up a variable in another thread meanwhile (libjpeg does for every image) then crashes.
+    with torch.inference_mode(), torch.autocast(like.device.type, torch.bfloat16, enabled=one.precision == "bf16"):
+        logits = one.adapted.model(x.to(like.device, like.dtype)).float()
+    return probabilities_of(logits, one.multi_label).cpu()
+
+
+def _name(one: _Ready, probabilities: Tensor, top: int | None, threshold: float) -> list[Classes]:
+    """Name the classes of each image."""
+    outputs = probabilities.shape[-1]
+    names = one.adapted.classes or tuple(str(number) for number in range(outputs))
+    best = probabilities.topk(most_named(outputs, one.multi_label, top))
+    least = threshold if one.multi_label else 0.0
+    return [
+        [(names[i], p) for p, i in zip(values, indices, strict=True) if p >= least]
+        for values, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    ]
+
+
+def most_named(outputs: int, multi_label: bool, top: int | None) -> int:
+    """Return how many classes of `outputs` are named at most."""
+    return min(top or (outputs if multi_label else 1), outputs)
+
+
+def _prepare(adapters: Sequence[str | Path | Adapted], weights: str | None) -> list[_Ready]:
+    """Load what is given by path, and check that all see the same picture of an image."""
+    loaded = iter(load_together([path for path in adapters if not isinstance(path, Adapted)], weights=weights))
+    ready = []
+    for number, adapter in enumerate(adapters, 1):
+        name, adapted = (str(number), adapter) if isinstance(adapter, Adapted) else (str(adapter), next(loaded))
+        record: Any = getattr(adapted.model, "visgraft_record", {})
+        data, precision = record.get("data", {}), resolve_precision(record.get("precision", "fp32"))
+        ready.append(_Ready(name, adapted, precision, bool(data.get("multi_label")), data.get("background", "white")))
+    first = ready[0].adapted.transform
+    for one in ready[1:]:
+        if one.adapted.transform is not first and repr(one.adapted.transform) != repr(first):
+            raise AdapterError(f"adapters {ready[0].name} and {one.name} prepare images differently; run each apart")
+    return ready
+
+
+def _background(ready: Sequence[_Ready]) -> str:
+    """Return the colour behind transparent places with which all adapters were trained."""
+    for one in ready[1:]:
+        if one.background != ready[0].background:
+            raise AdapterError(
+                f"adapters {ready[0].name} and {one.name} were trained with the backgrounds {ready[0].background} and "
+                f"{one.background}; pass background (--background), or run each apart"
+            )
+    return ready[0].background
+
+
+def load_together(paths: Sequence[str | Path], *, weights: str | None = None) -> list[Adapted]:
+    """Load adapters of one backbone so that its frozen tensors are held once, on the accelerator where there is one.
+
+    Args:
+        paths: the adapters' directories.
+        weights: where the backbone's weights come from, in place of what the adapters say.
+
+    Raises:
+        AdapterError: a directory is damaged, or two adapters are of different backbones (both are named).
+        WeightsError: the backbone's weights cannot be had.
+    """
+    check_same_backbone(paths)
+    if not paths:
+        return []
+    first = load(paths[0], weights=weights)
+    first.model.to(make_accelerator("fp32").device)
+    if len(paths) == 1:
+        return [first]
+    plain = detach(_sharing_copy(first.model, get_attached(first.model).originals))
+    return [first, *(_load_onto(plain, Path(path)) for path in paths[1:])]
+
+
+def _load_onto(plain: nn.Module, path: Path) -> Adapted:
+    """Load an adapter onto a copy of the plain backbone that has only those tensors of its own that it overwrites."""
+    try:
+        with safe_open(path / TENSORS, "pt") as file:
+            own = set(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{path / TENSORS} is missing or damaged ({error}); restore it or train again") from error
+    model: Any = _sharing_copy(plain, own)
+    outputs = read_config(path)["backbone"]["num_classes"]
+    if model.num_classes != outputs:
+        like = next(model.parameters())
+        model.reset_classifier(outputs)
+        model.to(like.device, like.dtype)
+    return load(path, backbone=model)
+
+
+def _sharing_copy(model: nn.Module, own: Iterable[str]) -> nn.Module:
+    """Return a deep copy that shares all tensors of the backbone with the model but those named in `own`."""
+    apart = set(own)
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return copy.deepcopy(model, {id(tensor): tensor for name, tensor in tensors if name not in apart})
+
+
+def check_same_backbone(paths: Sequence[str | Path]) -> None:
+    """Raise an AdapterError that names two adapters if they are of different backbones, or one is damaged."""
+    configs = [read_config(path) for path in paths]
+    for path, config in zip(paths[1:], configs[1:], strict=True):
+        ours, theirs = _identity(configs[0]), _identity(config)
+        for what, value in ours.items():
+            if theirs[what] != value:
+                raise AdapterError(
+                    f"{paths[0]} and {path} are not of one backbone: {what} {value} and {theirs[what]}; run each apart"
+                )
+
+
+def _identity(config: dict[str, Any]) -> dict[str, Any]:
+    """What must be equal for adapters to share a backbone and the images prepared for it."""
+    facts = config["backbone"]
+    return {
+        "name": facts.get("name"),
+        "image size": facts.get("image_size"),
+        "arguments": facts.get("arguments") or {},
+        "sha256": f"{str(facts.get('digest'))[:12]}…",
+        "preprocessing": config["data_config"],
+    }

@@ -1,0 +1,246 @@
+"""What a step of training needs: inputs, labels, the loss with its class weights, and the order of the images."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from warnings import warn
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from visgraft.core.attach import get_attached
+from visgraft.data.augment import View, augmentation
+from visgraft.data.images import Images
+from visgraft.errors import VisgraftError
+from visgraft.options import TrainConfig
+from visgraft.training.prefix import Prefix, run_prefix
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+Features = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The network that trains, its inputs (images, or what a frozen part makes of them once), its labels and its loss.
+
+    `inputs` takes (indices [B], epoch), `val_inputs` indices [B]; `loss` takes logits [B, classes] and labels.
+    `kept_bytes` is the memory that inputs computed once take, `spared` the seconds that computing all would have taken
+    beyond those spent, where some images stand for all.
+    """
+
+    network: nn.Module
+    inputs: Callable[[Tensor, int], Tensor]
+    labels: Tensor
+    loss: Loss
+    val_inputs: Callable[[Tensor], Tensor] | None
+    val_labels: Tensor | None
+    kept_bytes: int = 0
+    spared: float = 0.0
+
+
+def make_objective(
+    model: nn.Module,
+    images: Images,
+    val: Images | None,
+    config: TrainConfig,
+    accelerator: Any,
+    features: Features | None = None,
+    on_warning: Callable[[str], None] = warn,
+    most: int | None = None,
+) -> Objective:
+    """Train the whole model on images, or only what lies behind its frozen part on what that makes of them once.
+
+    That is the head, on features, or the blocks from the first trained one on. `features` keeps features between
+    calls with the same augmentation: "train" and "val" [N, width] are put in, or taken from there; with K cached views
+    "train" holds them one after the other [K N, width]. `on_warning` is told where only the last blocks are to be
+    adapted, or views are to be cached, but the frozen blocks run in every step all the same. `most` is how many images
+    go through a frozen part, at least, to stand for the others as well; None: all go.
+
+    Raises:
+        VisgraftError: an option does not go with these labels, or has no effect.
+    """
+    device, turns = accelerator.device, config.cached_views
+    augment = augmentation(images, config.flip, config.rand_augment, config.seed)
+    views: tuple[Images, ...] = (images,)
+    if augment and turns:
+        views = tuple(replace(images, pixels=View(augment, len(images), n)) for n in range(1, turns + 1))
+    labels, val_labels = images.labels.to(device), None if val is None else val.labels.to(device)
+    loss = make_loss(images.labels, int(getattr(model, "num_classes", 0)), config, device)
+    if sees_features(model, config):
+        kept = {} if features is None else features
+        for name, parts in (("train", views), ("val", () if val is None else (val,))):
+            if parts and name not in kept:
+                kept[name] = torch.cat([features_of(model, part, accelerator) for part in parts])
+        train = kept["train"].split(len(images))
+        return _on_kept(model.get_classifier(), train, kept.get("val"), labels, val_labels, loss, device)  # type: ignore[operator]
+    asked = views if val is None else (*views, val)
+    prefix = _prefix(model, asked, accelerator, config, on_warning, most)
+    if prefix is not None:
+        train, rest = prefix.entering[: len(views)], prefix.entering[len(views) :]
+        objective = _on_kept(prefix.tail, train, rest[0] if rest else None, labels, val_labels, loss, device)
+        return replace(objective, spared=prefix.spared)
+
+    def inputs(indices: Tensor, epoch: int) -> Tensor:
+        pixels = augment(indices, _turn(epoch, turns)) if augment else images.pixels[indices]
+        return images.normalised(pixels, device)
+
+    def val_inputs(indices: Tensor) -> Tensor:
+        assert val is not None
+        return val.normalised(val.pixels[indices], device)
+
+    return Objective(model, inputs, labels, loss, None if val is None else val_inputs, val_labels)
+
+
+def _turn(epoch: int, turns: int | None) -> int:
+    """Return whose epoch's view an epoch sees, from 1."""
+    return (epoch - 1) % turns + 1 if turns else epoch
+
+
+def _on_kept(
+    network: nn.Module,
+    views: tuple[Tensor, ...],
+    val: Tensor | None,
+    labels: Tensor,
+    val_labels: Tensor | None,
+    loss: Loss,
+    device: torch.device,
+) -> Objective:
+    """Train a network on inputs that are computed already: views [N, ...] for training, and perhaps for validation."""
+
+    def inputs(indices: Tensor, epoch: int) -> Tensor:
+        view = views[_turn(epoch, len(views)) - 1]
+        return view[indices.to(view.device)].to(device)
+
+    def val_inputs(indices: Tensor) -> Tensor:
+        assert val is not None
+        return val[indices.to(val.device)].to(device)
+
+    kept_bytes = sum(part.nbytes for part in (*views, *(() if val is None else (val,))))
+    return Objective(network, inputs, labels, loss, None if val is None else val_inputs, val_labels, kept_bytes)
+
+
+def _prefix(
+    model: nn.Module,
+    parts: tuple[Images, ...],
+    accelerator: Any,
+    config: TrainConfig,
+    on_warning: Callable[[str], None],
+    most: int | None,
+) -> Prefix | None:
+    """Run what is frozen before the first trained block once, or say why it runs in every step.
+
+    Raises:
+        VisgraftError: views are to be cached, but no block is frozen before the first trained one.
+    """
+    anew = (config.flip or config.rand_augment) and not config.cached_views
+    reason = "images are augmented (cached_views makes a fixed number of views)"
+    found = reason if anew else run_prefix(model, parts, accelerator, most=most)
+    if isinstance(found, Prefix):
+        return found
+    if not found and config.cached_views:
+        raise VisgraftError(
+            "cached_views keeps what frozen blocks make of augmented images, but none is known to be frozen before the "
+            "first one that trains; adapt the last_blocks only, or leave cached_views out"
+        )
+    if found and (config.cached_views or get_attached(model).config.last_blocks):
+        on_warning(f"the frozen blocks run in every step rather than once per image: {found}")
+    return None
+
+
+def sees_features(model: nn.Module, config: TrainConfig) -> bool:
+    """Whether a head trains alone, on features that never change, so that they are computed once.
+
+    Raises:
+        VisgraftError: nothing is attached.
+    """
+    attached = get_attached(model)
+    anew = (config.flip or config.rand_augment) and not config.cached_views
+    changing = attached.where or attached.unfrozen or anew or config.drop_path
+    return not changing and len(attached.head) == 1  # a distilled model's head has two parts, which see two tokens
+
+
+def features_of(model: Any, images: Images, accelerator: Any, batch_size: int = 64) -> Tensor:
+    """Return what enters the head, [N, width] in float32 on the accelerator's device; the model must be there."""
+    model.eval()
+    with torch.no_grad(), accelerator.autocast():
+        parts = [
+            model.forward_head(model.forward_features(x.to(accelerator.device)), pre_logits=True).float()
+            for x, _ in images.batches(batch_size)
+        ]
+    return torch.cat(parts)
+
+
+@contextmanager
+def checkpointing(model: nn.Module, network: nn.Module, wanted: bool) -> Iterator[None]:
+    """Let timm compute each block anew in the backward pass inside the context, if `wanted`.
+
+    Raises:
+        VisgraftError: `network`, which trains, is only a part of the model, or timm cannot do it for this one.
+    """
+    if not wanted:
+        yield
+        return
+    if network is not model:
+        raise VisgraftError(
+            "grad_checkpointing saves memory of blocks that run in every step, but here the frozen ones run once per "
+            "image; leave it out"
+        )
+    timms: Any = model
+    try:
+        timms.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError, NotImplementedError) as error:
+        name = type(model).__name__
+        raise VisgraftError(f"timm's {name} has no gradient checkpointing; leave out grad_checkpointing") from error
+    try:
+        yield
+    finally:
+        timms.set_grad_checkpointing(False)
+
+
+def class_weights(labels: Tensor, classes: int, kind: str) -> Tensor | None:
+    """Return a factor per class [classes] for the loss; None for `none`.
+
+    `balanced` is N / (classes × images of the class), as scikit-learn's; `sqrt` is its square root. Where an image may
+    have several classes (`labels` [N, classes]), the factor weighs a class's presence: images without ÷ with it.
+    """
+    if kind == "none":
+        return None
+    if labels.ndim == 2:
+        with_it = labels.sum(0)
+        weights = (len(labels) - with_it) / with_it.clamp_min(1)
+    else:
+        counts = torch.bincount(labels, minlength=classes)
+        weights = len(labels) / (int((counts > 0).sum()) * counts.clamp_min(1))
+    return weights if kind == "balanced" else weights.sqrt()
+
+
+def make_loss(labels: Tensor, classes: int, config: TrainConfig, device: torch.device) -> Loss:
+    """Return cross-entropy, or binary cross-entropy where an image may have several classes, as the config says."""
+    weights = class_weights(labels, classes, config.class_weights)
+    weights = None if weights is None else weights.to(device)
+    smoothing = config.label_smoothing
+    if labels.ndim == 1:
+        return lambda logits, y: F.cross_entropy(logits, y, weights, label_smoothing=smoothing)
+    if config.sampler == "balanced":
+        raise VisgraftError(
+            "sampler 'balanced' needs one class per image; with several, use --class-weights balanced instead"
+        )
+    return lambda logits, y: F.binary_cross_entropy_with_logits(
+        logits, y * (1 - smoothing) + smoothing / 2, pos_weight=weights
+    )
+
+
+def draw_order(labels: Tensor, config: TrainConfig, epoch: int) -> Tensor:
+    """Return which images an epoch sees in which order, int64 [N], from (seed, epoch) alone.
+
+    The sampler `shuffle` takes each image once; `balanced` draws N with replacement, every class equally often.
+    """
+    generator = np.random.default_rng((config.seed, epoch))
+    if config.sampler == "shuffle":
+        return torch.from_numpy(generator.permutation(len(labels)))
+    counts = torch.bincount(labels.cpu())
+    chance = (1 / counts[labels.cpu()]).double().numpy()
+    return torch.from_numpy(generator.choice(len(labels), len(labels), p=chance / chance.sum()))

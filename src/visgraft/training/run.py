@@ -1,0 +1,261 @@
+"""From labelled images to an adapter, in one go or resumed."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from visgraft.adapters.directory import CONFIG, save
+from visgraft.adapters.warm_start import start_from
+from visgraft.backbones.creation import Backbone, create_backbone, model_data_config
+from visgraft.check.quick import quick_check
+from visgraft.core.attach import assemble, attach, count_parameters
+from visgraft.core.method import Batches
+from visgraft.data.dataset import Dataset, Split
+from visgraft.data.images import Images, Loading, load_images
+from visgraft.data.read import AnySource, read_data
+from visgraft.errors import Interrupted, TrainingDiverged, VisgraftError
+from visgraft.files import check_target
+from visgraft.measure.evaluation import evaluate
+from visgraft.measure.measuring import figures_of, sizes_of, skipped_of
+from visgraft.measure.precision import resolve_precision
+from visgraft.options import MethodConfig, TrainConfig
+from visgraft.training.loop import Training, restore, train
+from visgraft.training.resume import Epoch, TrainState, read_state, state_file, write_state
+
+_DEFAULT_SPLIT, _DEFAULT_LOADING = Split(), Loading()
+STATE_SECONDS = 10.0
+"""A state is written at the end of an epoch if the last one is older than this."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who is told what during a run: epochs, images read (done, in all), and warnings in one line each."""
+
+    epoch: Callable[[Epoch], None] | None = None
+    loading: Callable[[int, int], None] | None = None
+    warning: Callable[[str], None] = lambda text: None
+
+
+@dataclass
+class _Kept:
+    """The state after the last complete epoch, and when one was last written."""
+
+    state: TrainState | None = None
+    written: float = 0.0
+
+
+def train_folder(
+    data: AnySource,
+    out: Path,
+    *,
+    backbone: Backbone,
+    method_config: MethodConfig,
+    train_config: TrainConfig,
+    split: Split = _DEFAULT_SPLIT,
+    loading: Loading = _DEFAULT_LOADING,
+    resume: bool = False,
+    init_from: Path | None = None,
+    watch: Watch = Watch(),
+) -> dict[str, Any]:
+    """Train a method on labelled images and write the adapter to `out`; the test images are never read.
+
+    The figures are those on the validation images. While it trains, the state to go on from lies beside `out`.
+
+    Args:
+        data: a folder, a table or a data set (see `read_data`), divided by `split` where it does not say.
+        resume: go on from the state that an interrupted run with the same arguments left, to the very same weights.
+        init_from: an adapter of the same backbone and method to start from; classes may have come or gone.
+
+    Raises:
+        Interrupted: after writing the state, on Ctrl-C.
+        TrainingDiverged: after writing the last good state, where an epoch was completed.
+        VisgraftError: the data, the backbone, an option or `out` cannot be used.
+    """
+    check_target(out, CONFIG)
+    dataset = read_and_check(data, split, watch)
+    train_config = replace(train_config, precision=resolve_precision(train_config.precision))
+    run = _facts(dataset, backbone, method_config, train_config, split, loading) | {"init_from": str(init_from)}
+    state = _find_state(out, run, resume, watch)
+    model = create_backbone(backbone, len(dataset.classes), train_config.drop_path)
+    counts = count_parameters(model)
+    images, val = _load(dataset, model, loading, watch)
+    begin = time.perf_counter()
+    if state is None:
+        attach_as_asked(model, method_config, images.batches(), dataset, init_from, train_config.seed, watch)
+    else:
+        assemble(model, method_config)  # the state holds what a look at the images would find
+    record = _record(dataset, split, train_config, loading.background or "white")
+
+    def write(**more: Any) -> None:
+        save(model, out, classes=dataset.classes, record={**record, **more})
+
+    training = _train(model, images, val, train_config, out, run, state, write, watch)
+    costs = {**dataclasses.asdict(training), "seconds": time.perf_counter() - begin}
+    figures = figures_of(None if val is None else evaluate(model, val, train_config.precision))
+    _finish(out, partial(write, metrics={f"val_{name}": value for name, value in figures.items()}, **costs))
+    return {
+        "adapter": str(out),
+        "method": method_config.method,
+        "backbone": backbone.name,
+        "split": "val" if val else None,
+        **figures,
+        **sizes_of(model, out),
+        "params_backbone": counts.total - counts.head,
+        "skipped": [row for part in (images, val) if part for row in skipped_of(part)],
+        **{name: value for name, value in costs.items() if name != "history"},
+        **{name: getattr(train_config, name) for name in ("precision", "epochs")},
+    }
+
+
+def _finish(out: Path, write: Callable[[], None]) -> None:
+    """Write the adapter and remove the state; where the disk is full, say that the state is still there."""
+    file = state_file(out)
+    try:
+        write()
+    except VisgraftError as error:
+        if not file.is_file():
+            raise
+        raise VisgraftError(f"{error}; make room, and give the same command with --resume: {file} is kept") from error
+    file.unlink(missing_ok=True)
+
+
+def _facts(
+    dataset: Dataset, backbone: Backbone, method: MethodConfig, config: TrainConfig, split: Split, loading: Loading
+) -> dict[str, Any]:
+    """What must be the same for a run to be the same."""
+    data = {"fingerprint": dataset.fingerprint, **dataclasses.asdict(split), **dataclasses.asdict(loading)}
+    return {
+        "method": method.method,
+        "options": method.to_dict(),
+        "backbone": backbone.to_dict(),
+        "train": config.to_dict(),
+        "data": data,
+    }
+
+
+def _record(dataset: Dataset, split: Split, config: TrainConfig, background: str) -> dict[str, Any]:
+    """What the adapter keeps of how it was trained."""
+    data = {
+        "fingerprint": dataset.fingerprint,
+        "layout": dataset.layout,
+        "multi_label": dataset.multi_label,
+        "background": background,
+        **dataclasses.asdict(split),
+    }
+    return {"train": config.to_dict(), "precision": config.precision, "data": data}
+
+
+def read_and_check(data: AnySource, split: Split, watch: Watch) -> Dataset:
+    """Read labelled images' names and labels, and warn of what can be seen without decoding one."""
+    dataset = read_data(data, split)
+    for line in quick_check(dataset):
+        watch.warning(line)
+    return dataset
+
+
+def attach_as_asked(
+    model: nn.Module,
+    config: MethodConfig,
+    batches: Batches,
+    dataset: Dataset,
+    init_from: Path | None,
+    seed: int,
+    watch: Watch,
+) -> None:
+    """Attach the method afresh, with a look at the task's batches where it takes one, or from an earlier adapter."""
+    torch.manual_seed(seed)
+    if init_from is not None:
+        for note in start_from(model, init_from, config, dataset.classes):
+            watch.warning(note)
+    else:
+        attach(model, config, batches)
+
+
+def _find_state(out: Path, run: dict[str, Any], resume: bool, watch: Watch) -> TrainState | None:
+    """Return the state to go on from, None for a run from the beginning."""
+    file = state_file(out)
+    if not file.is_file():
+        if resume and (out / CONFIG).is_file():
+            raise VisgraftError(f"there is nothing to resume: {out} is finished; leave out --resume to train it anew")
+        if resume:
+            watch.warning(f"{file} is not there, so the run starts from the beginning")
+        return None
+    if resume:
+        return read_state(file, run)
+    watch.warning(f"{file} of an interrupted run will be replaced; pass --resume to go on from it instead")
+    return None
+
+
+def _load(dataset: Dataset, model: nn.Module, loading: Loading, watch: Watch) -> tuple[Images, Images | None]:
+    """Load training and validation images, counting them as one lot for the progress."""
+    facts, total = model_data_config(model), len(dataset.train) + len(dataset.val)
+
+    def load(part: str, before: int) -> Images:
+        told = None if watch.loading is None else (lambda done, _: watch.loading(before + done, total))  # type: ignore[misc]
+        return load_images(dataset.part(part), facts, outputs=len(dataset.classes), on_progress=told, **vars(loading))
+
+    images = load("train", 0)
+    return images, load("val", len(dataset.train)) if dataset.val else None
+
+
+def _train(
+    model: nn.Module,
+    images: Images,
+    val: Images | None,
+    config: TrainConfig,
+    out: Path,
+    run: dict[str, Any],
+    state: TrainState | None,
+    write: Callable[..., None],
+    watch: Watch,
+) -> Training:
+    """Train, writing the state now and then, and in any case when the run is cut short."""
+    kept, file = _Kept(state, time.monotonic()), state_file(out)
+
+    def keep(new: TrainState) -> None:
+        kept.state = new
+        if time.monotonic() - kept.written >= STATE_SECONDS:
+            write_state(file, new, run)
+            kept.written = time.monotonic()
+
+    try:
+        return train(model, images, config, val, watch.epoch, resume=state, on_state=keep, on_warning=watch.warning)
+    except TrainingDiverged as error:
+        raise _keep_last_good(error, file, write, out) from None
+    except KeyboardInterrupt:
+        raise _interrupted(model, kept.state, run, out, write, config.epochs) from None
+
+
+def _keep_last_good(error: TrainingDiverged, file: Path, write: Callable[..., None], out: Path) -> TrainingDiverged:
+    """Write the last good state, where an epoch was completed, and return the error that says so."""
+    file.unlink(missing_ok=True)  # going on from it would only diverge again
+    if not error.last_good_epoch:
+        return TrainingDiverged(f"{error}; nothing was written, as no epoch was completed", 0)
+    write(diverged_after_epoch=error.last_good_epoch)
+    return TrainingDiverged(f"{error}; it is written to {out}", error.last_good_epoch)
+
+
+def _interrupted(
+    model: nn.Module, state: TrainState | None, run: dict[str, Any], out: Path, write: Callable[..., None], epochs: int
+) -> Interrupted:
+    """Write the state, and the adapter unless there is one already; return the error that says how to go on."""
+    if state is None or not state.epoch:
+        return Interrupted("interrupted before the first epoch was complete; nothing was written")
+    write_state(state_file(out), state, run)
+    usable = ""
+    if not out.exists():
+        restore(model, state.tensors)
+        with contextlib.suppress(VisgraftError):
+            write(interrupted_after_epoch=state.epoch)
+            usable = f"; the adapter so far is in {out}"
+    return Interrupted(
+        f"interrupted after epoch {state.epoch} of {epochs}{usable}; give the same command with --resume to go on"
+    )
