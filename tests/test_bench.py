@@ -17,7 +17,7 @@ from visgraft import Backbone, TrainConfig, list_methods
 from visgraft.bench.ledger import append, read_file, read_results
 from visgraft.bench.paper_recipes import ALORE_PAPER, SCT_PAPER
 from visgraft.bench.plan import Cell, Request, plan
-from visgraft.bench.running import Place, measure, run_trial
+from visgraft.bench.running import TrialSources, measure, run_trial
 from visgraft.bench.settings import Recipe, candidates
 from visgraft.bench.sweep import State, sweep
 from visgraft.bench.trial import Result, Trial
@@ -79,7 +79,7 @@ def sct_cell(root: Path, **changes: Any) -> Cell:
 def swept(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[State, Path]:
     """A sweep that ran to its end."""
     file = tmp_path_factory.mktemp("results") / "tiny.jsonl"
-    return sweep(plan(request(root)), Place(PROTOCOL, root), file, workers=0), file
+    return sweep(plan(request(root)), TrialSources(PROTOCOL, root), file, workers=0), file
 
 
 def test_a_sweep_tunes_on_validation_and_measures_each_test_set_once(swept: tuple[State, Path]) -> None:
@@ -115,10 +115,10 @@ def test_what_is_tuned_never_opens_a_test_image(root: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(Image, "open", note)
     cell = sct_cell(root)
-    run_trial(cell.tuning[0], Place(PROTOCOL, root))
+    run_trial(cell.tuning[0], TrialSources(PROTOCOL, root))
     assert opened and not any("/test/" in name or "/dark/" in name for name in opened)
     opened.clear()
-    run_trial(cell.finals[0], Place(PROTOCOL, root))
+    run_trial(cell.finals[0], TrialSources(PROTOCOL, root))
     assert sum("/test/" in name for name in opened) == COUNTS["test"]
 
 
@@ -137,7 +137,7 @@ def test_choosing_on_what_is_measured_is_refused(root: Path) -> None:
 
 
 def test_a_killed_sweep_goes_on_where_it_stopped(root: Path, tmp_path: Path, swept: tuple[State, Path]) -> None:
-    file, cells, place = tmp_path / "tiny.jsonl", plan(request(root)), Place(PROTOCOL, root)
+    file, cells, place = tmp_path / "tiny.jsonl", plan(request(root)), TrialSources(PROTOCOL, root)
 
     def kill(result: Result) -> None:
         if len(read_file(file)) == 4:
@@ -186,7 +186,7 @@ def test_changed_labels_use_no_earlier_line(root: Path, tmp_path: Path, swept: t
     cell = sct_cell(tmp_path / "moved")
     assert cell.left(swept[0].done) == cell.total == 3
     with pytest.raises(VisgraftError, match="no longer those"):
-        run_trial(sct_cell(root).tuning[0], Place(PROTOCOL, tmp_path / "moved"))
+        run_trial(sct_cell(root).tuning[0], TrialSources(PROTOCOL, tmp_path / "moved"))
 
 
 def test_a_line_that_somebody_edited_is_refused(swept: tuple[State, Path], tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_processes_run_side_by_side_and_one_that_fails_takes_no_other_with_it(ro
     cells = plan(request(root, methods=("linear", "sct"), recipe=Recipe("default")))
     broken = replace(cells[0].finals[0], split="0" * 64)
     cells[0] = replace(cells[0], finals=(broken,))
-    state = sweep(cells, Place(PROTOCOL, root), tmp_path / "tiny.jsonl", workers=2)
+    state = sweep(cells, TrialSources(PROTOCOL, root), tmp_path / "tiny.jsonl", workers=2)
     assert list(state.failed) == [broken.key] and "no longer those" in state.failed[broken.key]
     assert [r.trial.method for r in read_file(tmp_path / "tiny.jsonl")] == ["sct"]
 
@@ -298,7 +298,7 @@ def test_answers_are_taken_among_the_classes_that_a_test_set_has() -> None:
 
 def test_a_training_that_diverges_is_measured_in_its_last_good_state(root: Path) -> None:
     recipe = Recipe("default", overrides={"lr": 1e30, "warmup_epochs": 0.0, "epochs": 2})
-    result = run_trial(sct_cell(root, recipe=recipe).finals[0], Place(PROTOCOL, root))
+    result = run_trial(sct_cell(root, recipe=recipe).finals[0], TrialSources(PROTOCOL, root))
     assert result.outcome == "diverged" and 0 <= result.measured["test"].top1 <= 1
 
 

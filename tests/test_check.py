@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from visgraft.check import Finding, Report, check_data, quick_check
 from visgraft.check.facts import Facts, Unreadable, read_facts
-from visgraft.check.findings import Picture, varied
+from visgraft.check.findings import DatasetImage, varied
 from visgraft.check.page import write_page
 from visgraft.check.shortcuts import probe_shortcuts
 from visgraft.cli.check import check
@@ -289,7 +289,7 @@ def _planted_groups(groups: int, seed: int) -> list[Any]:
     for i in range(20 * groups):
         group = i % groups
         label = int(labels[group])
-        pictures.append(Picture(Example(Path(f"{i}.png"), label, str(group)), "train", "ab"[label]))
+        pictures.append(DatasetImage(Example(Path(f"{i}.png"), label, str(group)), "train", "ab"[label]))
         facts.append(replace(base, width=int(sides[group])))
         units.append(group)
     return [pictures, facts, units]
@@ -327,7 +327,9 @@ def test_chance_raises_no_alarm(seed: int) -> None:
     rng = np.random.default_rng(seed)
     base = read_facts(Example(Path("x.png"), 0, content=lambda: _png(picture(0))))
     assert isinstance(base, Facts)
-    pictures = [Picture(Example(Path(f"{rng.integers(10**6)}.png"), i % 3), "train", "abc"[i % 3]) for i in range(60)]
+    pictures = [
+        DatasetImage(Example(Path(f"{rng.integers(10**6)}.png"), i % 3), "train", "abc"[i % 3]) for i in range(60)
+    ]
     facts = [
         replace(
             base, width=int(rng.integers(50, 900)), size=int(rng.integers(10**6)), colour=tuple(rng.uniform(0, 255, 4))
@@ -478,5 +480,5 @@ def test_names_that_are_not_utf8_are_told(drawn: Path, tmp_path: Path) -> None:
 
 
 def test_varied_puts_one_of_each_ahead() -> None:
-    several = [Picture(Example(Path(str(i)), 0), part, "a") for i, part in enumerate(["train", "train", "test"])]
+    several = [DatasetImage(Example(Path(str(i)), 0), part, "a") for i, part in enumerate(["train", "train", "test"])]
     assert [p.path for p in varied(several, lambda p: p.part)] == ["0", "2", "1"]

@@ -2,9 +2,12 @@
 
 import ast
 import graphlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
+
+import visgraft
 
 SOURCE = Path(__file__).parents[1] / "src" / "visgraft"
 
@@ -25,13 +28,65 @@ def imports_of(path: Path, modules: set[str]) -> set[str]:
     return found & modules
 
 
-def test_the_import_graph_has_no_circle() -> None:
+def import_graph() -> dict[str, set[str]]:
     files = {module_name(path): path for path in SOURCE.rglob("*.py")}
     # The package's own __init__ lists what users see; a module that reads its version does not lean on that list.
-    graph = {name: imports_of(path, set(files)) - {name, "visgraft"} for name, path in files.items()}
+    return {name: imports_of(path, set(files)) - {name, "visgraft"} for name, path in files.items()}
+
+
+def test_the_import_graph_has_no_circle() -> None:
+    graph = import_graph()
     assert sum(map(len, graph.values())) > 200
     order = list(graphlib.TopologicalSorter(graph).static_order())
     assert order.index("visgraft.errors") < order.index("visgraft.core.sites") < order.index("visgraft.cli.app")
+
+
+ROOMS = (
+    "errors", "files", "options", "pictures", "backbones", "core", "methods", "data", "drawn", "check", "adapters",
+    "measure", "training", "export", "serve", "search", "protocols", "bench", "report", "cli",
+)  # fmt: skip
+"""From the ground up: a room imports only from rooms before it."""
+
+
+def test_imports_between_rooms_run_down_one_order() -> None:
+    room = {name: name.split(".")[1] for name in import_graph() if name.count(".")}
+    assert set(room.values()) - {"__main__"} == set(ROOMS)
+    upwards = [
+        f"{name} imports {other}"
+        for name, others in import_graph().items()
+        for other in others
+        if name in room and room[name] in ROOMS and ROOMS.index(room[other]) > ROOMS.index(room[name])
+    ]
+    assert not upwards
+    behind = [
+        f"{name} imports {other}"
+        for name, others in import_graph().items()
+        for other in others
+        if name in room and room[name] != room[other] and any(part.startswith("_") for part in other.split("."))
+    ]
+    assert not behind
+
+
+def test_docs_list_the_rooms_in_their_order_and_each_says_what_belongs_there() -> None:
+    page = (SOURCE.parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    listed = [name.strip(" `/").removesuffix(".py") for cell in table for name in cell.split(",")]
+    assert [name for name in listed if name in ROOMS] == list(ROOMS)
+    for path in SOURCE.glob("*/__init__.py"):
+        lines = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").splitlines()
+        assert sum(bool(line) for line in lines) >= 3 and any("belong" in line for line in lines), path.parent.name
+
+
+def test_a_name_means_one_thing() -> None:
+    found: dict[str, set[str]] = {}
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, set()).add(module_name(path))
+    assert {name: places for name, places in found.items() if len(places) > 1} == {}
+    public = {name for name in dir(visgraft) if not name.startswith("_")}
+    modules = {name.split(".")[1] for name in import_graph() if name.count(".")}
+    assert {name for name in public & modules if not inspect.ismodule(getattr(visgraft, name))} == set()
 
 
 def test_methods_know_neither_timm_nor_the_command_line() -> None:

@@ -12,7 +12,7 @@ from protocol_tasks import task_of
 from visgraft import Backbone
 from visgraft.bench.ledger import read_file
 from visgraft.bench.plan import Request, plan
-from visgraft.bench.running import Place
+from visgraft.bench.running import TrialSources
 from visgraft.bench.settings import Recipe
 from visgraft.bench.sweep import sweep
 from visgraft.bench.trial import Result
@@ -35,7 +35,7 @@ def results(protocol: Protocol, root: Path, out: Path) -> list[Result]:
     request = Request(
         protocol, root, ("linear",), Backbone("test_vit", "none", 32), recipe, precision="fp32", any_size=True
     )
-    state = sweep(plan(request), Place(protocol, root, cache="ram"), out / "lines.jsonl", workers=0)
+    state = sweep(plan(request), TrialSources(protocol, root, cache="ram"), out / "lines.jsonl", workers=0)
     assert not state.failed and not state.left
     return read_file(out / "lines.jsonl")
 

@@ -22,7 +22,7 @@ from visgraft.core import attach
 from visgraft.errors import AdapterError, DataError, VisgraftError
 from visgraft.measure.measuring import measure_adapter
 from visgraft.report import channels
-from visgraft.report.page import MARKER, Report, build_report, gather, render, write_page
+from visgraft.report.page import MARKER, ReportPage, build_report, gather, render, write_page
 from visgraft.training.run import train_folder
 
 BACKBONE = Backbone("test_vit", "none", 32)
@@ -103,16 +103,16 @@ def runs(table: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 
 
 @pytest.fixture(scope="module")
-def report(runs: dict[str, Path], table: Path) -> Report:
+def report(runs: dict[str, Path], table: Path) -> ReportPage:
     return gather(list(runs.values()), table)
 
 
 @pytest.fixture(scope="module")
-def page(report: Report) -> str:
+def page(report: ReportPage) -> str:
     return render(report)
 
 
-def test_every_run_has_every_section(page: str, report: Report, runs: dict[str, Path]) -> None:
+def test_every_run_has_every_section(page: str, report: ReportPage, runs: dict[str, Path]) -> None:
     order = [section.row.name for section in report.sections]
     ids = Page(page).ids
     for number, name in enumerate(runs, 1):
@@ -156,7 +156,7 @@ def test_names_are_text_and_never_tags(page: str) -> None:
 
 
 def test_the_table_holds_the_measured_figures_best_first(
-    page: str, report: Report, runs: dict[str, Path], table: Path
+    page: str, report: ReportPage, runs: dict[str, Path], table: Path
 ) -> None:
     figures = [row["figure"] for row in report.rows]
     assert figures == sorted(figures, reverse=True)
@@ -217,7 +217,7 @@ def test_several_classes_per_image(tmp_path: Path) -> None:
 
 
 def test_without_data_the_page_holds_what_the_adapters_hold(
-    report: Report, runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    report: ReportPage, runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("visgraft.report.section.measure_adapter", None)
     bare = gather(list(runs.values()))

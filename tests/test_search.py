@@ -15,7 +15,7 @@ from visgraft.errors import TrainingDiverged
 from visgraft.search import parse_budget
 from visgraft.search.budget import MIN_TRIALS, Clock, Cost, OutOfTime, Plan, Size, duration, make_plan
 from visgraft.search.race import Race
-from visgraft.search.settings import Search, Task, configure, default_setting
+from visgraft.search.settings import Search, TuningTask, configure, default_setting
 from visgraft.training.crossval import Bench, Fit
 
 BACKBONE = Backbone("test_vit", "none", 32)
@@ -67,10 +67,10 @@ def reach(function: Callable[[str, Mapping[str, Any]], int | None]) -> None:
     REACHED[0] = function
 
 
-def task(count: int = 100, seed: int = 0) -> Task:
+def task(count: int = 100, seed: int = 0) -> TuningTask:
     """A task whose images are never looked at."""
     blank = Images(torch.zeros(count, 3, 8, 8, dtype=torch.uint8), torch.arange(count) % 3, (0.5,) * 3, (0.5,) * 3)
-    return Task(Bench(BACKBONE, 3), blank, blank, seed, "fp32")
+    return TuningTask(Bench(BACKBONE, 3), blank, blank, seed, "fp32")
 
 
 def search(method: str, *, epochs: int = 8, seed: int = 0) -> Search:

@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
 
 from visgraft.drawn import painting, sprites
-from visgraft.drawn.painting import Points, Scene, Solid, paint
+from visgraft.drawn.painting import Curve, Scene, Solid, paint
 from visgraft.drawn.sprites import TASKS, arrange, class_name, draw_sprite, draw_sprites
 from visgraft.errors import DataError
 
@@ -19,13 +19,13 @@ def rng(*seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def outline(scene: Scene) -> Points:
+def outline(scene: Scene) -> Curve:
     """The outline of a scene's only solid."""
     assert len(scene.solids) == 1 and len(scene.solids[0].faces) == 1
     return scene.solids[0].faces[0][0]
 
 
-def covered(points: Points, side: int = 800) -> np.ndarray:
+def covered(points: Curve, side: int = 800) -> np.ndarray:
     """Which pixels a polygon covers, found by crossing numbers and not by the painter."""
     rows, columns = np.mgrid[0:side, 0:side]
     x, y = (columns + 0.5) / side, (rows + 0.5) / side

@@ -15,7 +15,7 @@ if "_VISGRAFT_COMPLETE" not in os.environ:  # a shell that completes a word shou
     from visgraft.core.registry import list_methods
     from visgraft.data.dataset import Dataset, Example, Split
     from visgraft.data.folders import read_folder
-    from visgraft.data.images import Images, load_images
+    from visgraft.data.images import Images, Loading, load_images
     from visgraft.data.read import Source, read_data
     from visgraft.errors import DataError, VisgraftError
     from visgraft.export.certificate import Certificate

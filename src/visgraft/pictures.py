@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-Pixels = NDArray[np.uint8]
+PixelArray = NDArray[np.uint8]
 Values = NDArray[np.float64]
 
 THUMBNAIL = 168
@@ -64,7 +64,7 @@ def draw(paint: Callable[[Any, dict[str, str]], None], size: tuple[float, float]
     return Picture(uris["light"], uris["dark"], alt)
 
 
-def photograph(pixels: Pixels, alt: str, side: int = THUMBNAIL) -> Picture:
+def photograph(pixels: PixelArray, alt: str, side: int = THUMBNAIL) -> Picture:
     """Return pixels [H, W, 3] as a JPEG of at most `side` pixels."""
     picture, buffer = Image.fromarray(pixels), io.BytesIO()
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
@@ -73,7 +73,7 @@ def photograph(pixels: Pixels, alt: str, side: int = THUMBNAIL) -> Picture:
     return Picture(uri, uri, alt)
 
 
-def heat_map(pixels: Pixels, heat: Values, alt: str) -> Picture:
+def heat_map(pixels: PixelArray, heat: Values, alt: str) -> Picture:
     """Return the picture in grey under a map [rows, columns] of values from 0 (clear) to 1 (red)."""
     height, width = pixels.shape[:2]
     small = Image.fromarray(np.clip(heat, 0, 1).astype(np.float32))

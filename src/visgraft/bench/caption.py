@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from visgraft.bench.statistics import Row, Table, mean_of_tasks
+from visgraft.bench.statistics import RecipeRow, Table, mean_of_tasks
 
 
 def caption(table: Table) -> str:
@@ -37,7 +37,7 @@ def caption(table: Table) -> str:
     return ". ".join(sentences) + "."
 
 
-def _epochs(rows: Sequence[Row]) -> str:
+def _epochs(rows: Sequence[RecipeRow]) -> str:
     found: dict[int, list[str]] = {}
     for row in rows:
         found.setdefault(row.epochs, []).append(row.label)
@@ -46,7 +46,7 @@ def _epochs(rows: Sequence[Row]) -> str:
     return " and ".join(f"{epochs} epochs ({', '.join(labels)})" for epochs, labels in sorted(found.items()))
 
 
-def _selection(rows: Sequence[Row]) -> str:
+def _selection(rows: Sequence[RecipeRow]) -> str:
     """Say how the rows' settings were chosen."""
     found: dict[str, list[str]] = {}
     for row in rows:
@@ -63,7 +63,7 @@ def _selection(rows: Sequence[Row]) -> str:
     return "; ".join(f"{', '.join(labels)}: {way}" for way, labels in found.items())
 
 
-def interval_kinds(rows: Sequence[Row], tasks: Sequence[str]) -> str:
+def interval_kinds(rows: Sequence[RecipeRow], tasks: Sequence[str]) -> str:
     """Say what the intervals of the rows' means generalise over."""
     found: dict[str, list[str]] = {}
     for row in rows:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from visgraft.bench.statistics import Mean, Row, Table, costs, mean_of_groups, mean_of_tasks
+from visgraft.bench.statistics import Mean, RecipeRow, Table, costs, mean_of_groups, mean_of_tasks
 
 if TYPE_CHECKING:
     from visgraft.bench.trial import Result
@@ -103,7 +103,7 @@ def shifts(table: Table) -> dict[str, dict[str, tuple[Mean, Mean]]]:
     return found
 
 
-def overlap(row: Row, tasks: Sequence[str], widths: Mapping[str, int] | None = None) -> Overlap | None:
+def overlap(row: RecipeRow, tasks: Sequence[str], widths: Mapping[str, int] | None = None) -> Overlap | None:
     """Return how many of a task's channels another task chose too: mean over blocks and sites, then over seeds.
 
     Args:

@@ -43,7 +43,7 @@ LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
 
 @dataclass(frozen=True)
-class Place:
+class TrialSources:
     """Where a trial finds what its row does not hold: the protocol's rows, its images, and a file of weights."""
 
     protocol: Protocol
@@ -56,7 +56,7 @@ class Place:
 
 def run_trial(
     trial: Trial,
-    place: Place,
+    place: TrialSources,
     selection: Mapping[str, Any] | None = None,
     on_progress: Callable[[Epoch], None] | None = None,
 ) -> Result:
@@ -87,7 +87,7 @@ def run_trial(
     )
 
 
-def _open(trial: Trial, place: Place) -> Parts:
+def _open(trial: Trial, place: TrialSources) -> Parts:
     """Find the images and check that they are the trial's."""
     task = place.protocol.task(trial.task)
     if task is None:
@@ -107,7 +107,7 @@ def _merged(first: Sequence[Example], second: Sequence[Example]) -> tuple[Exampl
 
 def _measure(
     trial: Trial,
-    place: Place,
+    place: TrialSources,
     learned: Sequence[Example],
     measured: Mapping[str, Sequence[Example]],
     selection: Mapping[str, Any],

@@ -68,7 +68,7 @@ class Condition:
 
 
 @dataclass(frozen=True)
-class Row:
+class RecipeRow:
     """One method with one recipe and number of epochs: its results, at most one per task and seed."""
 
     method: str
@@ -89,7 +89,7 @@ class Row:
         """Return how many images the test set has, by task."""
         return {r.trial.task: r.measured[test].images for r in self.results if test in r.measured}
 
-    def on(self, tasks: Sequence[str]) -> "Row":
+    def on(self, tasks: Sequence[str]) -> "RecipeRow":
         """Return the row with nothing but these tasks."""
         return replace(self, results=tuple(result for result in self.results if result.trial.task in tasks))
 
@@ -104,7 +104,7 @@ class Table:
 
     condition: Condition
     groups: Mapping[str, tuple[str, ...]]
-    rows: tuple[Row, ...]
+    rows: tuple[RecipeRow, ...]
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -131,7 +131,7 @@ class Table:
         """The methods that the others are measured against, as far as the table has them and something else."""
         return tuple(m for m in BASELINES if len(self.rows) > 1 and any(row.method == m for row in self.rows))
 
-    def baseline(self, method: str, row: Row) -> Row | None:
+    def baseline(self, method: str, row: RecipeRow) -> RecipeRow | None:
         """Return the row of a method that `row` is measured against: of the same recipe, else the first; None: none.
 
         A row is not measured against its own method.
@@ -226,7 +226,7 @@ def _groups(results: Sequence["Result"], order: Sequence[str]) -> dict[str, tupl
     return {group: tuple(tasks) for group, tasks in groups.items()}
 
 
-def _rows(results: Sequence["Result"]) -> tuple[Row, ...]:
+def _rows(results: Sequence["Result"]) -> tuple[RecipeRow, ...]:
     found: dict[tuple[str, str, int], dict[tuple[str, int], Result]] = {}
     images: dict[tuple[str, int], Result] = {}
     for result in results:
@@ -243,7 +243,7 @@ def _rows(results: Sequence["Result"]) -> tuple[Row, ...]:
         row[place] = result
     own = next((name for name in OWN_RECIPES if any(recipe == name for _, recipe, _ in found)), None)
     rows = [
-        Row(method, recipe, epochs, method, tuple(row[place] for place in sorted(row)))
+        RecipeRow(method, recipe, epochs, method, tuple(row[place] for place in sorted(row)))
         for (method, recipe, epochs), row in found.items()
     ]
     rows.sort(key=lambda r: (_rank(r.method), _median(r, "parameters"), r.method, r.recipe != own, r.recipe, r.epochs))
@@ -258,23 +258,23 @@ def _rank(method: str) -> int:
     return BASELINES.index(method) if method in BASELINES else len(BASELINES)
 
 
-def _label(row: Row, rows: Sequence[Row], own: str | None) -> str:
+def _label(row: RecipeRow, rows: Sequence[RecipeRow], own: str | None) -> str:
     epochs = {one.epochs for one in rows if (one.method, one.recipe) == (row.method, row.recipe)}
     more = [row.recipe] * (row.recipe != own) + [f"{row.epochs} epochs"] * (len(epochs) > 1)
     return f"{row.method} ({', '.join(more)})" if more else row.method
 
 
-def mean_of_tasks(row: Row, tasks: Sequence[str], test: str = TEST) -> Mean | None:
+def mean_of_tasks(row: RecipeRow, tasks: Sequence[str], test: str = TEST) -> Mean | None:
     """Return the mean over the tasks of the means over their seeds; None where the row lacks one of the tasks."""
     return _mean(row, {"": tasks}, f"mean of {len(tasks)} task{'s' * (len(tasks) != 1)}", test)
 
 
-def mean_of_groups(row: Row, groups: Groups, test: str = TEST) -> Mean | None:
+def mean_of_groups(row: RecipeRow, groups: Groups, test: str = TEST) -> Mean | None:
     """Return the mean over the groups of the means over their tasks; None where the row lacks one of the tasks."""
     return _mean(row, groups, f"mean of {len(groups)} group{'s' * (len(groups) != 1)}", test)
 
 
-def _mean(row: Row, groups: Groups, name: str, test: str) -> Mean | None:
+def _mean(row: RecipeRow, groups: Groups, name: str, test: str) -> Mean | None:
     tasks = [task for group in groups.values() for task in group]
     if not tasks or row.missing(tasks, test):
         return None
@@ -328,7 +328,7 @@ def _over_tasks(values: Sequence[np.ndarray], seed: int = 0) -> np.ndarray:
     return drawn.mean(-1)
 
 
-def paired(first: Row, second: Row, test: str = TEST) -> Paired | None:
+def paired(first: RecipeRow, second: RecipeRow, test: str = TEST) -> Paired | None:
     """Compare two rows on the tasks and seeds that both have; None where there are none.
 
     The interval comes from 2000 resamples of the tasks and of the seeds within them; of a single task, of its seeds.
@@ -353,7 +353,7 @@ def paired(first: Row, second: Row, test: str = TEST) -> Paired | None:
     return Paired(first.label, second.label, float(np.mean(means)), interval, won, lost, tied, len(means), pairs)
 
 
-def macro_f1(row: Row, tasks: Sequence[str], test: str = TEST) -> float | None:
+def macro_f1(row: RecipeRow, tasks: Sequence[str], test: str = TEST) -> float | None:
     """Return the mean over the tasks of macro-F1, each a mean over seeds; None where a task is missing."""
     if row.missing(tasks, test):
         return None
@@ -364,11 +364,11 @@ def macro_f1(row: Row, tasks: Sequence[str], test: str = TEST) -> float | None:
     return float(np.mean([np.mean(one) for one in found.values()]))
 
 
-def _median(row: Row, name: str) -> float:
+def _median(row: RecipeRow, name: str) -> float:
     return float(median(getattr(result, name) for result in row.results))
 
 
-def costs(row: Row, tasks: Sequence[str]) -> Costs:
+def costs(row: RecipeRow, tasks: Sequence[str]) -> Costs:
     """Return what a row takes on the table's tasks."""
     complete = not row.missing(tasks)
     seconds: dict[str, list[float]] = {}

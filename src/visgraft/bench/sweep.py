@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from visgraft.bench.ledger import append, read_file
 from visgraft.bench.plan import Cell, schedule
-from visgraft.bench.running import Place, run_trial
+from visgraft.bench.running import TrialSources, run_trial
 from visgraft.bench.trial import Result, Trial
 from visgraft.errors import VisgraftError
 from visgraft.training.resume import Epoch
@@ -59,16 +59,16 @@ class State:
         return seconds / max(workers, 1)
 
 
-Tell = Callable[[State], None]
+TellState = Callable[[State], None]
 
 
 def sweep(
     cells: Sequence[Cell],
-    place: Place,
+    place: TrialSources,
     file: Path,
     *,
     workers: int = 1,
-    on_change: Tell = lambda state: None,
+    on_change: TellState = lambda state: None,
     on_result: Callable[[Result], None] = lambda result: None,
 ) -> State:
     """Run every trial that `file` has no line for, and append a line for each as it finishes.
@@ -119,7 +119,7 @@ def _selection(state: State, trial: Trial) -> dict[str, Any] | None:
     return cell.selection(state.done)
 
 
-def _one_by_one(state: State, place: Place, keep: Callable[[Result], None], on_change: Tell) -> None:
+def _one_by_one(state: State, place: TrialSources, keep: Callable[[Result], None], on_change: TellState) -> None:
     while (trial := _next(state)) is not None:
 
         def note(epoch: Epoch, trial: Trial = trial) -> None:
@@ -134,7 +134,9 @@ def _one_by_one(state: State, place: Place, keep: Callable[[Result], None], on_c
         on_change(state)
 
 
-def _side_by_side(state: State, place: Place, workers: int, keep: Callable[[Result], None], on_change: Tell) -> None:
+def _side_by_side(
+    state: State, place: TrialSources, workers: int, keep: Callable[[Result], None], on_change: TellState
+) -> None:
     context = _context()
     threads = max(1, (os.cpu_count() or 1) // workers)
     live: dict[Connection, tuple[BaseProcess, Trial]] = {}
@@ -197,7 +199,9 @@ def _context() -> Any:
     return context
 
 
-def _work(connection: Connection, trial: Trial, place: Place, selection: dict[str, Any] | None, threads: int) -> None:
+def _work(
+    connection: Connection, trial: Trial, place: TrialSources, selection: dict[str, Any] | None, threads: int
+) -> None:
     """Run a trial in a process of its own, and send epochs and the result, or the error in one line."""
     import torch
 

@@ -19,7 +19,7 @@ from visgraft.bench.statistics import (
     Interval,
     Mean,
     Paired,
-    Row,
+    RecipeRow,
     Table,
     costs,
     macro_f1,
@@ -84,7 +84,7 @@ def _method_column(table: Table) -> Column:
     return Column("method", tuple(row.label for row in table.rows))
 
 
-def _task_columns(rows: Sequence[Row], tasks: Sequence[str], test: str = TEST) -> Iterator[Column]:
+def _task_columns(rows: Sequence[RecipeRow], tasks: Sequence[str], test: str = TEST) -> Iterator[Column]:
     cells = [row.cells(test) for row in rows]
     for task in tasks:
         values = tuple(sum(c[task].values()) / len(c[task]) if task in c else None for c in cells)
@@ -112,7 +112,7 @@ def _accuracy_columns(table: Table, test: str = TEST) -> Iterator[Column]:
     yield _mean_column(f"mean of {len(table.tasks)} task{'s' * (len(table.tasks) != 1)}", means)
 
 
-def _against(table: Table, row: Row, method: str, tasks: Sequence[str], test: str = TEST) -> Paired | None:
+def _against(table: Table, row: RecipeRow, method: str, tasks: Sequence[str], test: str = TEST) -> Paired | None:
     """Compare a row with a baseline on the tasks; None where either lacks one."""
     other = table.baseline(method, row)
     found = paired(row.on(tasks), other.on(tasks), test) if other else None
@@ -215,7 +215,7 @@ def _shift_column(table: Table, name: str, tasks: Sequence[str]) -> Column:
     return _mean_column(name if len(tasks) == 1 else f"{name}: mean of {len(tasks)} tasks", means)
 
 
-def _mean_of_sets(row: Row, sets: Mapping[str, Sequence[str]]) -> float | None:
+def _mean_of_sets(row: RecipeRow, sets: Mapping[str, Sequence[str]]) -> float | None:
     means = [mean_of_tasks(row, tasks, name) for name, tasks in sets.items()]
     known = [mean.value for mean in means if mean]
     return sum(known) / len(known) if len(known) == len(sets) else None
@@ -346,7 +346,7 @@ def csv(results: Sequence["Result"], order: Sequence[str] = (), against: str | N
     return text.getvalue()
 
 
-def _csv_lines(table: Table, row: Row) -> Iterator[dict[str, Any]]:
+def _csv_lines(table: Table, row: RecipeRow) -> Iterator[dict[str, Any]]:
     for test, members in {TEST: table.tasks, **table.shifted}.items():
         groups = {group: [task for task in tasks if task in members] for group, tasks in table.groups.items()}
         groups = {group: tasks for group, tasks in groups.items() if tasks}
@@ -361,7 +361,7 @@ def _csv_lines(table: Table, row: Row) -> Iterator[dict[str, Any]]:
 
 
 def _csv_line(
-    table: Table, row: Row, test: str, mean: Mean | None, tasks: Sequence[str], group: str = "", task: str = ""
+    table: Table, row: RecipeRow, test: str, mean: Mean | None, tasks: Sequence[str], group: str = "", task: str = ""
 ) -> Iterator[dict[str, Any]]:
     """Yield a line, with the same names in all; none where the mean lacks a task."""
     if mean is None:
@@ -393,7 +393,7 @@ def _csv_line(
     }
 
 
-def _csv_difference(table: Table, own: Row, method: str, test: str, mean: Mean) -> float | str:
+def _csv_difference(table: Table, own: RecipeRow, method: str, test: str, mean: Mean) -> float | str:
     """Return the paired difference; empty beside a mean of groups, of which it would not be the difference."""
     tasks = tuple(own.cells(test))
     found = _against(table, own, method, tasks, test)

@@ -4,8 +4,8 @@ Here belongs what finds faults in somebody's images and shows them. Nothing here
 backbone on them.
 """
 
+from visgraft.check.findings import DatasetImage as DatasetImage
 from visgraft.check.findings import Finding as Finding
-from visgraft.check.findings import Picture as Picture
 from visgraft.check.findings import Report as Report
 from visgraft.check.quick import quick_check as quick_check
 from visgraft.check.run import check_data as check_data

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from scipy.stats import binomtest
 
-from visgraft.check.findings import Finding, Picture, Table, class_counts, counted, readable, varied
+from visgraft.check.findings import DatasetImage, FigureTable, Finding, class_counts, counted, readable, varied
 from visgraft.data.dataset import PARTS, Dataset, listed
 
 IMBALANCE = 5  # times as many images in the largest class as in the smallest
@@ -16,13 +16,13 @@ WIDE, VERY_WIDE = 0.10, 0.20  # of a 95 % interval
 SHOWN_ROWS = 200
 
 
-def class_table(dataset: Dataset) -> Table:
+def class_table(dataset: Dataset) -> FigureTable:
     """Return the images of each class in each part, the largest class first."""
     parts = [class_counts(dataset, getattr(dataset, part)) for part in PARTS]
     totals = [sum(counts) for counts in zip(*parts, strict=True)]
     order = sorted(range(len(totals)), key=lambda i: -totals[i])
     rows = ((readable(dataset.classes[i]), *(counts[i] for counts in parts), totals[i]) for i in order)
-    return Table("Classes", ("class", *PARTS, "all"), tuple(rows))
+    return FigureTable("Classes", ("class", *PARTS, "all"), tuple(rows))
 
 
 def class_findings(dataset: Dataset) -> list[Finding]:
@@ -110,16 +110,16 @@ def accuracy_interval(count: int, accuracy: float = TYPICAL_ACCURACY) -> tuple[f
     return float(interval.low), float(interval.high)
 
 
-def groups_of(pictures: Sequence[Picture]) -> dict[str, list[Picture]]:
+def groups_of(pictures: Sequence[DatasetImage]) -> dict[str, list[DatasetImage]]:
     """Return the pictures of each group, the largest first; those without a group are left out."""
-    groups: dict[str, list[Picture]] = defaultdict(list)
+    groups: dict[str, list[DatasetImage]] = defaultdict(list)
     for picture in pictures:
         if picture.example.group is not None:
             groups[picture.example.group].append(picture)
     return dict(sorted(groups.items(), key=lambda item: (-len(item[1]), item[0])))
 
 
-def group_table(pictures: Sequence[Picture]) -> Table:
+def group_table(pictures: Sequence[DatasetImage]) -> FigureTable:
     """Return the images, parts and classes of each group, the largest group first."""
     rows = []
     for name, members in list(groups_of(pictures).items())[:SHOWN_ROWS]:
@@ -129,10 +129,10 @@ def group_table(pictures: Sequence[Picture]) -> Table:
         parts = ", ".join(part for part in PARTS if any(member.part == part for member in members))
         share = f"{len(members) / len(pictures):.1%}"
         rows.append((readable(name), len(members), share, parts, f"{shown}{more}"))
-    return Table("Groups", ("group", "images", "share", "parts", "classes"), tuple(rows))
+    return FigureTable("Groups", ("group", "images", "share", "parts", "classes"), tuple(rows))
 
 
-def group_findings(pictures: Sequence[Picture], classes: Sequence[str]) -> list[Finding]:
+def group_findings(pictures: Sequence[DatasetImage], classes: Sequence[str]) -> list[Finding]:
     """Find groups in several parts, classes seen in one group only, and groups that hold one class only."""
     groups = groups_of(pictures)
     if not groups:

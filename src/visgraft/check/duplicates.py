@@ -14,8 +14,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.neighbors import NearestNeighbors
 
-from visgraft.check.facts import Facts, Progress
-from visgraft.check.findings import Finding, Picture, counted, varied
+from visgraft.check.facts import Facts, OnStage
+from visgraft.check.findings import DatasetImage, Finding, counted, varied
 
 # Chosen on real pictures: of 256 bits, copies (half the size, JPEG quality 30, 25 % brighter, 1 % cropped off each
 # side) differ in at most 31, different textiles of one cloth in at least 88, gauges of one style in at least 46.
@@ -38,7 +38,7 @@ def exact_sets(facts: Sequence[Facts]) -> Sets:
     return [positions for positions in same.values() if len(positions) > 1]
 
 
-def near_sets(facts: Sequence[Facts], on_progress: Progress | None = None) -> Sets:
+def near_sets(facts: Sequence[Facts], on_progress: OnStage | None = None) -> Sets:
     """Return the sets of images that look the same but differ in their bytes; of the same bytes, one is taken.
 
     A set is what hangs together by pairs of near copies, each among the other's eight nearest.
@@ -107,12 +107,12 @@ class Copies:
         return 2 * sum(map(len, self.near)) > self.images and max(map(len, self.near)) > 10
 
 
-def find_copies(facts: Sequence[Facts], on_progress: Progress | None = None) -> Copies:
+def find_copies(facts: Sequence[Facts], on_progress: OnStage | None = None) -> Copies:
     """Return all sets of copies."""
     return Copies(exact_sets(facts), near_sets(facts, on_progress), len(facts))
 
 
-def duplicate_findings(pictures: Sequence[Picture], copies: Copies, drawn: bool) -> list[Finding]:
+def duplicate_findings(pictures: Sequence[DatasetImage], copies: Copies, drawn: bool) -> list[Finding]:
     """Find copies across parts, under several classes, and within one part; exact and near ones apart.
 
     `copies` are positions among `pictures`; `drawn` says that the parts were drawn, not given.
@@ -121,7 +121,7 @@ def duplicate_findings(pictures: Sequence[Picture], copies: Copies, drawn: bool)
     return [*_exact_findings(pictures, copies.exact, drawn), *near(pictures, copies.near, drawn)]
 
 
-def _exact_findings(pictures: Sequence[Picture], sets: Sets, drawn: bool) -> list[Finding]:
+def _exact_findings(pictures: Sequence[DatasetImage], sets: Sets, drawn: bool) -> list[Finding]:
     conflicts, leaks, rest = _sorted_out(pictures, sets)
     findings = []
     if conflicts:
@@ -151,7 +151,7 @@ def _exact_findings(pictures: Sequence[Picture], sets: Sets, drawn: bool) -> lis
     return findings
 
 
-def _alike_findings(pictures: Sequence[Picture], sets: Sets, drawn: bool) -> list[Finding]:
+def _alike_findings(pictures: Sequence[DatasetImage], sets: Sets, drawn: bool) -> list[Finding]:
     return [
         Finding(
             "alike",
@@ -164,7 +164,7 @@ def _alike_findings(pictures: Sequence[Picture], sets: Sets, drawn: bool) -> lis
     ]
 
 
-def _near_findings(pictures: Sequence[Picture], sets: Sets, drawn: bool) -> list[Finding]:
+def _near_findings(pictures: Sequence[DatasetImage], sets: Sets, drawn: bool) -> list[Finding]:
     conflicts, leaks, rest = _sorted_out(pictures, sets)
     findings = []
     if leaks:
@@ -204,10 +204,10 @@ def _leak_remedy(drawn: bool) -> str:
     return "delete the copies from val and test; until then the model is measured on pictures it was trained on"
 
 
-def _sorted_out(pictures: Sequence[Picture], sets: Sets) -> tuple[tuple[tuple[Picture, ...], ...], ...]:
+def _sorted_out(pictures: Sequence[DatasetImage], sets: Sets) -> tuple[tuple[tuple[DatasetImage, ...], ...], ...]:
     """Return the sets with several classes, those across parts (they may be both), and all others."""
 
-    def several(fact: Callable[[Picture], str], together: list[int]) -> bool:
+    def several(fact: Callable[[DatasetImage], str], together: list[int]) -> bool:
         return len({fact(pictures[i]) for i in together}) > 1
 
     conflicts = [together for together in sets if several(_label, together)]
@@ -216,19 +216,21 @@ def _sorted_out(pictures: Sequence[Picture], sets: Sets) -> tuple[tuple[tuple[Pi
     return _shown(pictures, conflicts, _label), _shown(pictures, leaks, _part), _shown(pictures, rest, _part)
 
 
-def _label(picture: Picture) -> str:
+def _label(picture: DatasetImage) -> str:
     return picture.label
 
 
-def _part(picture: Picture) -> str:
+def _part(picture: DatasetImage) -> str:
     return picture.part
 
 
-def _shown(pictures: Sequence[Picture], sets: Sets, fact: Callable[[Picture], str]) -> tuple[tuple[Picture, ...], ...]:
+def _shown(
+    pictures: Sequence[DatasetImage], sets: Sets, fact: Callable[[DatasetImage], str]
+) -> tuple[tuple[DatasetImage, ...], ...]:
     return tuple(varied([pictures[i] for i in together], fact) for together in sets)
 
 
-def _parts(sets: Sequence[Sequence[Picture]]) -> str:
+def _parts(sets: Sequence[Sequence[DatasetImage]]) -> str:
     """Say between which parts the sets run, and how many between each."""
     counts: dict[str, int] = defaultdict(int)
     for together in sets:

@@ -14,7 +14,7 @@ from visgraft.data.dataset import Example
 from visgraft.data.decode import ORIENTATION, open_image
 from visgraft.errors import DataError
 
-Progress = Callable[[str, int, int], None]  # the stage in words, how much is done, and of how much
+OnStage = Callable[[str, int, int], None]  # the stage in words, how much is done, and of how much
 
 HASH_SIDE = 16
 MINIATURE_SIDE = 16
@@ -56,7 +56,7 @@ class Unreadable:
     reason: str
 
 
-def gather(examples: Sequence[Example], on_progress: Progress | None = None) -> list[Facts | Unreadable]:
+def gather(examples: Sequence[Example], on_progress: OnStage | None = None) -> list[Facts | Unreadable]:
     """Read and decode every image once, in threads; memory holds a kilobyte or two per image.
 
     An image that cannot be read does not stop the others.

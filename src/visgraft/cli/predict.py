@@ -67,7 +67,7 @@ def predict(
     paths, total = find_images(images)
     broken: list[Skipped] = []
     streamed = skip_broken and not json and out is None  # no image can stop it, so lines need not wait for the end
-    progress = Progress(total, hidden=streamed and sys.stdout.isatty())
+    progress = StreamProgress(total, hidden=streamed and sys.stdout.isatty())
     found = predict_stream(
         adapters,
         paths,
@@ -87,7 +87,7 @@ def predict(
 def _write_all(
     found: Iterator["Prediction"],
     sink: AbstractContextManager[Write],
-    progress: "Progress",
+    progress: "StreamProgress",
     broken: Sequence["Skipped"],
 ) -> int:
     """Write every prediction and return their number; what is written stays only if there is at least one."""
@@ -106,7 +106,7 @@ def _report(
     out: Path | None,
     adapters: Sequence[str],
     images: int,
-    progress: "Progress",
+    progress: "StreamProgress",
     broken: Sequence["Skipped"],
     json: bool,
 ) -> None:
@@ -233,16 +233,16 @@ def _printed(adapters: int, json: bool, streamed: bool) -> Iterator[Write]:
             shutil.copyfileobj(held, sys.stdout)
 
 
-Table = Callable[[Path, int], AbstractContextManager[Write]]
+TableWriter = Callable[[Path, int], AbstractContextManager[Write]]
 
 
-def choose_table(out: Path) -> Table:
+def choose_table(out: Path) -> TableWriter:
     """Return the writer of a table, by its extension.
 
     Raises:
         VisgraftError: another extension, a folder, or .parquet without pyarrow.
     """
-    tables: dict[str, Table] = {".csv": _csv, ".parquet": _parquet}
+    tables: dict[str, TableWriter] = {".csv": _csv, ".parquet": _parquet}
     if out.suffix.lower() not in tables or out.is_dir():
         raise VisgraftError(f"--out is {out}, but must be a file that ends in .csv or .parquet")
     if out.suffix.lower() == ".parquet":
@@ -324,7 +324,7 @@ def _parquet(out: Path, width: int) -> Iterator[Write]:
         flush()
 
 
-class Progress:
+class StreamProgress:
     """Images done, images per second and the time left: a bar on a terminal, otherwise a line now and then.
 
     The clock starts on entering. Lines come every 10 seconds at first, later whenever a tenth more time has passed.

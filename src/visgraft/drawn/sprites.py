@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from visgraft.drawn.painting import Points, Scene, Solid, closed, paint
+from visgraft.drawn.painting import Curve, Scene, Solid, closed, paint
 from visgraft.errors import DataError, nearest
 
 SMALLEST_SIZE = 48
@@ -34,11 +34,11 @@ HALF_WIDTHS = (0.25, 0.25 * (FARTHEST / NEAREST) ** (2 / DISTANCES))
 JITTER = 0.2  # of a bin: how far a value strays from the bin's middle, to either side at most
 
 Generator = np.random.Generator
-Faces = tuple[tuple[Points, float], ...]
+Faces = tuple[tuple[Curve, float], ...]
 """Outlines and how light each is, as in a `Solid`."""
 
 
-def _polygon(corners: int, inner: float = 1.0, start: float = 0.0) -> Points:
+def _polygon(corners: int, inner: float = 1.0, start: float = 0.0) -> Curve:
     """Return a regular polygon, or a star where `inner` is below 1."""
     turns = np.arange(2 * corners) / (2 * corners) + start
     radius = np.where(np.arange(2 * corners) % 2 == 0, 1.0, inner)
@@ -46,7 +46,7 @@ def _polygon(corners: int, inner: float = 1.0, start: float = 0.0) -> Points:
     return np.asarray(points if inner < 1 else points[::2])
 
 
-def _path(*corners: complex) -> Points:
+def _path(*corners: complex) -> Curve:
     return np.array(corners)
 
 
@@ -62,13 +62,13 @@ _HALF_PLANE = (
     0.4 + 1j,
     1j,
 )
-SYMMETRIC: tuple[Points, ...] = (
+SYMMETRIC: tuple[Curve, ...] = (
     _polygon(48), _polygon(4), _polygon(3), _polygon(5, 0.45), _polygon(6),
     _path(-0.3 - 1j, 0.3 - 1j, 0.3 - 0.3j, 1 - 0.3j, 1 + 0.3j, 0.3 + 0.3j, 0.3 + 1j, -0.3 + 1j, -0.3 + 0.3j, -1 + 0.3j,
           -1 - 0.3j, -0.3 - 0.3j),
     _polygon(48).real + 0.55j * _polygon(48).imag,
 )  # fmt: skip
-POINTED: tuple[Points, ...] = (
+POINTED: tuple[Curve, ...] = (
     _path(-1j, 0.75 - 0.1j, 0.28 - 0.1j, 0.28 + 1j, -0.28 + 1j, -0.28 - 0.1j, -0.75 - 0.1j),
     np.append(-1j, 0.35j + 0.62 * np.exp(1j * np.deg2rad(np.linspace(-28, 208, 40)))),
     np.concatenate([_path(*_HALF_PLANE), -_path(*_HALF_PLANE[::-1]).conjugate()]),
@@ -76,14 +76,14 @@ POINTED: tuple[Points, ...] = (
 """Shapes with an unmistakable front, which points up: an arrow, a drop, an aeroplane."""
 
 
-def centred(points: Points) -> Points:
+def centred(points: Curve) -> Curve:
     """Return a polygon moved so that the centre of its area is 0."""
     following = np.roll(points, -1)
     cross = (points.conjugate() * following).imag
     return np.asarray(points - ((points + following) * cross).sum() / (3 * cross.sum()))
 
 
-def _turned(shape: Points, degrees: float, radius: float, at: complex) -> Points:
+def _turned(shape: Curve, degrees: float, radius: float, at: complex) -> Curve:
     return np.asarray(at + radius * centred(shape) * np.exp(1j * np.deg2rad(degrees)))
 
 
@@ -92,7 +92,7 @@ def _in_bin(label: int, bins: int, rng: Generator) -> float:
     return (label + 0.5 + float(rng.uniform(-JITTER, JITTER))) / bins
 
 
-def _pick(shapes: tuple[Points, ...], rng: Generator) -> Points:
+def _pick(shapes: tuple[Curve, ...], rng: Generator) -> Curve:
     return shapes[int(rng.integers(len(shapes)))]
 
 

@@ -26,7 +26,7 @@ class AffineMap(NamedTuple):
     shift: Tensor
 
 
-class Fold(NamedTuple):
+class FoldTarget(NamedTuple):
     """Where a place folds: the layers concerned, and on which side of them the map acts.
 
     `input`: W (I + A); `output`: (I + A) W; `beside`: W + A; the last two on `rows` of W where the neighbour has them.
@@ -79,15 +79,15 @@ def probe(
     return AffineMap(matrix, shift)
 
 
-def fold_target(reads: Site, adds_to: Site) -> Fold | None:
+def fold_target(reads: Site, adds_to: Site) -> FoldTarget | None:
     """Return where a place that reads and adds at these sites folds exactly, or None."""
     if reads is adds_to:
         if reads.feeds:
-            return Fold("input", reads.feeds, reads.padded)
-        return Fold("output", (reads.produced_by,)) if reads.produced_by else None
+            return FoldTarget("input", reads.feeds, reads.padded)
+        return FoldTarget("output", (reads.produced_by,)) if reads.produced_by else None
     producer = adds_to.produced_by
     if producer and any(feed == replace(producer, rows=None) for feed in reads.feeds):
-        return Fold("beside", (producer,))
+        return FoldTarget("beside", (producer,))
     return None
 
 
@@ -110,7 +110,7 @@ def _homeless(model: nn.Module, neighbour: Neighbour) -> Tensor:
     return lacking[slice(*neighbour.rows)] if neighbour.rows else lacking
 
 
-def refusal(model: nn.Module, target: Fold, shifts: bool, diagonal: bool) -> str | None:
+def refusal(model: nn.Module, target: FoldTarget, shifts: bool, diagonal: bool) -> str | None:
     """Return why a map of this kind does not fold into a target exactly; None where it does."""
     if shifts and target.padded:
         return "adds a constant in front of padded windows, whose zeros it would change"
@@ -127,7 +127,7 @@ def refusal(model: nn.Module, target: Fold, shifts: bool, diagonal: bool) -> str
     return None
 
 
-def fold(model: nn.Module, target: Fold, affine: AffineMap) -> None:
+def fold(model: nn.Module, target: FoldTarget, affine: AffineMap) -> None:
     """Write the map into its layers in place; the arithmetic is float64, rounded once at the end.
 
     Raises:
@@ -210,7 +210,7 @@ def _read_bias(model: nn.Module, layer: Any, neighbour: Neighbour) -> Tensor:
     return bias
 
 
-def add_missing_biases(model: nn.Module, target: Fold) -> list[str]:
+def add_missing_biases(model: nn.Module, target: FoldTarget) -> list[str]:
     """Give every linear layer of a target that has no bias one of zeros; returns their paths."""
     added = []
     for neighbour in target.neighbours:

@@ -13,7 +13,7 @@ from visgraft.core.finding import find_sites
 from visgraft.core.registry import get_method
 from visgraft.core.tensors import eval_mode
 from visgraft.errors import MergeError, VisgraftError
-from visgraft.export.affine import Fold, add_missing_biases, fold, fold_target, probe, refusal
+from visgraft.export.affine import FoldTarget, add_missing_biases, fold, fold_target, probe, refusal
 from visgraft.export.certificate import Certificate, answers, certify, fold_difference, image_batches
 from visgraft.options import MethodConfig
 
@@ -41,7 +41,7 @@ def why_not_merged(model: nn.Module, config: MethodConfig, allow_new_bias: bool 
     return None
 
 
-def _with_biases(model: nn.Module, target: Fold) -> nn.Module:
+def _with_biases(model: nn.Module, target: FoldTarget) -> nn.Module:
     """Return a copy without data in which the target's layers have the biases that they can have."""
     plain = meta_copy(model)
     add_missing_biases(plain, target)

@@ -11,7 +11,7 @@ from visgraft.protocols.row import Parts, Protocol, Task
 
 
 @dataclass(frozen=True)
-class Finding:
+class TaskCheck:
     """What is wrong with a task's images, or that nothing is."""
 
     task: str
@@ -94,23 +94,23 @@ def leaks(by_name: Mapping[str, Sequence[Example]]) -> list[str]:
     return []
 
 
-def check_root(protocol: Protocol, root: Path) -> list[Finding]:
+def check_root(protocol: Protocol, root: Path) -> list[TaskCheck]:
     """Look at every task's images, and say all that is wrong; a problem of the data raises nothing."""
     return [_finding(task, root) for task in protocol.tasks]
 
 
-def _finding(task: Task, root: Path) -> Finding:
+def _finding(task: Task, root: Path) -> TaskCheck:
     try:
         parts = task.open(root / task.folder, task, 0)
     except (DataError, OSError) as error:
-        return Finding(task.name, False, str(error))
+        return TaskCheck(task.name, False, str(error))
     wrong = problems(parts, task) + _missing(parts)
     if wrong:
-        return Finding(task.name, False, "; ".join(wrong))
+        return TaskCheck(task.name, False, "; ".join(wrong))
     counts = ", ".join(f"{len(examples):,} {name}" for name, examples in _by_name(parts).items())
     absent = _untrained(parts)
     note = f"; {len(absent)} classes have no training image, as published" if absent else ""
-    return Finding(task.name, True, f"{task.classes} classes, {counts}{note}")
+    return TaskCheck(task.name, True, f"{task.classes} classes, {counts}{note}")
 
 
 def _missing(parts: Parts) -> list[str]:

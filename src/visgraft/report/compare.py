@@ -18,7 +18,7 @@ TIE = 0.0005  # a lead below this rounds to 0.0 points
 
 
 @dataclass(frozen=True)
-class Row:
+class RunRow:
     """One run in the table: its figures on the measured images, or those recorded in training, and its costs.
 
     `figure` is top-1, or mean average precision where images may have several classes; rates lie between 0 and 1.
@@ -43,7 +43,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Difference:
+class Lead:
     """By how much the best run is ahead of another on the same images, with its 95 % interval; `certain`: above 0."""
 
     points: float
@@ -58,7 +58,7 @@ class Difference:
 
 def make_row(
     name: str, anchor: str, path: Path, config: Mapping[str, Any], evaluation: Evaluation | None, members: np.ndarray
-) -> Row:
+) -> RunRow:
     """Put together a run's row; without an evaluation, the figures are those that training recorded."""
     record, counts = config["record"], config.get("parameters", {})
     stored: Mapping[str, Any] = record.get("metrics", {})
@@ -81,7 +81,7 @@ def make_row(
             "balanced_accuracy": evaluation.balanced_accuracy,
             "images": evaluation.images,
         }
-    return Row(
+    return RunRow(
         name=name,
         anchor=anchor,
         method=config["method"],
@@ -103,14 +103,14 @@ def figure_interval(evaluation: Evaluation, members: np.ndarray) -> tuple[float,
     return rate_interval(right_answers(evaluation), members)
 
 
-def paired_difference(best: Evaluation, other: Evaluation, members: np.ndarray) -> Difference:
+def paired_difference(best: Evaluation, other: Evaluation, members: np.ndarray) -> Lead:
     """Return how far `best` is ahead of `other` on the same images; images of one group count together.
 
     Mean average precision, which is no mean over images, is resampled.
     """
     if not is_multi_label(best):
         found = intervals.paired_difference(right_answers(best), right_answers(other), members)
-        return Difference(found.mean, found.mean - found.half_width, found.mean + found.half_width)
+        return Lead(found.mean, found.mean - found.half_width, found.mean + found.half_width)
     labels = best.labels.numpy() > 0.5
     both = [best.probabilities.numpy(), other.probabilities.numpy()]
 
@@ -122,7 +122,7 @@ def paired_difference(best: Evaluation, other: Evaluation, members: np.ndarray) 
         return float(means[0] - means[1])
 
     points, half_width = best.figure - other.figure, spread(bootstrap(difference, members))
-    return Difference(points, points - half_width, points + half_width)
+    return Lead(points, points - half_width, points + half_width)
 
 
 def percent(value: float | None) -> str:
@@ -130,7 +130,7 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
-def verdict(rows: Sequence[Row], figure: str, differences: Sequence[Difference | None], part: str) -> str:
+def verdict(rows: Sequence[RunRow], figure: str, differences: Sequence[Lead | None], part: str) -> str:
     """Say in a sentence or two which run is best and whether that is certain; rows and differences are best first."""
     best = rows[0]
     if best.figure is None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from visgraft.data.images import Images
 from visgraft.measure.evaluation import Evaluation, is_multi_label
-from visgraft.pictures import Picture, Pixels, heat_map, photograph
+from visgraft.pictures import Picture, PixelArray, heat_map, photograph
 from visgraft.report.looking import occlusion
 
 MOST = 8
@@ -33,9 +33,9 @@ class Mistake:
     strongest: float
 
 
-def picture_of(images: Images, index: int) -> Pixels:
+def picture_of(images: Images, index: int) -> PixelArray:
     """Return an image's pixels as [H, W, 3]."""
-    pixels: Pixels = images.pixels[index].permute(1, 2, 0).numpy()
+    pixels: PixelArray = images.pixels[index].permute(1, 2, 0).numpy()
     return pixels
 
 

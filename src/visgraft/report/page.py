@@ -13,14 +13,14 @@ from visgraft.errors import AdapterError, VisgraftError, nearest
 from visgraft.files import new_file
 from visgraft.measure.evaluation import is_multi_label
 from visgraft.report import compare
-from visgraft.report.section import PART_NAMES, Run, Say, Section, make_section
+from visgraft.report.section import PART_NAMES, ReportedRun, RunSection, Say, make_section
 
 _DEFAULT_LOADING = Loading()
 MARKER = '<meta name="generator" content="visgraft report">'
 
 
 @dataclass(frozen=True)
-class Report:
+class ReportPage:
     """All that the page says, best run first; `differences` are those of the best run to each one.
 
     `part` is "validation" or "test", `data` the data's name, empty where nothing was measured, and `figure` what runs
@@ -32,8 +32,8 @@ class Report:
     figure: str
     verdict: str
     notes: list[str]
-    differences: list[compare.Difference | None]
-    sections: list[Section]
+    differences: list[compare.Lead | None]
+    sections: list[RunSection]
     classes: list[str]
 
     @property
@@ -76,7 +76,7 @@ def gather(
     part: str = "val",
     loading: Loading = _DEFAULT_LOADING,
     on_step: Say | None = None,
-) -> Report:
+) -> ReportPage:
     """Measure and draw all that `build_report` puts on the page; arguments and errors are the same."""
     if part not in PART_NAMES:
         raise VisgraftError(f"split is {part!r}, but must be one of {', '.join(PART_NAMES)}{nearest(part, PART_NAMES)}")
@@ -85,7 +85,7 @@ def gather(
     sections = sorted(made, key=lambda section: (section.row.figure is None, -(section.row.figure or 0)))
     differences = [_difference(sections[0], section) for section in sections]
     figure = "mean average precision" if any(section.row.multi_label for section in sections) else "top-1"
-    return Report(
+    return ReportPage(
         part=PART_NAMES[part],
         data="" if data is None else Path(str(data)).name,
         figure=figure,
@@ -97,7 +97,7 @@ def gather(
     )
 
 
-def _read(runs: Sequence[str | Path]) -> list[Run]:
+def _read(runs: Sequence[str | Path]) -> list[ReportedRun]:
     """Read all configurations before anything is measured, and name the runs by their folders."""
     paths = list(dict.fromkeys(Path(run) for run in runs))
     if not paths:
@@ -110,7 +110,8 @@ def _read(runs: Sequence[str | Path]) -> list[Run]:
     names = [path.resolve().name for path in paths]
     unique = len(set(names)) == len(names)
     found = [
-        Run(name if unique else str(path), path, read_config(path)) for name, path in zip(names, paths, strict=True)
+        ReportedRun(name if unique else str(path), path, read_config(path))
+        for name, path in zip(names, paths, strict=True)
     ]
     for run in found:
         read_backbone(run.path, run.config, "none")  # whatever is damaged should show before anything is measured
@@ -122,7 +123,7 @@ def _read(runs: Sequence[str | Path]) -> list[Run]:
     return found
 
 
-def _difference(best: Section, other: Section) -> compare.Difference | None:
+def _difference(best: RunSection, other: RunSection) -> compare.Lead | None:
     """The paired difference to another run; None where there is no other run, or not the same images."""
     if best is other or best.measured is None or other.measured is None:
         return None
@@ -132,7 +133,7 @@ def _difference(best: Section, other: Section) -> compare.Difference | None:
     return compare.paired_difference(measured.evaluation, other.measured.evaluation, measured.members) if same else None
 
 
-def _notes(sections: Sequence[Section], differences: Sequence[compare.Difference | None], part: str) -> list[str]:
+def _notes(sections: Sequence[RunSection], differences: Sequence[compare.Lead | None], part: str) -> list[str]:
     """What a reader must know to take the table for what it is."""
     notes, measured = [], sections[0].measured is not None
     prints = {section.config["record"].get("data", {}).get("fingerprint") for section in sections}
@@ -155,7 +156,7 @@ def _notes(sections: Sequence[Section], differences: Sequence[compare.Difference
     return notes
 
 
-def render(report: Report) -> str:
+def render(report: ReportPage) -> str:
     """Return the page as HTML with all pictures inside; every text is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 

@@ -54,7 +54,7 @@ class Alone:
 
 
 @dataclass(frozen=True)
-class Parts:
+class PartsShown:
     """The parts of a method as the page shows them.
 
     `shown` are the numbers, from 1, of the parts in the pictures, taken at `place` of `block` (from 1) of `blocks`;
@@ -75,7 +75,7 @@ class Parts:
     merged: bool
 
 
-def show_parts(model: nn.Module, images: Images, precision: str) -> Parts | None:
+def show_parts(model: nn.Module, images: Images, precision: str) -> PartsShown | None:
     """Return what the parts of the attached method do on these images; None where it is not made of parts."""
     attached = get_attached(model)
     count = attached.method.parts(attached.config)
@@ -101,7 +101,7 @@ def show_parts(model: nn.Module, images: Images, precision: str) -> Parts | None
     rows = _rows(
         images, chosen.tolist(), patches, [added[i] for i in shown], shown, grid[:2], attached.method.part_name
     )
-    return Parts(
+    return PartsShown(
         attached.method.part_name, tuple(i + 1 for i in shown), tuple(strength[i] for i in shown), inside[key] + 1,
         blocks, position.place.reads, rows, *with_parts,
     )  # fmt: skip

@@ -18,7 +18,7 @@ MISTAKES = 6
 
 
 @dataclass(frozen=True)
-class Run:
+class PaintedRun:
     """What the picture needs of one trained method: its epochs and its figures on the test images."""
 
     name: str
@@ -27,7 +27,7 @@ class Run:
 
 
 def paint(
-    path: Path, title: str, runs: Sequence[Run], model: nn.Module, images: Images, classes: Sequence[str]
+    path: Path, title: str, runs: Sequence[PaintedRun], model: nn.Module, images: Images, classes: Sequence[str]
 ) -> Path:
     """Write a PNG on the runs; mistakes and where the model looks are those of the last run, whose `model` it is."""
     import matplotlib
@@ -48,7 +48,7 @@ def paint(
     return path
 
 
-def _curves(figure: Any, runs: Sequence[Run]) -> None:
+def _curves(figure: Any, runs: Sequence[PaintedRun]) -> None:
     """Validation accuracy and training loss over the course of training, in per cent of each run's epochs."""
     axes = figure.subplots(1, 3, width_ratios=(1, 1, 0.8))
     for run, colour in zip(runs, COLOURS, strict=False):
@@ -73,7 +73,7 @@ def _curves(figure: Any, runs: Sequence[Run]) -> None:
         axes[2].spines[side].set_visible(False)
 
 
-def _confusions(figure: Any, runs: Sequence[Run], classes: Sequence[str]) -> None:
+def _confusions(figure: Any, runs: Sequence[PaintedRun], classes: Sequence[str]) -> None:
     """One matrix per run, each row in per cent of the images of that class."""
     axes = np.atleast_1d(figure.subplots(1, len(runs), sharey=True))
     shown = None
@@ -88,7 +88,7 @@ def _confusions(figure: Any, runs: Sequence[Run], classes: Sequence[str]) -> Non
     figure.colorbar(shown, ax=list(axes), label="% of the true class", shrink=0.8)
 
 
-def _mistakes(figure: Any, run: Run, model: nn.Module, images: Images, classes: Sequence[str]) -> None:
+def _mistakes(figure: Any, run: PaintedRun, model: nn.Module, images: Images, classes: Sequence[str]) -> None:
     """The wrong answers of highest probability, each beside a map of what the answer depends on."""
     probabilities, labels = run.evaluation.probabilities, run.evaluation.labels
     best = probabilities.max(-1)

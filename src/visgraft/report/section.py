@@ -21,7 +21,7 @@ from visgraft.pictures import Picture
 from visgraft.report import compare, figures, tables
 from visgraft.report.channels import ChannelMap, channel_map, channel_scores, choices, stored_choices
 from visgraft.report.mistakes import Mistake, count_mistakes, find_mistakes
-from visgraft.report.parts import Parts, show_parts
+from visgraft.report.parts import PartsShown, show_parts
 
 PART_NAMES = {"val": "validation", "test": "test"}
 NAMED_CLASSES = 25
@@ -30,7 +30,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Run:
+class ReportedRun:
     """An adapter to report on: a name that is unique on the page, its folder, and its configuration."""
 
     name: str
@@ -49,7 +49,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredRun:
     """What the page shows of a run on the measured images.
 
     `members` tells which images belong together (see `clusters`). `counts` is the confusion matrix [true][answered],
@@ -72,26 +72,26 @@ class Measured:
     mistakes: list[Mistake]
     classes: list[tables.ClassRow]
     groups: list[tables.GroupRow]
-    parts: Parts | None
+    parts: PartsShown | None
 
 
 @dataclass(frozen=True)
-class Section:
+class RunSection:
     """One run on the page; `score` is how its method chose channels, None where it works on all."""
 
-    row: compare.Row
+    row: compare.RunRow
     config: Mapping[str, Any]
     curves: list[Picture]
     score: str | None
     channels: list[ChannelMap]
     scored: str
-    measured: Measured | None
+    measured: MeasuredRun | None
     configuration: list[tuple[str, list[tuple[str, str]]]]
 
 
 def make_section(
-    run: Run, anchor: str, data: AnySource | None, weights: str | None, part: str, loading: Loading, say: Say
-) -> Section:
+    run: ReportedRun, anchor: str, data: AnySource | None, weights: str | None, part: str, loading: Loading, say: Say
+) -> RunSection:
     """Measure and draw one run; its model is let go afterwards."""
     record, measured, scored = run.config["record"], None, ""
     if data is None:
@@ -102,7 +102,7 @@ def make_section(
         measured = _measure(run, evaluation, images, adapted, say)
         maps, scored = _salience(run, adapted, data, loading, say)
     measured_figures = (measured.evaluation, measured.members) if measured else (None, np.arange(0))
-    return Section(
+    return RunSection(
         compare.make_row(run.name, anchor, run.path, run.config, *measured_figures),
         run.config,
         figures.curves(record.get("history", []), record.get("kept_epoch")),
@@ -114,7 +114,7 @@ def make_section(
     )
 
 
-def _measure(run: Run, evaluation: Evaluation, images: Images, adapted: Adapted, say: Say) -> Measured:
+def _measure(run: ReportedRun, evaluation: Evaluation, images: Images, adapted: Adapted, say: Say) -> MeasuredRun:
     """Make the tables and pictures of a measured run."""
     multi_label, names = tables.is_multi_label(evaluation), run.classes
     counts = None if multi_label else confusion(evaluation, len(names))
@@ -125,7 +125,7 @@ def _measure(run: Run, evaluation: Evaluation, images: Images, adapted: Adapted,
     if method.parts(run.options):
         say(f"{run.name}: each {method.part_name} alone")
     parts = show_parts(adapted.model, images, run.config["record"].get("precision", "fp32"))
-    return Measured(
+    return MeasuredRun(
         evaluation=evaluation,
         paths=images.paths,
         members=clusters(images.groups, len(images)),
@@ -147,7 +147,9 @@ def _measure(run: Run, evaluation: Evaluation, images: Images, adapted: Adapted,
     )
 
 
-def _salience(run: Run, adapted: Adapted, data: AnySource, loading: Loading, say: Say) -> tuple[list[ChannelMap], str]:
+def _salience(
+    run: ReportedRun, adapted: Adapted, data: AnySource, loading: Loading, say: Say
+) -> tuple[list[ChannelMap], str]:
     """Score the channels by the training images on the plain backbone, which the adapted model is turned into.
 
     Of many training images, evenly spaced ones are taken, so that a report does not take as long as a training.

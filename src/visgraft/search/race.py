@@ -12,22 +12,22 @@ from visgraft.data.images import Images
 from visgraft.errors import VisgraftError
 from visgraft.search.budget import REPEATS, SLACK, Clock, OutOfTime, Plan, Size, crossval_seconds
 from visgraft.search.result import Progress
-from visgraft.search.settings import Search, Setting, Task
+from visgraft.search.settings import Search, Setting, TuningTask
 from visgraft.training.crossval import Fold, Predictions, fit_fold, folds, join, select
 from visgraft.training.resume import Epoch
 
-Tell = Callable[[Progress], None]
+TellProgress = Callable[[Progress], None]
 
 
 @dataclass
 class Race:
     """The searches of all methods, which share the time."""
 
-    task: Task
+    task: TuningTask
     searches: list[Search]
     plan: Plan
     clock: Clock
-    tell: Tell
+    tell: TellProgress
 
     @property
     def reserve(self) -> float:

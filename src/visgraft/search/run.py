@@ -17,9 +17,9 @@ from visgraft.export.merge import mergeable
 from visgraft.measure.evaluation import logits_of
 from visgraft.measure.precision import make_accelerator, resolve_precision
 from visgraft.search.budget import Clock, Cost, Plan, Size, full_plan, make_plan
-from visgraft.search.race import Race, Tell
+from visgraft.search.race import Race, TellProgress
 from visgraft.search.result import Comparison, MethodResult, Progress
-from visgraft.search.settings import Search, Task, configure
+from visgraft.search.settings import Search, TuningTask, configure
 from visgraft.search.verdict import Candidate, Verdict, confused_pairs, decide, difference, is_guessing
 from visgraft.training.crossval import Bench, Predictions, kept_examples, possible_folds, select
 from visgraft.training.resume import Epoch
@@ -47,7 +47,7 @@ def compare(
     precision: str = "auto",
     split: Split | None = None,
     loading: Loading = Loading(),  # noqa: B008
-    on_progress: Tell = _nothing,
+    on_progress: TellProgress = _nothing,
     on_loading: Callable[[int, int], None] | None = None,
 ) -> Comparison:
     """Compare methods on a data set's training and validation images; the test images are never read.
@@ -83,7 +83,7 @@ def compare(
     images, val = (
         bench.load(dataset.part(part), on_progress=on_loading, **asdict(loading)) for part in ("train", "val")
     )
-    task = Task(bench, images, val, seed, resolve_precision(precision))
+    task = TuningTask(bench, images, val, seed, resolve_precision(precision))
     examples = [*kept_examples(dataset.train, images), *kept_examples(dataset.val, val)]
     costs = {name: measure_cost(task, name) for name in names}
     plan = _plan(costs, examples, task, clock, epochs)
@@ -107,7 +107,7 @@ def _check(methods: Sequence[str], budget: float | None, trials: int | None, epo
     return names
 
 
-def measure_cost(task: Task, method: str) -> Cost:
+def measure_cost(task: TuningTask, method: str) -> Cost:
     """Time a short training on a few images, at a learning rate that cannot diverge.
 
     Of two epochs after the first, which warms up, the quicker counts: other programs can only slow one down.
@@ -128,7 +128,9 @@ def measure_cost(task: Task, method: str) -> Cost:
     return Cost(fit.attach_seconds / count, float(np.diff(ends).min()) / count, forward, fit.head_only)
 
 
-def _plan(costs: Mapping[str, Cost], examples: Sequence[Example], task: Task, clock: Clock, epochs: int | None) -> Plan:
+def _plan(
+    costs: Mapping[str, Cost], examples: Sequence[Example], task: TuningTask, clock: Clock, epochs: int | None
+) -> Plan:
     """Return how long to train, and whether to cross-validate."""
     recipes = {name: get_method(name).recipe.epochs for name in costs}
     possible = possible_folds(examples) if len(examples) < FEW_IMAGES else 0
@@ -176,12 +178,12 @@ def _conclude(race: Race, dataset: Dataset, crossed: Mapping[str, Predictions]) 
     )
 
 
-def _validated(search: Search, task: Task) -> Predictions:
+def _validated(search: Search, task: TuningTask) -> Predictions:
     assert search.best is not None
     return Predictions(search.best[2].probabilities[None], task.val.labels, task.val.groups)
 
 
-def _candidate(search: Search, task: Task, found: Predictions) -> Candidate:
+def _candidate(search: Search, task: TuningTask, found: Predictions) -> Candidate:
     assert search.best is not None
     _, setting, fit = search.best
     method, config = search.configured(setting)

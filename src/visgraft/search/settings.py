@@ -58,7 +58,7 @@ def configure(method: str, setting: Setting, **training: Any) -> tuple[MethodCon
 
 
 @dataclass(frozen=True)
-class Task:
+class TuningTask:
     """What all methods are tried on: the backbone and the images, and the features that heads alone train on."""
 
     bench: Bench
@@ -74,7 +74,7 @@ class Search:
     """The trials of one method so far; `spent` is their time in seconds, `best` the best that ran to its end."""
 
     method: str
-    task: Task
+    task: TuningTask
     cost: Cost
     epochs: int
     spent: float = 0.0
