@@ -22,8 +22,8 @@ import torch
 from shared import arguments, quartiles, report, seconds_of, shown, table
 from step_time import make_step
 
+from visgraft import attach
 from visgraft.backbones.creation import Backbone, create_backbone
-from visgraft.core import attach
 from visgraft.core.registry import get_method
 from visgraft.measure.precision import frozen_weights_in_bf16, unfused_attention
 from visgraft.training.allocation import freed_memory_kept

@@ -16,12 +16,10 @@ from safetensors import SafetensorError
 from support import CLASSES, CONFIGS, enliven, fitted, images, live, logits, vit
 from torch import Tensor, nn
 
-from visgraft import Backbone, MethodConfig, count_parameters, create_backbone, list_methods, load, save
+from visgraft import Backbone, MethodConfig, attach, count_parameters, create_backbone, list_methods, load, merge, save
 from visgraft.adapters.directory import CARD, CONFIG, TENSORS, read_config
-from visgraft.core import attach
 from visgraft.core.tensors import CHILD
 from visgraft.errors import AdapterError, VisgraftError
-from visgraft.export import merge
 from visgraft.export.merge import mergeable
 from visgraft.files import check_target
 from visgraft.methods.salience import SCORES

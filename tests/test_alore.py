@@ -6,8 +6,7 @@ import torch
 from support import CLASSES, fitted, images, logits, vit
 from torch import Tensor, nn
 
-from visgraft import ALoREConfig, FullConfig, LinearConfig, LoRAConfig, MethodConfig, count_parameters
-from visgraft.core import attach
+from visgraft import ALoREConfig, FullConfig, LinearConfig, LoRAConfig, MethodConfig, attach, count_parameters
 from visgraft.core.attach import assemble, get_attached
 from visgraft.core.method import Grid
 from visgraft.errors import MergeError, SiteError, VisgraftError

@@ -16,12 +16,10 @@ from support import CLASSES, CONFIGS, TINY, enliven, images, live, logits, vit
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
-from visgraft import Backbone, create_backbone, load, model_data_config, save
+from visgraft import Backbone, attach, create_backbone, load, merge, model_data_config, save
 from visgraft.backbones.creation import image_transform
 from visgraft.backbones.weights import load_weights
-from visgraft.core import attach
 from visgraft.errors import VisgraftError, WeightsError
-from visgraft.export import merge
 from visgraft.export.plain import save_plain
 
 SMALL: dict[str, Any] = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}

@@ -9,8 +9,7 @@ import torch
 from support import CLASSES, fitted, images, logits, vit
 from torch import Tensor, nn
 
-from visgraft import MethodConfig, count_parameters
-from visgraft.core import attach
+from visgraft import MethodConfig, attach, count_parameters
 from visgraft.core.attach import assemble, get_attached
 from visgraft.core.method import Grid, Method, OwnTensor, Place, Position
 from visgraft.core.registry import get_method

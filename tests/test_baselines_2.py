@@ -10,12 +10,10 @@ import torch
 from support import CLASSES, family, fitted, images, logits, size_of, vit
 from torch import Tensor, nn
 
-from visgraft import LinearConfig, MethodConfig, count_parameters, list_methods
-from visgraft.core import attach
+from visgraft import LinearConfig, MethodConfig, attach, count_parameters, list_methods, merge
 from visgraft.core.attach import assemble, get_attached
 from visgraft.core.method import Grid, Place, Position
 from visgraft.errors import MergeError, VisgraftError
-from visgraft.export import merge
 from visgraft.export.affine import probe
 from visgraft.methods.arc import ARCConfig
 from visgraft.methods.convpass import ConvpassConfig

@@ -13,11 +13,9 @@ from support import CONFIGS, DEFAULTS, batches, images, vit
 from torch import nn
 from torch.nn import functional as F
 
-from visgraft import load, save
-from visgraft.core import attach
+from visgraft import attach, load, merge, save
 from visgraft.core.attach import get_attached
 from visgraft.core.tensors import backbone_digest
-from visgraft.export import merge
 
 
 def given(name: str = "alore-0") -> Any:

@@ -14,13 +14,12 @@ import torch
 from support import images, logits, vit
 
 import visgraft
-from visgraft import count_parameters, list_methods, load, read_folder, save
+from visgraft import count_parameters, list_methods, load, merge, read_folder, save
 from visgraft.cli.options import flags
 from visgraft.core.attach import attach
 from visgraft.core.families import BLOCKS
 from visgraft.core.registry import METHODS
 from visgraft.drawn.gauges import draw_gauges
-from visgraft.export import merge
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,12 +10,10 @@ from support import family, fitted, images, logits, vit
 from test_baselines_2 import EXACT, GRID, alone, tokens
 from torch import Tensor
 
-from visgraft import list_methods
-from visgraft.core import attach
+from visgraft import attach, list_methods, merge
 from visgraft.core.attach import get_attached
 from visgraft.core.method import Place, Position
 from visgraft.errors import MergeError, SiteError
-from visgraft.export import merge
 from visgraft.methods.fact import FacTConfig
 
 

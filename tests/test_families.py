@@ -6,12 +6,10 @@ import torch
 from support import batches, enliven, family, fitted, images, logits, size_of
 from torch.nn import functional as F
 
-from visgraft import ALoREConfig, LoRAConfig, MethodConfig, SCTConfig, SSFConfig, count_parameters
-from visgraft.core import attach
+from visgraft import ALoREConfig, LoRAConfig, MethodConfig, SCTConfig, SSFConfig, attach, count_parameters, merge
 from visgraft.core.attach import assemble, get_attached
 from visgraft.core.finding import find_sites
 from visgraft.errors import MergeError, VisgraftError
-from visgraft.export import merge
 from visgraft.export.merge import why_not_merged
 from visgraft.methods.salience import SCORE_FUNCTIONS, channel_squares, salient_channels
 from visgraft.methods.sct import SCT

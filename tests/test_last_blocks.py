@@ -16,12 +16,11 @@ from timm.models.beit import Beit
 from torch import Tensor, nn
 
 import visgraft.training.prefix
-from visgraft import MethodConfig, SCTConfig, TrainConfig, VisgraftError, list_methods, load, save
+from visgraft import MethodConfig, SCTConfig, TrainConfig, VisgraftError, attach, list_methods, load, save
 from visgraft.adapters.directory import CONFIG
 from visgraft.bench.ledger import read_file
 from visgraft.bench.running import method_config
 from visgraft.cli.options import flags
-from visgraft.core import attach
 from visgraft.core.attach import get_attached
 from visgraft.core.families import BLOCKS
 from visgraft.measure.precision import make_accelerator

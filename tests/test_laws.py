@@ -32,14 +32,12 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visgraft import count_parameters, detach, list_methods, load, save
-from visgraft.core import attach
+from visgraft import attach, count_parameters, detach, list_methods, load, merge, save
 from visgraft.core.attach import get_attached
 from visgraft.core.finding import find_sites
 from visgraft.core.taps import Kept
 from visgraft.core.tensors import CHILD
 from visgraft.errors import MergeError, SiteError, VisgraftError
-from visgraft.export import merge
 from visgraft.export.merge import why_not_merged
 
 SMALL_FILE = 16 * 1024

@@ -12,12 +12,10 @@ from test_laws import adapted, pictures
 from test_merged import MERGING
 from torch import Tensor, nn
 
-from visgraft import ALoREConfig, LinearConfig, LoRAConfig, SSFConfig, list_methods
-from visgraft.core import attach
+from visgraft import ALoREConfig, LinearConfig, LoRAConfig, SSFConfig, attach, list_methods, merge
 from visgraft.core.attach import get_attached
 from visgraft.core.finding import find_sites
 from visgraft.errors import MergeError
-from visgraft.export import merge
 from visgraft.export.affine import fold_target
 from visgraft.export.certificate import ERROR_FACTOR, REFERENCE_IMAGES, answers, certify, image_batches
 from visgraft.export.merge import folded

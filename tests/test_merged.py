@@ -12,10 +12,8 @@ from support import CONFIGS, TINY, enliven, family, images
 from test_laws import OBEYING, adapted, pictures
 from timm.models.vision_transformer import VisionTransformer
 
-from visgraft import list_methods
+from visgraft import attach, list_methods, merge
 from visgraft.backbones.creation import model_data_config
-from visgraft.core import attach
-from visgraft.export import merge
 from visgraft.export.merge import why_not_merged
 from visgraft.export.plain import save_plain
 

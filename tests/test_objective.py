@@ -17,11 +17,10 @@ from test_cli import SMALL, draw, fail, run, succeed
 from test_train import DEFAULTS, HALF, RECIPE, fit, held, ready, task, training
 from torch.nn import functional as F
 
-from visgraft import Images, TrainConfig, VisgraftError, load
+from visgraft import Images, TrainConfig, VisgraftError, load, predict
 from visgraft.adapters.directory import TENSORS
 from visgraft.data.decode import open_image
 from visgraft.measure.evaluation import score
-from visgraft.serve import prediction as predict
 from visgraft.training.objective import class_weights, draw_order, make_loss
 
 RARE = torch.tensor([0] * 30 + [1] * 6 + [2] * 4)

@@ -18,14 +18,12 @@ from PIL import Image
 from predicting import BACKBONE, CLASSES, adapters, make, pictures, refused, rows_of, run
 from safetensors.torch import save_file
 
-from visgraft import Backbone, create_backbone, load, load_images, model_data_config
+from visgraft import Backbone, create_backbone, evaluate, load, load_images, model_data_config, predict
 from visgraft.adapters.directory import CONFIG
 from visgraft.core.attach import get_attached
 from visgraft.data.dataset import Example
 from visgraft.errors import AdapterError, DataError, VisgraftError
-from visgraft.measure import evaluation as evaluate
 from visgraft.measure.precision import make_accelerator
-from visgraft.serve import prediction as predict
 from visgraft.serve.prediction import Prediction, load_together, predict_stream
 
 

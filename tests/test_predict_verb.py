@@ -13,10 +13,9 @@ import pytest
 from PIL import Image
 from predicting import adapters, content, make, pictures, refused, rows_of, run
 
-from visgraft import load
+from visgraft import load, predict
 from visgraft.adapters.directory import TENSORS
 from visgraft.cli import predict as verb
-from visgraft.serve import prediction as predict
 
 
 def test_lines_for_people(adapters: dict[str, Path], pictures: list[Path]) -> None:

@@ -15,10 +15,9 @@ import pytest
 from PIL import Image
 from support import CLASSES, enliven, vit
 
-from visgraft import ALoREConfig, Backbone, MethodConfig, TrainConfig, list_methods, load, save
+from visgraft import ALoREConfig, Backbone, MethodConfig, TrainConfig, attach, list_methods, load, save
 from visgraft.adapters.directory import CONFIG, TENSORS, read_config
 from visgraft.cli.report import report as report_verb
-from visgraft.core import attach
 from visgraft.errors import AdapterError, DataError, VisgraftError
 from visgraft.measure.measuring import measure_adapter
 from visgraft.report import channels

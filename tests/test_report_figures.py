@@ -11,11 +11,10 @@ import torch
 from PIL import Image
 from support import CLASSES, batches, fitted, images, logits, vit
 
-from visgraft import ALoREConfig, MethodConfig, SCTConfig, detach, list_methods
+from visgraft import ALoREConfig, MethodConfig, SCTConfig, detach, list_methods, merge
 from visgraft.core.attach import get_attached
 from visgraft.core.method import Grid
 from visgraft.data.images import Images
-from visgraft.export import merge
 from visgraft.measure.evaluation import confusion, score
 from visgraft.methods.salience import salient_channels
 from visgraft.pictures import heat_map

@@ -12,7 +12,7 @@ import torch
 from salient_experts import SalexConfig
 from support import batches, enliven, family, images, logits, vit
 from visgraft import ALoREConfig, attach, count_parameters, merge
-from visgraft.attach import get_attached
+from visgraft.core.attach import get_attached
 
 torch.manual_seed(0)
 whole = attach(vit(), SalexConfig(channels=32, rank=2), batches())

@@ -13,14 +13,13 @@ from timm.models.vision_transformer import Block, ParallelScalingBlock, ResPostB
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visgraft import list_methods
-from visgraft.core import attach
+from visgraft import attach, list_methods
 from visgraft.core.dryrun import prove_sites
 from visgraft.core.families import BLOCKS, _mixer_block, _open_block, _swin_block
 from visgraft.core.finding import find_sites
 from visgraft.core.method import Grid
 from visgraft.core.sites import Neighbour, Site
-from visgraft.core.taps import tap
+from visgraft.core.taps import Taps
 from visgraft.core.tensors import CHILD
 from visgraft.errors import SiteError
 
@@ -51,10 +50,11 @@ def look(model: nn.Module, x: Tensor) -> dict[Any, Tensor]:
     apart = {site.separate_bias for site in every_site(model) if site.separate_bias}
     for path in apart:
         model.get_submodule(path).qkv_bias_separate = True
-    handles = [h for s in every_site(model) for h in tap(model, s, Note(seen, (s.block, s.name)))]
+    taps = Taps()
+    for site in every_site(model):
+        taps.put(model, site, Note(seen, (site.block, site.name)))
     logits(model, x)
-    for handle in handles:
-        handle.remove()
+    taps.remove()
     return seen
 
 

@@ -18,7 +18,17 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visgraft import Adapted, Epoch, MethodConfig, TrainConfig, Training, VisgraftError, list_methods, load_images
+from visgraft import (
+    Adapted,
+    Epoch,
+    MethodConfig,
+    TrainConfig,
+    Training,
+    VisgraftError,
+    evaluate,
+    list_methods,
+    load_images,
+)
 from visgraft.adapters.directory import adapter_tensors
 from visgraft.backbones.creation import image_transform, model_data_config
 from visgraft.core.attach import attach
@@ -26,7 +36,6 @@ from visgraft.data.augment import augmentation
 from visgraft.data.dataset import Example
 from visgraft.data.images import Images
 from visgraft.errors import TrainingDiverged
-from visgraft.measure import evaluation as evaluate
 from visgraft.measure.evaluation import confusion, score
 from visgraft.measure.precision import resolve_precision
 from visgraft.serve.prediction import predict
