@@ -14,7 +14,7 @@ from visgraft.core.finding import find_sites
 from visgraft.core.method import Batches, Method, OwnTensor, Place, Position
 from visgraft.core.registry import get_method
 from visgraft.core.sites import BEFORE_BLOCKS, Site, Sites
-from visgraft.core.taps import Act, Add, Apply, Insert, Kept, Read, Remove, tap, tap_source
+from visgraft.core.taps import Act, Add, Apply, Insert, Read, Remove, Taps
 from visgraft.core.tensors import CHILD, LazyDigest, own_tensors
 from visgraft.errors import SiteError, VisgraftError
 from visgraft.options import MethodConfig
@@ -23,12 +23,13 @@ from visgraft.options import MethodConfig
 class Attached(nn.Module):
     """What `attach` leaves on the model: the method's modules and all that `detach`, `save` and `merge` need.
 
-    `positions` maps a key to the method's module there; `shared` holds the modules common to all positions.
+    `positions` maps a key to the method's module there; `shared` holds the modules common to all positions. `sites` are
+    the backbone's, found once; none where the method puts no modules anywhere.
     """
 
-    def __init__(self, model: nn.Module, config: MethodConfig) -> None:
+    def __init__(self, model: nn.Module, config: MethodConfig, sites: Sites) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.sites = config, sites
         self.plain = LazyDigest(model)
         self.positions = nn.ModuleDict()
         self.shared = nn.ModuleDict()
@@ -37,7 +38,7 @@ class Attached(nn.Module):
         self.unfrozen: tuple[str, ...] = ()
         self.originals: dict[str, Tensor] = {}
         self.flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        self.handles: list[Any] = []
+        self.taps = Taps()
         self.settings: dict[tuple[str, str], Any] = {}
         self._backbone: tuple[nn.Module] = (model,)  # in a tuple, because a child must not register its parent
 
@@ -59,8 +60,7 @@ class Attached(nn.Module):
 
     def reset(self) -> None:
         """Take off the hooks and set back what `set` changed."""
-        for handle in self.handles:
-            handle.remove()
+        self.taps.remove()
         for (path, attribute), value in self.settings.items():
             setattr(self._backbone[0].get_submodule(path), attribute, value)
 
@@ -236,7 +236,7 @@ def assemble(
     positions, sites = find_positions(model, config)
     if positions:
         prove_sites(model, list(dict.fromkeys(site for position in positions for site in sites.at(position))))
-    attached = Attached(model, config)
+    attached = Attached(model, config, sites)
     tensors = own_tensors(model)
     attached.unfrozen = tuple(method.unfrozen(config, tensors))
     if config.last_blocks:
@@ -255,41 +255,44 @@ def assemble(
     attached.to(like.dtype)
     if calibrate is not None:
         calibrate(method, modules)
-    _hook(model, attached, sites)
+    _hook(model, attached)
     _freeze(model, attached)
     model.add_module(CHILD, attached)
     model.train(model.training)
     return model
 
 
-def _hook(model: nn.Module, attached: Attached, sites: Sites) -> None:
+def _hook(model: nn.Module, attached: Attached) -> None:
     """Put every module of the method on its site; those that read one site unchanged in between read it together."""
     reading: dict[Site, Read] = {}
+    taps = attached.taps
     for key, position in attached.where.items():
         module: Any = attached.positions[key]
-        reads, adds_to = sites.at(position)
+        reads, adds_to = attached.sites.at(position)
         for path in {site.separate_bias for site in (reads, adds_to) if site.separate_bias}:
             attached.set(path, "qkv_bias_separate", True)
         if attached.method.inserts:
-            attached.handles += tap(model, reads, Insert(module)) + tap(model, adds_to, Remove(module))
-            _count_tokens(attached, position, sites, module.tokens())
+            taps.put(model, reads, Insert(module))
+            taps.put(model, adds_to, Remove(module))
+            _count_tokens(attached, position, module.tokens())
             continue
         if reads is adds_to or reads not in reading:
-            source, handles = tap_source(model, reads)
+            source = taps.source(model, reads)
             act: Act = Apply(module, source) if reads is adds_to else reading.setdefault(reads, Read(source))
-            attached.handles += handles + tap(model, reads, act)
+            taps.put(model, reads, act)
         if reads is not adds_to:
-            kept = Kept()
+            kept = taps.keep()
             reading[reads].readers.append((module, kept))
-            attached.handles += tap(model, adds_to, Add(module, kept))
+            taps.put(model, adds_to, Add(module, kept))
         reading.pop(adds_to, None)
+    taps.forget_after_forward(model)
 
 
-def _count_tokens(attached: Attached, position: Position, sites: Sites, tokens: int) -> None:
+def _count_tokens(attached: Attached, position: Position, tokens: int) -> None:
     """Tell modules that count the prefix tokens by themselves of those that pass through them."""
     assert position.block is not None
     last = position.block if position.last is None else position.last
-    for block in sites.blocks[position.block : last + 1]:
+    for block in attached.sites.blocks[position.block : last + 1]:
         counter = block[position.place.reads].prefix_counter
         if counter:
             prefix = block[position.place.reads].grid

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from visgraft.backbones.input_size import input_size
 from visgraft.core.method import Grid
 from visgraft.core.sites import Neighbour, Site
-from visgraft.core.taps import tap
+from visgraft.core.taps import Taps
 from visgraft.errors import SiteError
 
 REARRANGEMENTS = {
@@ -156,13 +156,13 @@ def prove_sites(model: nn.Module, sites: Sequence[Site]) -> None:
     model = meta_copy(model).eval()
     for attention in {site.separate_bias for site in sites if site.separate_bias}:
         setattr(model.get_submodule(attention), "qkv_bias_separate", True)  # noqa: B010
-    trace, recorders = _Trace(model), [_Recorder() for _ in sites]
+    trace, recorders, taps = _Trace(model), [_Recorder() for _ in sites], Taps()
     made_by = {site.produced_by.path for site in sites if site.produced_by} | {site.norm for site in sites if site.norm}
     for path in made_by:
         if not isinstance(model.get_submodule(path), nn.Linear | nn.Conv2d):
             trace.watch_output(path)
     for site, recorder in zip(sites, recorders, strict=True):
-        tap(model, site, recorder)
+        taps.put(model, site, recorder)
     # Registered after the taps, so that they see what the taps pass on.
     for path in {path for site in sites for path in (site.entry, site.next) if path}:
         trace.watch_input(path)

@@ -6,6 +6,7 @@ features, what an act sees are tokens [B, N, C]; the hook puts what comes back i
 """
 
 import contextlib
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -70,11 +71,13 @@ class Lens:
         return onto if new is seen else self.restored(new, onto)
 
 
-class Kept:
-    """What one hook hands to a later one of the same forward, a tensor or more; never copied, never stored."""
+class Kept(threading.local):
+    """What one hook hands to a later one of the same forward, a tensor or more; never copied, never stored.
 
-    def __init__(self) -> None:
-        self.tensor: Any = None
+    Each thread sees its own, so that forwards in several threads do not meet.
+    """
+
+    tensor: Any = None
 
     def take(self) -> Any:
         """Return what was kept and forget it, so that no memory is held after the forward."""
@@ -83,8 +86,8 @@ class Kept:
             raise RuntimeError("a site was read before its tensor passed; the dry run should have refused this model")
         return tensor
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"tensor": None}
+    def __reduce__(self) -> tuple[type["Kept"], tuple[()]]:
+        return Kept, ()
 
 
 class InputHook:
@@ -121,8 +124,8 @@ class OutputHook:
         if self.attention is not None:
             bias = torch.cat((self.attention.q_bias, self.attention.k_bias, self.attention.v_bias))
         if isinstance(self.act, Add) and output.ndim == 3 and type(module) is nn.Linear:
-            rows = self.rows or (0, output.shape[-1])  # a fresh tensor, so that it can be added to in place
-            return self.act.to_rows(output, self.lens.grid_of(output), rows)
+            # A fresh tensor, so that it can be added to in place.
+            return self.act.to_rows(output, self.lens.grid_of(output), self.rows)
         if self.rows is None:
             return self.lens.act(self.act, output, bias)
         start, stop = self.rows
@@ -171,9 +174,18 @@ class NormInput:
 
 
 def factors_of(method: Method) -> LowRank | None:
-    """The method's map as factors; None where it has none, or where somebody's hook waits for the module's call."""
+    """The method's map as factors; None where it has none, or where its plain form is wanted.
+
+    That is where somebody's hook waits for the module's call, and where a tracer runs (`torch.jit.trace`,
+    `torch.export`, the transforms of `torch.func`), which knows no backward pass of our own.
+    """
     watched = method._forward_pre_hooks or method._forward_hooks or method._backward_hooks
-    return None if watched else method.low_rank()
+    return None if watched or is_traced() else method.low_rank()
+
+
+def is_traced() -> bool:
+    """Whether a tracer runs that cannot take a backward pass of our own; `torch.compile` can."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active()
 
 
 class Apply:
@@ -227,15 +239,15 @@ class Add:
         read, factors = self.kept.take()
         return self.method(read, onto, grid) if factors is None else add_product(onto, read, factors)
 
-    def to_rows(self, output: Tensor, grid: Grid, rows: tuple[int, int]) -> Tensor:
-        """Add to rows of the last axis of a linear layer's output, in place where the map is of low rank."""
+    def to_rows(self, output: Tensor, grid: Grid, rows: tuple[int, int] | None) -> Tensor:
+        """Add to rows of the last axis of a linear output (None: all), in place where the map is of low rank."""
         read, factors = self.kept.take()
         if factors is not None:
-            return add_product(output, read, factors, rows)
+            return add_product(output, read, factors, rows or (0, output.shape[-1]))
+        if rows is None:
+            return self.method(read, output, grid)
         start, stop = rows
         new = self.method(read, output[..., start:stop], grid)
-        if stop - start == output.shape[-1]:
-            return new
         return torch.cat((output[..., :start], new, output[..., stop:]), dim=-1)
 
 
@@ -259,23 +271,60 @@ class Remove:
         return self.method.remove(value, grid)
 
 
-def tap(model: nn.Module, site: Site, act: Act) -> list[Any]:
-    """Hook `act` to a site and return the handles that remove it again."""
-    host, lens = model.get_submodule(site.host), Lens(site)
-    if site.side == "input":
-        return [host.register_forward_pre_hook(InputHook(act, lens))]
-    if site.side == "output":
-        attention = model.get_submodule(site.separate_bias) if site.separate_bias else None
-        return [host.register_forward_hook(OutputHook(act, lens, site.rows, attention))]
-    assert site.entry is not None
-    kept = Kept()
-    entry = model.get_submodule(site.entry).register_forward_pre_hook(KeepInputHook(kept))
-    return [entry, host.register_forward_hook(ResidualHook(act, lens, kept))]
+class ForgetHook:
+    """Forward hook on the whole model that lets go of what is still kept, as after an exception in between."""
+
+    def __init__(self, kept: list[Kept]) -> None:
+        self.kept = kept
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not torch.compiler.is_compiling():  # nothing is kept beyond a graph
+            for kept in self.kept:
+                kept.tensor = None
 
 
-def tap_source(model: nn.Module, site: Site) -> tuple[NormInput | None, list[Any]]:
-    """Keep what the norm reads whose output a site's tensor is, and return the handles; None where it is no norm's."""
-    if site.norm is None:
-        return None, []
-    norm, kept = model.get_submodule(site.norm), Kept()
-    return NormInput(norm, kept, Lens(site)), [norm.register_forward_pre_hook(KeepInputHook(kept))]
+class Taps:
+    """Hooks on the sites of one model, and what they hand to each other within a forward."""
+
+    def __init__(self) -> None:
+        self.handles: list[Any] = []
+        self.kept: list[Kept] = []
+
+    def keep(self) -> Kept:
+        """Return a place for what one hook hands to a later one."""
+        self.kept.append(Kept())
+        return self.kept[-1]
+
+    def put(self, model: nn.Module, site: Site, act: Act) -> None:
+        """Hook `act` to a site."""
+        host, lens = model.get_submodule(site.host), Lens(site)
+        if site.side == "input":
+            self.handles.append(host.register_forward_pre_hook(InputHook(act, lens)))
+        elif site.side == "output":
+            attention = model.get_submodule(site.separate_bias) if site.separate_bias else None
+            self.handles.append(host.register_forward_hook(OutputHook(act, lens, site.rows, attention)))
+        else:
+            assert site.entry is not None
+            kept = self._keep_input(model, site.entry)
+            self.handles.append(host.register_forward_hook(ResidualHook(act, lens, kept)))
+
+    def source(self, model: nn.Module, site: Site) -> NormInput | None:
+        """Keep what the norm reads whose output a site's tensor is; None where it is no norm's."""
+        if site.norm is None:
+            return None
+        return NormInput(model.get_submodule(site.norm), self._keep_input(model, site.norm), Lens(site))
+
+    def _keep_input(self, model: nn.Module, path: str) -> Kept:
+        kept = self.keep()
+        self.handles.append(model.get_submodule(path).register_forward_pre_hook(KeepInputHook(kept)))
+        return kept
+
+    def forget_after_forward(self, model: nn.Module) -> None:
+        """Let nothing be kept beyond a forward of the whole model, even where that ends in an exception."""
+        if self.kept:
+            self.handles.append(model.register_forward_hook(ForgetHook(self.kept), always_call=True))
+
+    def remove(self) -> None:
+        """Take all hooks off."""
+        for handle in self.handles:
+            handle.remove()

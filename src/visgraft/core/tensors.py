@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,16 +18,30 @@ CHILD = "visgraft"
 """Name of the child module that `attach` registers on the backbone; it holds everything that the method adds."""
 
 
+_IN_EVAL: dict[nn.Module, tuple[int, dict[nn.Module, bool]]] = {}
+_IN_EVAL_LOCK = threading.Lock()
+
+
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Hold a model in eval mode inside the context; afterwards each of its modules has the mode that it had."""
-    modes = {module: module.training for module in model.modules()}
-    try:
+    """Hold a model in eval mode inside the context; afterwards each of its modules has the mode that it had.
+
+    Where several threads are inside for one model, the last that leaves gives the modes back.
+    """
+    with _IN_EVAL_LOCK:
+        users, modes = _IN_EVAL.get(model) or (0, {module: module.training for module in model.modules()})
         model.eval()
+        _IN_EVAL[model] = (users + 1, modes)
+    try:
         yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        with _IN_EVAL_LOCK:
+            users, modes = _IN_EVAL.pop(model)
+            if users > 1:
+                _IN_EVAL[model] = (users - 1, modes)
+            else:
+                for module, mode in modes.items():
+                    module.training = mode
 
 
 def backbone_digest(model: nn.Module) -> str | None:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from torch import nn
 
 from visgraft.core.attach import find_positions, get_attached, strip
 from visgraft.core.dryrun import meta_copy
-from visgraft.core.finding import find_sites
+from visgraft.core.method import Position
 from visgraft.core.registry import get_method
+from visgraft.core.sites import Sites
 from visgraft.core.tensors import eval_mode
 from visgraft.errors import MergeError, VisgraftError
 from visgraft.export.affine import FoldTarget, add_missing_biases, fold, fold_target, probe, refusal
@@ -24,8 +26,14 @@ def why_not_merged(model: nn.Module, config: MethodConfig, allow_new_bias: bool 
     Raises:
         SiteError: it cannot be attached there in the first place.
     """
+    return _refusal(model, config, *find_positions(model, config), allow_new_bias)
+
+
+def _refusal(
+    model: nn.Module, config: MethodConfig, positions: Collection[Position], sites: Sites, allow_new_bias: bool
+) -> str | None:
+    """`why_not_merged` where positions and sites are known."""
     method = get_method(config.method)
-    positions, sites = find_positions(model, config)
     if method.inserts:
         return "inserts tokens, which no weight can take over"
     for position in positions:
@@ -78,15 +86,12 @@ def remedy(model: nn.Module, config: MethodConfig) -> str:
 def _fold_all(model: nn.Module, plain: nn.Module, allow_new_bias: bool) -> None:
     """Fold every position of the attached model into the plain copy."""
     attached = get_attached(model)
-    reason = why_not_merged(plain, attached.config, allow_new_bias)
+    reason = _refusal(plain, attached.config, attached.where.values(), attached.sites, allow_new_bias)
     if reason:
         advice = remedy(plain, attached.config)
         raise MergeError(f"{attached.config.method} {reason}, so it cannot be folded exactly; {advice}")
-    if not attached.where:
-        return
-    sites = find_sites(plain)
     for key, position in attached.where.items():
-        reads, adds_to = sites.at(position)
+        reads, adds_to = attached.sites.at(position)
         target = fold_target(reads, adds_to)
         assert target is not None
         module: Any = attached.positions[key]

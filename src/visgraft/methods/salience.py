@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from visgraft.core.finding import find_sites
 from visgraft.core.method import Batches, Grid
 from visgraft.core.sites import Site
-from visgraft.core.taps import tap
+from visgraft.core.taps import Taps
 from visgraft.core.tensors import eval_mode
 from visgraft.errors import VisgraftError
 
@@ -63,12 +63,10 @@ def _squares_at(model: nn.Module, batches: Batches, names: Sequence[str]) -> dic
     """`channel_squares` of several sites in one pass over the images."""
     blocks = find_sites(model).blocks
     acts = {name: [_SquareSums() for _ in blocks] for name in names}
-    handles = [
-        handle
-        for name in acts
-        for sites, act in zip(blocks, acts[name], strict=True)
-        for handle in tap(model, sites[name], act)
-    ]
+    taps = Taps()
+    for name, found in acts.items():
+        for sites, act in zip(blocks, found, strict=True):
+            taps.put(model, sites[name], act)
     apart: dict[str, Any] = {path: model.get_submodule(path) for path in _separate_biases(blocks, names)}
     before = {path: attention.qkv_bias_separate for path, attention in apart.items()}
     like = next(model.parameters())
@@ -82,8 +80,7 @@ def _squares_at(model: nn.Module, batches: Batches, names: Sequence[str]) -> dic
                     act.members, act.images = members, len(images)
                 model(images.to(like.device, like.dtype))
     finally:
-        for handle in handles:
-            handle.remove()
+        taps.remove()
         for path, attention in apart.items():
             attention.qkv_bias_separate = before[path]
     sums = {name: [act.sums for act in found] for name, found in acts.items()}

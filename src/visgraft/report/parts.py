@@ -11,7 +11,6 @@ from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
 from visgraft.core.attach import get_attached
-from visgraft.core.finding import find_sites
 from visgraft.core.method import Grid
 from visgraft.data.images import Images
 from visgraft.export.merge import merge, mergeable
@@ -82,7 +81,7 @@ def show_parts(model: nn.Module, images: Images, precision: str) -> PartsShown |
     if not count or not attached.where:
         return None
     with_parts = count_alone(model, images, count, precision, attached.method.part_name)
-    blocks = len(find_sites(model).blocks)
+    blocks = len(attached.sites.blocks)
     late = max(blocks - 2, 0)  # in the last block only the class token goes on, so patches no longer matter there
     inside = {k: p.block for k, p in attached.where.items() if p.block is not None}
     late = min(late, max(inside.values()))

@@ -5,6 +5,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from visgraft.adapters.directory import TENSORS, Adapted, load, read_config
 from visgraft.core.attach import detach, get_attached
+from visgraft.core.tensors import eval_mode
 from visgraft.data.decode import open_image
 from visgraft.errors import AdapterError, DataError, VisgraftError
 from visgraft.measure.evaluation import probabilities_of
@@ -118,11 +120,10 @@ def _run(
     on_broken: Callable[[Path, str], None] | None,
     on_progress: Callable[[int], None] | None,
 ) -> Iterator[Prediction]:
-    models, done = [one.adapted.model for one in ready], 0
-    modes = [model.training for model in models]
-    try:
-        for model in models:
-            model.eval()
+    done = 0
+    with ExitStack() as stack:
+        for one in ready:
+            stack.enter_context(eval_mode(one.adapted.model))
         for batch in batches:
             good = _readable(batch, on_broken)
             if good:
@@ -133,9 +134,6 @@ def _run(
             done += len(batch)
             if on_progress is not None:
                 on_progress(done)
-    finally:
-        for model, mode in zip(models, modes, strict=True):
-            model.train(mode)
 
 
 def _readable(
