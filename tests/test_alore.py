@@ -7,7 +7,8 @@ from support import CLASSES, fitted, images, logits, vit
 from torch import Tensor, nn
 
 from visgraft import ALoREConfig, FullConfig, LinearConfig, LoRAConfig, MethodConfig, attach, count_parameters
-from visgraft.core.attach import assemble, get_attached
+from visgraft.core.attach import assemble
+from visgraft.core.attached import get_attached
 from visgraft.core.method import Grid
 from visgraft.errors import MergeError, SiteError, VisgraftError
 from visgraft.export.affine import probe

@@ -10,7 +10,8 @@ from support import CLASSES, fitted, images, logits, vit
 from torch import Tensor, nn
 
 from visgraft import MethodConfig, attach, count_parameters
-from visgraft.core.attach import assemble, get_attached
+from visgraft.core.attach import assemble
+from visgraft.core.attached import get_attached
 from visgraft.core.method import Grid, Method, OwnTensor, Place, Position
 from visgraft.core.registry import get_method
 from visgraft.errors import SiteError, VisgraftError

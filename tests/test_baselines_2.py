@@ -11,7 +11,8 @@ from support import CLASSES, family, fitted, images, logits, size_of, vit
 from torch import Tensor, nn
 
 from visgraft import LinearConfig, MethodConfig, attach, count_parameters, list_methods, merge
-from visgraft.core.attach import assemble, get_attached
+from visgraft.core.attach import assemble
+from visgraft.core.attached import get_attached
 from visgraft.core.method import Grid, Place, Position
 from visgraft.errors import MergeError, VisgraftError
 from visgraft.export.affine import probe

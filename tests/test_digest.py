@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from visgraft import attach, load, merge, save
-from visgraft.core.attach import get_attached
+from visgraft.core.attached import get_attached
 from visgraft.core.tensors import backbone_digest
 
 

@@ -11,7 +11,7 @@ from test_baselines_2 import EXACT, GRID, alone, tokens
 from torch import Tensor
 
 from visgraft import attach, list_methods, merge
-from visgraft.core.attach import get_attached
+from visgraft.core.attached import get_attached
 from visgraft.core.method import Place, Position
 from visgraft.errors import MergeError, SiteError
 from visgraft.methods.fact import FacTConfig

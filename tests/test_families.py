@@ -7,7 +7,8 @@ from support import batches, enliven, family, fitted, images, logits, size_of
 from torch.nn import functional as F
 
 from visgraft import ALoREConfig, LoRAConfig, MethodConfig, SCTConfig, SSFConfig, attach, count_parameters, merge
-from visgraft.core.attach import assemble, get_attached
+from visgraft.core.attach import assemble
+from visgraft.core.attached import get_attached
 from visgraft.core.finding import find_sites
 from visgraft.errors import MergeError, VisgraftError
 from visgraft.export.merge import why_not_merged

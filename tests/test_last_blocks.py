@@ -21,7 +21,7 @@ from visgraft.adapters.directory import CONFIG
 from visgraft.bench.ledger import read_file
 from visgraft.bench.running import method_config
 from visgraft.cli.options import flags
-from visgraft.core.attach import get_attached
+from visgraft.core.attached import get_attached
 from visgraft.core.families import BLOCKS
 from visgraft.measure.precision import make_accelerator
 from visgraft.options import method_fields

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visgraft import attach, count_parameters, detach, list_methods, load, merge, save
-from visgraft.core.attach import get_attached
+from visgraft.core.attached import get_attached
 from visgraft.core.finding import find_sites
 from visgraft.core.taps import Kept
 from visgraft.core.tensors import CHILD

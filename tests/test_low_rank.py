@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visgraft import attach, list_methods
-from visgraft.core.attach import get_attached
+from visgraft.core.attached import get_attached
 from visgraft.core.low_rank import LowRank, add_low_rank, add_product, hidden_features, keep_mask, masked
 from visgraft.core.method import Method
 from visgraft.methods.alore import ALoREConfig

@@ -13,7 +13,7 @@ from test_merged import MERGING
 from torch import Tensor, nn
 
 from visgraft import ALoREConfig, LinearConfig, LoRAConfig, SSFConfig, attach, list_methods, merge
-from visgraft.core.attach import get_attached
+from visgraft.core.attached import get_attached
 from visgraft.core.finding import find_sites
 from visgraft.errors import MergeError
 from visgraft.export.affine import fold_target

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from visgraft import Backbone, create_backbone, evaluate, load, load_images, model_data_config, predict
 from visgraft.adapters.directory import CONFIG
-from visgraft.core.attach import get_attached
+from visgraft.core.attached import get_attached
 from visgraft.data.dataset import Example
 from visgraft.errors import AdapterError, DataError, VisgraftError
 from visgraft.measure.precision import make_accelerator

@@ -12,7 +12,7 @@ from PIL import Image
 from support import CLASSES, batches, fitted, images, logits, vit
 
 from visgraft import ALoREConfig, MethodConfig, SCTConfig, detach, list_methods, merge
-from visgraft.core.attach import get_attached
+from visgraft.core.attached import get_attached
 from visgraft.core.method import Grid
 from visgraft.data.images import Images
 from visgraft.measure.evaluation import confusion, score

@@ -9,7 +9,8 @@ from support import batches, fitted, images, logits, vit
 from torch import Tensor
 
 from visgraft import SCTConfig, attach, count_parameters, load, merge, salient_channels, save
-from visgraft.core.attach import assemble, get_attached
+from visgraft.core.attach import assemble
+from visgraft.core.attached import get_attached
 from visgraft.errors import VisgraftError
 from visgraft.methods.salience import _class_agnostic, _class_aware, channel_squares
 from visgraft.methods.sct import SCT

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from visgraft.backbones.creation import Backbone, create_backbone, image_transform, model_data_config
 from visgraft.backbones.input_size import built_size
-from visgraft.core.attach import assemble, count_parameters, detach, get_attached
+from visgraft.core.attach import assemble, count_parameters, detach
+from visgraft.core.attached import get_attached
 from visgraft.core.registry import get_method
 from visgraft.core.tensors import CHILD
 from visgraft.errors import AdapterError

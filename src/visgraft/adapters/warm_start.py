@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from visgraft.adapters.directory import TENSORS, adapter_tensors, read_config, read_tensors
-from visgraft.core.attach import assemble, get_attached
+from visgraft.core.attach import assemble
+from visgraft.core.attached import get_attached
 from visgraft.errors import AdapterError
 from visgraft.options import MethodConfig
 

@@ -20,7 +20,8 @@ import visgraft
 from visgraft.adapters.directory import adapter_tensors
 from visgraft.backbones.creation import create_backbone, model_data_config
 from visgraft.bench.trial import Measured, Result, Trial, backbone_of, split_digest
-from visgraft.core.attach import attach, count_parameters, get_attached
+from visgraft.core.attach import attach, count_parameters
+from visgraft.core.attached import get_attached
 from visgraft.core.method import Method
 from visgraft.core.registry import get_method
 from visgraft.data.dataset import Example

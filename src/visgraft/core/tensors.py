@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -44,13 +44,35 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
                     module.training = mode
 
 
-def backbone_digest(model: nn.Module) -> str | None:
+def backbone_digest(
+    model: nn.Module,
+    without: Collection[str] = (),
+    *,
+    dtype: torch.dtype | None = None,
+    originals: Mapping[str, Tensor] | None = None,
+) -> str | None:
     """Return the sha256 of the plain backbone's tensors in order of name; None where tensors hold no data (meta).
 
     The head is left out because it is new for every task, and position embeddings because resampling them to
     another image size may round differently on another machine.
+
+    Args:
+        model: the model, with or without something attached.
+        without: names of further tensors to leave out.
+        dtype: the precision to convert tensors of the model's own precision to; None: as they are.
+        originals: what tensors were before they trained, by name.
     """
-    return _sha256(_digested(model))
+    own = precision_of(model)
+    tensors = {name: tensor for name, tensor in _digested(model).items() if name not in without}
+    tensors |= {name: tensor for name, tensor in (originals or {}).items() if name in tensors}
+    if dtype not in (None, own):
+        tensors = {name: tensor.to(dtype) if tensor.dtype == own else tensor for name, tensor in tensors.items()}
+    return _sha256(tensors)
+
+
+def precision_of(model: nn.Module) -> torch.dtype:
+    """Return the precision of a model's weights: that of its first parameter."""
+    return next(model.parameters()).dtype
 
 
 def _digested(model: nn.Module) -> dict[str, Tensor]:
@@ -76,11 +98,13 @@ class LazyDigest:
     """The `backbone_digest` of a plain model, made when it is first asked for: it takes longer than all of `attach`.
 
     Until then it refers to the model's tensors without copying them. A change of device or precision gives the model
-    new ones, and the old are held, so the digest stays that of the model as it was given; `settle` lets go of them.
+    new ones, and the old are held, so the digest stays that of the model as it was given, in its `dtype`; `settle` lets
+    go of them.
     Of tensors that train, pass the copies to `keep` before they do.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.dtype = precision_of(model)
         self._now = _digested(model)
         self._then = {name: tensor.detach() for name, tensor in self._now.items()}
         self._value: str | None = None
@@ -105,7 +129,7 @@ class LazyDigest:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy would carry a second set of the backbone's tensors, which nothing ties to those of the copied model.
-        return {"_now": {}, "_then": {}, "_value": self.value()}
+        return {"dtype": self.dtype, "_now": {}, "_then": {}, "_value": self.value()}
 
 
 def own_tensors(model: nn.Module) -> list[OwnTensor]:

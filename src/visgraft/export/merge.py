@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from visgraft.core.attach import find_positions, get_attached, strip
+from visgraft.core.attach import strip
+from visgraft.core.attached import get_attached
 from visgraft.core.dryrun import meta_copy
 from visgraft.core.method import Position
+from visgraft.core.placing import find_positions
 from visgraft.core.registry import get_method
 from visgraft.core.sites import Sites
 from visgraft.core.tensors import eval_mode

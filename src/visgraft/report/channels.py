@@ -12,7 +12,8 @@ from torch import nn
 
 from visgraft.adapters.directory import TENSORS, read_backbone, read_tensors
 from visgraft.backbones.creation import create_backbone
-from visgraft.core.attach import assemble, get_attached
+from visgraft.core.attach import assemble
+from visgraft.core.attached import get_attached
 from visgraft.core.method import Batches
 from visgraft.core.registry import get_method
 from visgraft.core.tensors import CHILD

@@ -10,7 +10,7 @@ import torch
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
-from visgraft.core.attach import get_attached
+from visgraft.core.attached import get_attached
 from visgraft.core.method import Grid
 from visgraft.data.images import Images
 from visgraft.export.merge import merge, mergeable

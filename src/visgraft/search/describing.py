@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from visgraft.backbones.creation import Backbone, create_backbone
-from visgraft.core.attach import assemble, count_parameters, find_positions
+from visgraft.core.attach import assemble, count_parameters
+from visgraft.core.placing import find_positions
 from visgraft.core.registry import list_methods
 from visgraft.errors import SiteError
 from visgraft.export.merge import why_not_merged

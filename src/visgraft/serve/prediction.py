@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from visgraft.adapters.directory import TENSORS, Adapted, load, read_config
-from visgraft.core.attach import detach, get_attached
+from visgraft.core.attach import detach
+from visgraft.core.attached import get_attached
 from visgraft.core.tensors import eval_mode
 from visgraft.data.decode import open_image
 from visgraft.errors import AdapterError, DataError, VisgraftError

@@ -14,7 +14,8 @@ from sklearn.model_selection import RepeatedStratifiedKFold, StratifiedGroupKFol
 from torch import Tensor, nn
 
 from visgraft.backbones.creation import Backbone, create_backbone, model_data_config
-from visgraft.core.attach import attach, count_parameters, detach, get_attached
+from visgraft.core.attach import attach, count_parameters, detach
+from visgraft.core.attached import get_attached
 from visgraft.data.dataset import Dataset, Example, listed, stratum
 from visgraft.data.images import Images, Loading, load_images
 from visgraft.data.read import AnySource, read_data

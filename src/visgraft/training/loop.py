@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visgraft.adapters.directory import adapter_tensors
-from visgraft.core.attach import get_attached
+from visgraft.core.attached import get_attached
 from visgraft.data.images import Images
 from visgraft.errors import TrainingDiverged, VisgraftError
 from visgraft.measure.evaluation import peak_memory_bytes, probabilities_of, score

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visgraft.core.attach import get_attached
+from visgraft.core.attached import get_attached
 from visgraft.data.augment import View, augmentation
 from visgraft.data.images import Images
 from visgraft.errors import VisgraftError

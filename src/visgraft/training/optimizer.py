@@ -6,7 +6,7 @@ import torch
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from visgraft.core.attach import get_attached
+from visgraft.core.attached import get_attached
 from visgraft.errors import VisgraftError
 from visgraft.options import TrainConfig
 

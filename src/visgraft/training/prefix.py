@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from visgraft.core.attach import get_attached
+from visgraft.core.attached import get_attached
 from visgraft.core.finding import find_sites
 from visgraft.data.images import Images
 from visgraft.errors import SiteError
