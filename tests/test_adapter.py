@@ -17,7 +17,7 @@ from support import CLASSES, CONFIGS, enliven, fitted, images, live, logits, vit
 from torch import Tensor, nn
 
 from visgraft import Backbone, MethodConfig, attach, count_parameters, create_backbone, list_methods, load, merge, save
-from visgraft.adapters.directory import CARD, CONFIG, TENSORS, read_config
+from visgraft.adapters.directory import CARD, CONFIG, TENSORS, read_record
 from visgraft.core.tensors import CHILD
 from visgraft.errors import AdapterError, VisgraftError
 from visgraft.export.merge import mergeable
@@ -77,7 +77,7 @@ def test_any_valid_options_come_back_bit_for_bit_and_merge(name: str, data: st.D
     with tempfile.TemporaryDirectory() as folder:
         model = saved(Path(folder), config)
         loaded = load(folder, backbone=vit()).model
-        assert read_config(folder)["method_config"] == config.to_dict()
+        assert read_record(folder).method == config
     assert torch.equal(logits(loaded), logits(model))
     if mergeable(vit(), config):
         x = images(4, seed=7, dtype=torch.float64)
@@ -108,7 +108,7 @@ def test_classes_record_and_preprocessing_come_back_with_a_card(tmp_path: Path) 
     loaded = load(tmp_path / "a", backbone=vit())
     assert loaded.classes == ("Ä", "b c", "猫", "d", "e")
     assert not loaded.model.training
-    assert read_config(tmp_path / "a")["record"] == {"metrics": {"top-1": 0.75}}
+    assert read_record(tmp_path / "a").facts == {"metrics": {"top-1": 0.75}}
     card = (tmp_path / "a" / CARD).read_text(encoding="utf-8")
     assert all(fact in card for fact in ("method: `sct`", "top-1: 0.75", "猫", "visgraft.load"))
 
@@ -119,7 +119,7 @@ def test_an_adapter_of_a_named_backbone_loads_alone(tmp_path: Path) -> None:
     save(model, tmp_path / "a")
     loaded = load(tmp_path / "a").model
     assert torch.equal(logits(loaded), logits(model))
-    assert loaded.visgraft_backbone == origin
+    assert read_record(tmp_path / "a").backbone == origin
 
 
 def test_a_weights_file_is_named_but_not_where_it_lies(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ MUTATIONS: dict[str, tuple[Callable[[Path], None], str]] = {
     "wrong num_classes": (edit(backbone={"num_classes": 4}), "needs a head of 4 outputs"),
     "num_classes a text": (edit(backbone={"num_classes": "5"}), "head of 5 outputs"),
     "other digest": (edit(backbone={"digest": "0" * 64}), "another backbone"),
-    "digest a number": (edit(backbone={"digest": 17}), "another backbone"),
+    "digest a number": (edit(backbone={"digest": 17}), "is damaged: backbone: the digest is 17"),
     "tensors missing": (lambda folder: (folder / TENSORS).unlink(), "missing or damaged"),
     "tensors empty": (raw(TENSORS, lambda _: b""), "missing or damaged"),
     "tensors truncated": (raw(TENSORS, lambda data: data[:-1]), "missing or damaged"),

@@ -17,7 +17,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from visgraft import Backbone, attach, create_backbone, load, merge, model_data_config, save
-from visgraft.backbones.creation import image_transform
+from visgraft.backbones.creation import image_transform, origin_of
 from visgraft.backbones.weights import load_weights
 from visgraft.errors import VisgraftError, WeightsError
 from visgraft.export.plain import save_plain
@@ -204,7 +204,7 @@ def test_another_image_size_resamples_the_position_embeddings(tmp_path: Path) ->
     assert model_data_config(model)["input_size"] == [3, 32, 32]
     save(attach(model, CONFIGS["full-0"]), tmp_path / "a")
     loaded = load(tmp_path / "a", weights=str(tmp_path / "w.safetensors"))
-    assert loaded.model.visgraft_backbone.image_size == 32
+    assert loaded.record.backbone.image_size == 32
     assert loaded.transform(random_picture()).shape == (3, 32, 32)
 
 
@@ -264,6 +264,6 @@ def test_an_adapter_of_a_model_by_timm_alone_reloads_with_backbone(tmp_path: Pat
         return live(timm.create_model("test_vit", img_size=16, num_classes=CLASSES, **SMALL)).eval()
 
     model = enliven(attach(own(), CONFIGS["lora-0"])).eval()
-    assert not hasattr(model, "visgraft_backbone")
+    assert origin_of(model) is None
     save(model, tmp_path / "a")
     assert torch.equal(logits(load(tmp_path / "a", backbone=own()).model), logits(model))

@@ -23,7 +23,7 @@ from visgraft.bench.running import method_config
 from visgraft.cli.options import flags
 from visgraft.core.attached import get_attached
 from visgraft.core.families import BLOCKS
-from visgraft.measure.precision import make_accelerator
+from visgraft.measure.precision import make_compute
 from visgraft.options import method_fields
 from visgraft.report.parts import show_parts
 from visgraft.training.objective import make_objective
@@ -42,7 +42,7 @@ def blocks_of(model: nn.Module) -> set[int | None]:
 
 
 def prefix_of(model: nn.Module, kind: str = "plain", precision: str = "fp32", count: int = 6) -> Prefix:
-    found = run_prefix(model, [task(count, size=size_of(kind))], make_accelerator(precision), batch_size=4)
+    found = run_prefix(model, [task(count, size=size_of(kind))], make_compute(precision), batch_size=4)
     assert isinstance(found, Prefix), found
     return found
 
@@ -214,18 +214,18 @@ def test_cached_views_take_turns_and_each_runs_through_the_prefix_once(monkeypat
     passes: list[int] = []
     model: Any = attach(vit(), config("lora", last_blocks=1))
     model.blocks[0].mlp.register_forward_hook(lambda module, args, output: passes.append(len(output)))
-    tasks = [make_objective(model, task(), None, VIEWS, make_accelerator("fp32"))]
+    tasks = [make_objective(model, task(), None, VIEWS, make_compute("fp32"))]
     assert sum(passes) == 2 * 20 + 3 * 2, "both views of all images; two to see where to cut, and to compare"
     monkeypatch.setattr(visgraft.training.prefix, "MEMORY_SHARE", 0.0)
     with pytest.warns(UserWarning, match="would take"):
-        tasks.append(make_objective(model, task(), None, VIEWS, make_accelerator("fp32")))
+        tasks.append(make_objective(model, task(), None, VIEWS, make_compute("fp32")))
     chosen = torch.tensor([7, 2, 11])
     with torch.no_grad():
         kept, anew = ([one.network(one.inputs(chosen, epoch)) for epoch in (1, 2, 3, 4)] for one in tasks)
     torch.testing.assert_close(kept, anew, rtol=1e-5, atol=1e-6)
     assert torch.equal(kept[0], kept[2]) and torch.equal(kept[1], kept[3]) and not torch.equal(kept[0], kept[1])
     unlimited, told = replace(VIEWS, cached_views=None), list[str]()
-    first = make_objective(model, task(), None, unlimited, make_accelerator("fp32"), on_warning=told.append)
+    first = make_objective(model, task(), None, unlimited, make_compute("fp32"), on_warning=told.append)
     torch.testing.assert_close(first.network(first.inputs(chosen, 2)), kept[1], rtol=1e-5, atol=1e-6)
 
 
@@ -275,13 +275,13 @@ def test_drop_path_in_the_prefix_keeps_it_in_every_step() -> None:
 
 
 def test_no_prefix_is_kept_where_the_first_block_trains_or_the_blocks_are_unknown() -> None:
-    accelerator = make_accelerator("fp32")
+    compute = make_compute("fp32")
     for name in ("lora", "bitfit", "full", "norm"):
-        assert run_prefix(attach(vit(), config(name)), [task()], accelerator) is None
+        assert run_prefix(attach(vit(), config(name)), [task()], compute) is None
     known = dict(BLOCKS)
     try:
         BLOCKS.clear()
-        assert run_prefix(attach(vit(), config("partial")), [task()], accelerator) is None
+        assert run_prefix(attach(vit(), config("partial")), [task()], compute) is None
     finally:
         BLOCKS.update(known)
 
@@ -309,7 +309,7 @@ def test_a_model_that_uses_the_prefix_elsewhere_too_trains_as_ever() -> None:
     assert len(told) == 1 and "does not give the same from block 3 on alone" in told[0]
     model.head.weight.data.zero_()  # then logits alone would tell nothing
     model.head.bias.data.zero_()
-    assert isinstance(run_prefix(model, [task()], make_accelerator("fp32")), str)
+    assert isinstance(run_prefix(model, [task()], make_compute("fp32")), str)
 
 
 def test_positions_that_all_blocks_share_are_still_computed() -> None:
@@ -345,7 +345,7 @@ def test_a_tail_takes_any_number_of_images_and_leaves_the_model_usable_after_an_
 
 def test_labels_and_validation_go_with_the_kept_inputs() -> None:
     model = attach(vit(), config("lora", last_blocks=1))
-    task_of = make_objective(model, task(), task(10, 1), RECIPE, make_accelerator("fp32"))
+    task_of = make_objective(model, task(), task(10, 1), RECIPE, make_compute("fp32"))
     assert task_of.val_inputs is not None
     chosen = torch.tensor([7, 2])
     for inputs, part in ((task_of.inputs(chosen, 1), task()), (task_of.val_inputs(chosen), task(10, 1))):

@@ -16,7 +16,7 @@ from PIL import Image
 from support import CLASSES, enliven, vit
 
 from visgraft import ALoREConfig, Backbone, MethodConfig, TrainConfig, attach, list_methods, load, save
-from visgraft.adapters.directory import CONFIG, TENSORS, read_config
+from visgraft.adapters.directory import CONFIG, TENSORS, read_record
 from visgraft.cli.report import report as report_verb
 from visgraft.errors import AdapterError, DataError, VisgraftError
 from visgraft.measure.measuring import measure_adapter
@@ -172,11 +172,11 @@ def test_the_table_holds_the_measured_figures_best_first(
 
 
 def test_the_stored_choice_is_the_attached_ones_without_any_weights(runs: dict[str, Path]) -> None:
-    stored = channels.stored_choices(runs["sct"], read_config(runs["sct"]))
+    stored = channels.stored_choices(runs["sct"], read_record(runs["sct"]))
     attached = channels.choices(load(runs["sct"]).model)
     assert [choice.site for choice in stored] == [choice.site for choice in attached] == ["stream.mid"]
     assert (stored[0].marks == attached[0].marks).all() and stored[0].marks.sum() == 8 * len(stored[0].blocks)
-    assert channels.stored_choices(runs["alore"], read_config(runs["alore"])) == []
+    assert channels.stored_choices(runs["alore"], read_record(runs["alore"])) == []
 
 
 @pytest.mark.parametrize("count", [2, 30])
@@ -269,7 +269,7 @@ def test_what_cannot_be_reported_on_is_one_line_and_nothing_is_written(
     refused(capsys, AdapterError, "damaged/adapter_model.safetensors is missing or damaged", damaged, out=out)
     shutil.copy(runs["linear"] / TENSORS, damaged)
     refused(capsys, AdapterError, "does not fit its config", damaged, out=out)
-    config = read_config(runs["linear"])
+    config = read_record(runs["linear"]).to_json()
     (damaged / CONFIG).write_text(json.dumps(config | {"backbone": {"num_classes": 3}}))
     refused(capsys, AdapterError, "adapter_config.json is damaged: backbone", damaged, out=out)
     refused(capsys, VisgraftError, "split is 'train'", linear, out=out, split="train")

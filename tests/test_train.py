@@ -30,7 +30,7 @@ from visgraft import (
     load_images,
 )
 from visgraft.adapters.directory import adapter_tensors
-from visgraft.backbones.creation import image_transform, model_data_config
+from visgraft.backbones.creation import model_data_config
 from visgraft.core.attach import attach
 from visgraft.data.augment import augmentation
 from visgraft.data.dataset import Example
@@ -355,7 +355,7 @@ def test_predict_names_the_same_classes_as_evaluate_most_probable_first(tmp_path
     facts = model_data_config(model)
     images = load_images([Example(path, 0) for path in pictures], facts)
     found = evaluate(model, images, "fp32")
-    adapted = Adapted(model, image_transform(facts), classes)
+    adapted = Adapted.of(model, classes=classes)
     rows = predict(adapted, pictures, top=CLASSES)
     for row, probabilities in zip(rows, found.probabilities, strict=True):
         assert sorted((p for _, p in row), reverse=True) == [p for _, p in row]
@@ -365,7 +365,7 @@ def test_predict_names_the_same_classes_as_evaluate_most_probable_first(tmp_path
     for (best,), row in zip(predict(adapted, pictures[:2]), rows, strict=False):
         assert best[0] == row[0][0]
         assert best[1] == pytest.approx(row[0][1], abs=1e-6), "a smaller batch may round otherwise, and no more"
-    assert predict(adapted._replace(classes=()), pictures[:1])[0][0][0] == str("abcde".index(rows[0][0][0]))
+    assert predict(Adapted.of(model), pictures[:1])[0][0][0] == str("abcde".index(rows[0][0][0]))
 
 
 def test_options_survive_the_way_through_plain_values() -> None:

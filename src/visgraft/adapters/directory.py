@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -13,32 +15,56 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from visgraft.backbones.creation import Backbone, create_backbone, image_transform, model_data_config
+from visgraft.adapters.record import FORMAT_VERSION, AdapterRecord
+from visgraft.backbones.creation import Backbone, create_backbone, image_transform, model_data_config, origin_of
 from visgraft.backbones.input_size import built_size
 from visgraft.core.attach import assemble, count_parameters, detach
 from visgraft.core.attached import get_attached
-from visgraft.core.registry import get_method
-from visgraft.core.tensors import CHILD
+from visgraft.core.tensors import backbone_digest
+from visgraft.core.wrappers import unwrapped
 from visgraft.errors import AdapterError
 from visgraft.files import new_directory, write_json
 
-FORMAT_VERSION = 1
 CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 
 
-class Adapted(NamedTuple):
-    """A model ready for use: the image transform (PIL image -> [3, H, W]) and the class names go with it."""
+@dataclass(frozen=True, eq=False)
+class Adapted:
+    """A model ready for use, in eval mode, and all that is known of it.
+
+    It unpacks into model, transform and class names: `model, transform, classes = visgraft.load(path)`.
+    """
 
     model: nn.Module
-    transform: Any
-    classes: tuple[str, ...]
+    record: AdapterRecord
+
+    @classmethod
+    def of(cls, model: nn.Module, *, classes: Sequence[str] = ()) -> "Adapted":
+        """Return a model as `load` would after `save`, without writing anything; `classes` name the head's outputs.
+
+        Raises:
+            AdapterError: the number of names is not that of the head's outputs.
+            VisgraftError: nothing is attached.
+        """
+        return cls(model, make_record(model, classes=classes))
+
+    @cached_property
+    def transform(self) -> Any:
+        """The image transform: PIL image -> float [3, H, W]."""
+        return image_transform(self.record.data_config)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the outputs, in order; empty where they were not named."""
+        return self.record.classes
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.model, self.transform, self.classes))
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return what an adapter holds: the method's tensors, the head's, and those of the backbone that train."""
-    attached, state = get_attached(model), model.state_dict()
-    names = [name for name in state if name.startswith(f"{CHILD}.") or name in attached.originals]
-    return {name: state[name].detach().cpu().contiguous() for name in names}
+    """Return what an adapter holds, on the CPU: tensors of the method, of the head, and what else trains."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in get_attached(model).stored().items()}
 
 
 def save(
@@ -62,28 +88,47 @@ def save(
         AdapterError: the number of names is not that of the head's outputs.
         VisgraftError: nothing is attached, or the directory holds something else or cannot be written.
     """
-    attached = get_attached(model)
+    tensors = adapter_tensors(model)
+    record_ = make_record(model, classes=classes, data_config=data_config, facts=record)
+    path = Path(path)
+    with new_directory(path, CONFIG) as folder:
+        safetensors.torch.save_file(tensors, folder / TENSORS)
+        write_json(folder / CONFIG, record_.to_json())
+        (folder / CARD).write_text(_card(record_), encoding="utf-8")
+    return path
+
+
+def make_record(
+    model: nn.Module,
+    *,
+    classes: Sequence[str] = (),
+    data_config: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> AdapterRecord:
+    """Return the record of a model with something attached; arguments and errors are those of `save`."""
+    attached, model = get_attached(model), unwrapped(model)
+    attached.adopt()
     outputs = int(getattr(model, "num_classes", 0))
     if classes and outputs != len(classes):
         raise AdapterError(f"{len(classes)} class names for a head of {outputs} outputs; pass one for each")
-    origin = getattr(model, "visgraft_backbone", None) or _origin(model)
     config = {
         "format_version": FORMAT_VERSION,
         "method": attached.config.method,
         "method_config": attached.config.to_dict(),
-        "backbone": {**origin.to_dict(), "num_classes": outputs, "digest": attached.digest},
+        "backbone": {
+            **(origin_of(model) or _origin(model)).to_dict(),
+            "num_classes": outputs,
+            "digest": attached.digest,
+            "digest_precision": str(attached.digest_dtype).removeprefix("torch."),
+            "own": list(attached.adopted),
+        },
         "data_config": dict(data_config or model_data_config(model)),
         "classes": list(classes),
         "parameters": dataclasses.asdict(count_parameters(model)),
-        "record": dict(record or {}),
+        "record": dict(facts or {}),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
     }
-    path = Path(path)
-    with new_directory(path, CONFIG) as folder:
-        safetensors.torch.save_file(adapter_tensors(model), folder / TENSORS)
-        write_json(folder / CONFIG, config)
-        (folder / CARD).write_text(_card(config), encoding="utf-8")
-    return path
+    return AdapterRecord.from_json(config, Path(CONFIG))
 
 
 def _origin(model: nn.Module) -> Backbone:
@@ -99,25 +144,24 @@ def _origin(model: nn.Module) -> Backbone:
     return Backbone(f"{name}{tag}", image_size=size[0])
 
 
-def _card(config: Mapping[str, Any]) -> str:
-    backbone, numbers = config["backbone"], config["parameters"]
-    metrics = config["record"].get("metrics", {})
+def _card(record: AdapterRecord) -> str:
+    config, numbers = record.to_json(), record.parameters
     return "\n".join(
         [
             "---\nlibrary_name: visgraft\ntags: [image-classification, parameter-efficient-fine-tuning]\n---",
-            f"# {config['method']} adapter for {backbone['name']}\n",
+            f"# {config['method']} adapter for {record.backbone.name}\n",
             f"- method: `{config['method']}` {json.dumps(config['method_config'])}",
-            f"- backbone: `{backbone['name']}`, weights: {backbone['weights']}, sha256 {backbone['digest']}",
+            f"- backbone: `{record.backbone.name}`, weights: {config['backbone']['weights']}, sha256 {record.digest}",
             f"- trained parameters: {numbers['adapter']:,} and {numbers['head']:,} of the head",
-            f"- classes: {', '.join(config['classes']) or 'not named'}",
-            *(f"- {name}: {value}" for name, value in metrics.items()),
+            f"- classes: {', '.join(record.classes) or 'not named'}",
+            *(f"- {name}: {value}" for name, value in record.figures.items()),
             "\n```python\nimport visgraft\nmodel, transform, classes = visgraft.load('this-folder')\n```\n",
         ]
     )
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
-    """Return the checked content of an adapter's `adapter_config.json`.
+def read_record(path: str | Path) -> AdapterRecord:
+    """Return the checked record of an adapter, without its tensors.
 
     Raises:
         AdapterError: no adapter, a damaged one, or one of a newer format.
@@ -129,25 +173,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise AdapterError(f"{file} is damaged ({error}); restore it or train again") from error
-    version = config.get("format_version") if isinstance(config, dict) else None
-    if version != FORMAT_VERSION:
-        raise AdapterError(
-            f"{file} has format version {version}, but this visgraft reads {FORMAT_VERSION}; update visgraft"
-        )
-    kinds: dict[str, type] = {
-        "method": str, "method_config": dict, "backbone": dict, "data_config": dict, "classes": list, "record": dict
-    }  # fmt: skip
-    for key, kind in kinds.items():
-        if not isinstance(config.get(key), kind):
-            raise AdapterError(
-                f"{file} is damaged: {key!r} is missing or no {kind.__name__}; restore it or train again"
-            )
-    outputs, names = config["backbone"].get("num_classes"), config["classes"]
-    if not isinstance(outputs, int) or len(names) not in (0, outputs):
-        raise AdapterError(
-            f"{file} is damaged: {len(names)} class names for a head of {outputs} outputs; restore it or train again"
-        )
-    return config
+    return AdapterRecord.from_json(config, file)
 
 
 def load(path: str | Path, *, weights: str | None = None, backbone: nn.Module | None = None) -> Adapted:
@@ -163,29 +189,26 @@ def load(path: str | Path, *, weights: str | None = None, backbone: nn.Module | 
         WeightsError: the backbone's weights cannot be had.
     """
     path = Path(path)
-    config = read_config(path)
+    record = read_record(path)
     try:
-        method_config = get_method(config["method"]).Config.from_dict(config["method_config"])
-        transform = image_transform(config["data_config"])
+        image_transform(record.data_config)
     except Exception as error:  # timm's transform raises whatever comes of a wrong fact
         raise AdapterError(f"{path / CONFIG} is damaged: {error}; restore it or train again") from error
     tensors = read_tensors(path / TENSORS)
     model = backbone
     if model is None:
-        model = create_backbone(read_backbone(path, config, weights), config["backbone"].get("num_classes", 0))
-    if getattr(model, "num_classes", 0) != config["backbone"].get("num_classes"):
-        expected = config["backbone"].get("num_classes")
+        model = create_backbone(record.located(path, weights), record.outputs)
+    if getattr(unwrapped(model), "num_classes", 0) != record.outputs:
         raise AdapterError(
-            f"{path} needs a head of {expected} outputs; create the backbone with num_classes={expected}"
+            f"{path} needs a head of {record.outputs} outputs; create the backbone with num_classes={record.outputs}"
         )
-    assemble(model, method_config)
+    assemble(model, record.method)
     try:
-        _fill(model, tensors, path, config["backbone"].get("digest"))
+        _fill(model, tensors, path, record)
     except AdapterError:
         detach(model)
         raise
-    model.visgraft_record = config["record"]  # says precision and kind of labels
-    return Adapted(model.eval(), transform, tuple(config["classes"]))
+    return Adapted(model.eval(), record)
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -195,37 +218,33 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         raise AdapterError(f"{file} is missing or damaged ({error}); restore it or train again") from error
 
 
-def read_backbone(path: Path, config: Mapping[str, Any], weights: str | None = None) -> Backbone:
-    """Return the backbone that an adapter's config describes, `weights` overriding its source.
+def check_backbone(model: nn.Module, record: AdapterRecord, path: Path) -> None:
+    """Raise an AdapterError unless the frozen tensors of a model with the method attached are the adapter's.
 
-    Raises:
-        AdapterError: it is damaged, or the weights came from a file, which must be passed again.
+    They are compared in the precision in which the adapter saw them.
     """
-    facts = dict(config["backbone"])
-    file = facts.pop("file", None)
-    for name in ("num_classes", "digest"):
-        facts.pop(name, None)
-    if weights is None and facts.get("weights") == "file":
-        raise AdapterError(f"{path} was trained on the weights file {file}; pass it again: --weights PATH/{file}")
-    kinds = {"name": str, "weights": str, "image_size": int | None, "seed": int, "arguments": dict}
-    try:
-        origin = Backbone(**{**facts, "weights": weights or facts["weights"]})
-        if wrong := [key for key, kind in kinds.items() if not isinstance(getattr(origin, key), kind)]:
-            raise TypeError(f"{wrong[0]} is {getattr(origin, wrong[0])!r}")
-    except (TypeError, KeyError) as error:
-        raise AdapterError(f"{path / CONFIG} is damaged: backbone: {error}; restore it or train again") from error
-    return origin
-
-
-def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Path, digest: str | None) -> None:
-    """Copy the stored tensors in, after checking the backbone, every name and every shape."""
-    # Made only to be compared: that takes longer than the rest of loading.
-    found = digest if digest is None else get_attached(model).digest
-    if found != digest:
+    attached = get_attached(model)
+    attached.adopt(record.own)
+    if record.digest is None:  # made only to be compared: that takes longer than the rest of loading
+        return
+    wanted, has = getattr(torch, record.digest_precision), attached.digest_dtype
+    if torch.promote_types(wanted, has) != has:
         raise AdapterError(
-            f"{path} was trained on another backbone (sha256 {str(digest)[:12]}…, this one is {str(found)[:12]}…); "
+            f"{path} was made with the backbone in {record.digest_precision}, but this one is in "
+            f"{str(has).removeprefix('torch.')}, in which nobody can tell whether it is the same; pass the backbone in "
+            f"{record.digest_precision}, and convert the model after loading"
+        )
+    found = attached.digest if wanted == has else backbone_digest(model, record.own, dtype=wanted)
+    if found != record.digest:
+        raise AdapterError(
+            f"{path} was trained on another backbone (sha256 {record.digest[:12]}…, this one is {str(found)[:12]}…); "
             "pass the same weights with --weights (weights= or backbone= in Python)"
         )
+
+
+def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Path, record: AdapterRecord) -> None:
+    """Copy the stored tensors in, after checking the backbone, every name and every shape."""
+    check_backbone(model, record, path)
     own = adapter_tensors(model)
     wrong = sorted(set(own) ^ set(tensors)) + [
         name for name in own if name in tensors and (own[name].shape, own[name].dtype.is_floating_point)

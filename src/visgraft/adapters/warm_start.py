@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from visgraft.adapters.directory import TENSORS, adapter_tensors, read_config, read_tensors
+from visgraft.adapters.directory import TENSORS, adapter_tensors, check_backbone, read_record, read_tensors
 from visgraft.core.attach import assemble
 from visgraft.core.attached import get_attached
 from visgraft.errors import AdapterError
@@ -31,20 +31,19 @@ def start_from(model: nn.Module, adapter: Path, config: MethodConfig, classes: S
     Raises:
         AdapterError: the adapter is damaged, of another method, options or backbone, or shares no class.
     """
-    stored = read_config(adapter)
-    if (stored["method"], type(config).from_dict(stored["method_config"])) != (config.method, config):
+    stored = read_record(adapter)
+    if stored.method != config:
         raise AdapterError(
-            f"{adapter} is {stored['method']} with {stored['method_config']}; leave the method's options out to go on "
-            "with these"
+            f"{adapter} is {stored.method.method} with {stored.method.to_dict()}; leave the method's options out to go "
+            "on with these"
         )
-    before = {name: row for row, name in enumerate(stored["classes"])}
+    before = {name: row for row, name in enumerate(stored.classes)}
     rows = [(row, before[name]) for row, name in enumerate(classes) if name in before]
     if not rows:
         raise AdapterError(f"{adapter} knows none of the classes {', '.join(classes[:5])}; train without --init-from")
     assemble(model, config)
     attached = get_attached(model)
-    if stored["backbone"].get("digest") not in (None, attached.digest):
-        raise AdapterError(f"{adapter} was trained on another backbone; pass the same --backbone and --weights")
+    check_backbone(model, stored, adapter)
     tensors, own = read_tensors(adapter / TENSORS), adapter_tensors(model)
     if tensors.keys() != own.keys():
         wrong = ", ".join(sorted(tensors.keys() ^ own.keys())[:3])

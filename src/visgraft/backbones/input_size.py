@@ -46,10 +46,9 @@ def patch_size(model: nn.Module) -> tuple[int, int] | None:
 
 
 def _created_for(model: nn.Module) -> tuple[int, int] | None:
-    """The size that the model was asked for, else that of its weights."""
+    """The size that the model was created for, else that of its weights; timm notes both in one place."""
     facts: Any = getattr(model, "pretrained_cfg", None) or {}
-    asked = getattr(getattr(model, "visgraft_backbone", None), "image_size", None)
-    return _pair(asked or facts.get("input_size", (0, None))[1:])
+    return _pair(facts.get("input_size", (0, None))[1:])
 
 
 def _channels(model: nn.Module) -> int | None:

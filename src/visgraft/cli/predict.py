@@ -135,11 +135,11 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         AdapterError: the first one is no adapter.
         DataError: none names images.
     """
-    from visgraft.adapters.directory import CONFIG, read_config
+    from visgraft.adapters.directory import CONFIG, read_record
 
     adapters = [argument for argument in arguments if os.path.isfile(os.path.join(argument, CONFIG))]
     if arguments[0] not in adapters:
-        read_config(arguments[0])
+        read_record(arguments[0])
     images = [argument for argument in arguments if argument not in adapters]
     if not images:
         raise DataError("no images are given; add files, a folder, a quoted pattern, or - for standard input")
@@ -257,13 +257,11 @@ def choose_table(out: Path) -> TableWriter:
 
 def _width(adapters: Sequence[str], top: int | None) -> int:
     """Return how many classes a row of the table has room for."""
-    from visgraft.adapters.directory import read_config
+    from visgraft.adapters.directory import read_record
     from visgraft.serve.prediction import most_named
 
-    configs = [read_config(adapter) for adapter in adapters]
-    several = [bool(config["record"].get("data", {}).get("multi_label")) for config in configs]
-    outputs = [config["backbone"]["num_classes"] for config in configs]
-    return max(most_named(count, many, top) for count, many in zip(outputs, several, strict=True))
+    records = map(read_record, adapters)
+    return max(most_named(record.outputs, record.multi_label, top) for record in records)
 
 
 def _columns(width: int) -> list[str]:

@@ -146,28 +146,29 @@ def _start(
     values: Mapping[str, Any],
 ) -> tuple[Any, Any]:
     """Return the backbone and the method's options: as given, or as in the adapter to start from."""
-    from visgraft.adapters.directory import read_backbone, read_config
+    from visgraft.adapters.directory import read_record
     from visgraft.backbones.creation import Backbone
     from visgraft.cli.options import method_config
-    from visgraft.core.registry import get_method
 
     if init_from is None:
         origin = Backbone(backbone or BACKBONE, weights or WEIGHTS, image_size)
         return origin, method_config(method or METHOD, values)
-    stored = read_config(init_from)
-    if method not in (None, stored["method"]):
-        raise VisgraftError(f"--method is {method}, but {init_from} is {stored['method']}; leave --method out")
-    given = method_config(stored["method"], values).to_dict()
-    default = get_method(stored["method"]).Config().to_dict()
-    changed = [
-        name for name, value in given.items() if value not in (default.get(name), stored["method_config"].get(name))
-    ]
+    stored = read_record(init_from)
+    name = stored.method.method
+    if method not in (None, name):
+        raise VisgraftError(f"--method is {method}, but {init_from} is {name}; leave --method out")
+    given, default, kept = (
+        method_config(name, values).to_dict(),
+        type(stored.method)().to_dict(),
+        stored.method.to_dict(),
+    )
+    changed = [option for option, value in given.items() if value not in (default.get(option), kept.get(option))]
     if changed:
         option = changed[0].replace("_", "-")
         raise VisgraftError(f"--{option} cannot change with --init-from, which keeps the adapter's; leave it out")
-    origin = read_backbone(init_from, stored, weights)
+    origin = stored.located(init_from, weights)
     if backbone not in (None, origin.name):
         raise VisgraftError(f"--backbone is {backbone}, but {init_from} was trained on {origin.name}; leave it out")
     if image_size is not None:
         origin = dataclasses.replace(origin, image_size=image_size)
-    return origin, get_method(stored["method"]).Config.from_dict(stored["method_config"])
+    return origin, stored.method

@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from typing import Any, Self
 
+import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
@@ -12,7 +13,7 @@ from visgraft.core.method import Method, Position
 from visgraft.core.registry import get_method
 from visgraft.core.sites import Sites
 from visgraft.core.taps import Taps
-from visgraft.core.tensors import CHILD, LazyDigest, backbone_digest
+from visgraft.core.tensors import CHILD, LazyDigest, backbone_digest, precision_of
 from visgraft.core.wrappers import unwrapped
 from visgraft.errors import VisgraftError
 from visgraft.options import MethodConfig
@@ -65,8 +66,13 @@ class Attached(nn.Module):
             return self.plain.value()
         return backbone_digest(self._backbone[0], self.adopted, originals=self.originals)
 
+    @property
+    def digest_dtype(self) -> torch.dtype:
+        """The precision in which the tensors were of which `digest` is made."""
+        return precision_of(self._backbone[0]) if self.adopted else self.plain.dtype
+
     def stored(self) -> dict[str, Tensor]:
-        """Return what an adapter holds, as it is in the model: tensors of the method, of the head, and what else trains."""
+        """Return what an adapter holds, as the model has it: the method's tensors, the head's, and what else trains."""
         self.adopt()
         inside = tuple(f"{path}." for path in (*self.head, CHILD))
         state = self._backbone[0].state_dict()

@@ -1,17 +1,51 @@
 """Random changes of training images, drawn from (seed, epoch, index) alone."""
 
+import importlib.util
 import random
+import threading
 from collections.abc import Callable
+from functools import cache
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data.auto_augment import posterize, rand_augment_transform
 from torch import Tensor
 
 from visgraft.data.images import Images
 from visgraft.errors import VisgraftError
+
+
+class _Draws(threading.local):
+    """The generators that augmentation draws from, each thread's own; nobody else's are touched."""
+
+    def __init__(self) -> None:
+        self.python, self.numpy = random.Random(), np.random.RandomState()
+
+
+_draws = _Draws()
+
+
+class _Generator:
+    """Stands for Python's `random` or NumPy's `np.random` in a module: its functions draw from this thread's own."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __getattr__(self, function: str) -> Any:
+        return getattr(getattr(_draws, self.name), function)
+
+
+@cache
+def _auto_augment() -> Any:
+    """Return a copy of timm's module that draws from our generators: the module itself knows only the global ones."""
+    spec = importlib.util.find_spec("timm.data.auto_augment")
+    assert spec is not None and spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.random, module.np = _Generator("python"), SimpleNamespace(**{**vars(np), "random": _Generator("numpy")})
+    return module
 
 
 def augmentation(
@@ -27,14 +61,14 @@ def augmentation(
     if rand_augment:
         fill = tuple(round(255 * value) for value in images.mean)
         try:
-            policy = rand_augment_transform(rand_augment, {"img_mean": fill})
+            policy = _auto_augment().rand_augment_transform(rand_augment, {"img_mean": fill})
         except (AssertionError, ValueError, KeyError) as error:
             raise VisgraftError(
                 f"rand_augment {rand_augment!r} is not in timm's notation; use e.g. rand-m9-mstd0.5-inc1"
             ) from error
 
         for op in policy.ops:
-            if op.aug_fn is posterize:
+            if op.aug_fn is _auto_augment().posterize:
                 op.aug_fn = _posterize
 
     def augment(indices: Tensor, epoch: int) -> Tensor:
@@ -59,14 +93,14 @@ class View:
 
 def _posterize(picture: Image.Image, bits: int, **options: Any) -> Image.Image:
     """Keep so many bits of each colour, at least one: timm also asks for none, which newer Pillows refuse."""
-    return cast(Image.Image, posterize(picture, max(bits, 1), **options))
+    return cast(Image.Image, _auto_augment().posterize(picture, max(bits, 1), **options))
 
 
 def _augment(pixels: Tensor, flip: bool, policy: Any, key: tuple[int, int, int]) -> Tensor:
     words = np.random.SeedSequence(key).generate_state(2)
-    random.seed(int(words[0]))
-    np.random.seed(words[1])
-    if flip and random.random() < 0.5:
+    _draws.python.seed(int(words[0]))
+    _draws.numpy.seed(words[1])
+    if flip and _draws.python.random() < 0.5:
         pixels = pixels.flip(-1)
     if policy is not None:
         picture = policy(Image.fromarray(pixels.permute(1, 2, 0).numpy()))

@@ -8,7 +8,8 @@ from typing import Any
 import timm
 from torch import nn
 
-from visgraft.adapters.directory import load, read_config
+from visgraft.adapters.directory import load, read_record
+from visgraft.backbones.creation import origin_of
 from visgraft.backbones.input_size import built_size
 from visgraft.data.images import Loading
 from visgraft.data.read import AnySource
@@ -32,7 +33,7 @@ def save_plain(
         **{key: tuple(value) if isinstance(value, list) else value for key, value in data_config.items()},
     }
     # timm keeps a constructor's arguments only since 1.0.31.
-    size, origin = built_size(model), getattr(model, "visgraft_backbone", None)
+    size, origin = built_size(model), origin_of(model)
     arguments = {**(origin.arguments if origin else {}), **({"img_size": list(size)} if size else {})}
     config: dict[str, Any] = {"pretrained_cfg": facts, "model_args": arguments}
     if classes:
@@ -65,14 +66,14 @@ def merge_adapter(
         MergeError: it cannot be folded exactly, or the measured difference is above the tolerance.
     """
     check_target(out, "config.json")
-    config = read_config(adapter)
+    record = read_record(adapter)
     images = None
     if data is not None:
         dataset, _ = adapter_data(adapter, data)
         examples = (dataset.val or dataset.train)[:CERTIFICATE_IMAGES]
-        images = load_as_trained(examples, config, len(dataset.classes), loading).batches()
+        images = load_as_trained(examples, record, len(dataset.classes), loading).batches()
     adapted = load(adapter, weights=weights)
     plain, certificate = merge(adapted.model, images)
-    save_plain(plain, out, adapted.classes, config["data_config"], certificate)
+    save_plain(plain, out, adapted.classes, record.data_config, certificate)
     reopen = f'timm.create_model("local-dir:{out}", pretrained=True)'
-    return {"out": str(out), "method": config["method"], **dataclasses.asdict(certificate), "open_with": reopen}
+    return {"out": str(out), "method": record.method.method, **dataclasses.asdict(certificate), "open_with": reopen}

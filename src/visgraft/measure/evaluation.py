@@ -1,14 +1,13 @@
 """Accuracy with its interval, macro-F1, and what a run costs."""
 
-import resource
 import sys
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
-from accelerate import Accelerator
 from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score, f1_score, recall_score
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from visgraft.core.tensors import eval_mode
 from visgraft.data.images import Images
 from visgraft.errors import DataError
-from visgraft.measure.precision import make_accelerator
+from visgraft.measure.precision import Compute, make_compute
 
 
 @dataclass(frozen=True)
@@ -50,13 +49,13 @@ class Evaluation:
         return figure
 
 
-def logits_of(model: nn.Module, images: Images, accelerator: Accelerator, batch_size: int = 64) -> Tensor:
+def logits_of(model: nn.Module, images: Images, compute: Compute, batch_size: int = 64) -> Tensor:
     """Return the model's outputs [N, outputs] in float32 on the CPU, in eval mode and without gradient."""
     outputs = []
-    model.to(accelerator.device)
-    with torch.inference_mode(), accelerator.autocast(), eval_mode(model):
+    model.to(compute.device)
+    with torch.inference_mode(), compute.autocast(), eval_mode(model):
         for start in range(0, len(images), batch_size):
-            x = images.normalised(images.pixels[start : start + batch_size], accelerator.device)
+            x = images.normalised(images.pixels[start : start + batch_size], compute.device)
             outputs.append(model(x).float().cpu())
     return torch.cat(outputs).clone()
 
@@ -69,7 +68,7 @@ def probabilities_of(logits: Tensor, multi_label: bool) -> Tensor:
 def evaluate(model: nn.Module, images: Images, precision: str = "auto") -> Evaluation:
     """Measure a model on images with labels."""
     start = time.perf_counter()
-    probabilities = probabilities_of(logits_of(model, images, make_accelerator(precision)), images.multi_label)
+    probabilities = probabilities_of(logits_of(model, images, make_compute(precision)), images.multi_label)
     return score(probabilities, images.labels, time.perf_counter() - start)
 
 
@@ -102,6 +101,11 @@ def peak_memory_bytes(to_come: int = 0) -> int:
     """
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
+    try:
+        import resource
+    except ImportError:  # Windows, where psutil knows the peak; elsewhere it only knows what is held now
+        held = psutil.Process().memory_info()
+        return int(getattr(held, "peak_wset", held.rss)) + to_come
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024) + to_come
 

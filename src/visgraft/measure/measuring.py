@@ -1,13 +1,14 @@
 """Measure adapters on data, and merge them."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from visgraft.adapters.directory import Adapted, load, read_config
+from visgraft.adapters.directory import Adapted, load, read_record
+from visgraft.adapters.record import AdapterRecord
 from visgraft.core.attach import count_parameters
 from visgraft.data.dataset import Dataset, Example, Split
 from visgraft.data.images import Images, Loading, load_images
@@ -57,17 +58,15 @@ def adapter_data(adapter: Path, data: AnySource) -> tuple[Dataset, bool]:
         AdapterError: the classes of adapter and data differ.
         DataError: the data cannot be used.
     """
-    config = read_config(adapter)
-    kept = {field.name for field in dataclasses.fields(Split)}
-    stored: Mapping[str, Any] = config["record"].get("data", {})
-    dataset = read_data(data, Split(**{name: value for name, value in stored.items() if name in kept}))
-    if dataset.multi_label != stored.get("multi_label", False):
+    record = read_record(adapter)
+    dataset = read_data(data, record.split or Split())
+    if dataset.multi_label != record.multi_label:
         kind = {True: "several classes per image", False: "one class per image"}
         raise AdapterError(
             f"{data} has {kind[dataset.multi_label]}, but {adapter} was trained on {kind[not dataset.multi_label]}"
         )
-    if list(dataset.classes) != config["classes"]:
-        new, missing = set(dataset.classes) - set(config["classes"]), set(config["classes"]) - set(dataset.classes)
+    if tuple(dataset.classes) != record.classes:
+        new, missing = set(dataset.classes) - set(record.classes), set(record.classes) - set(dataset.classes)
         differ = "; ".join(
             f"{word} {', '.join(sorted(names)[:5])}"
             for word, names in (("unknown:", new), ("missing:", missing))
@@ -77,7 +76,7 @@ def adapter_data(adapter: Path, data: AnySource) -> tuple[Dataset, bool]:
             f"the classes of {data} are not those of {adapter} ({differ}); use the data it was made for, or train on "
             "these with --init-from"
         )
-    return dataset, stored.get("fingerprint") == dataset.fingerprint
+    return dataset, record.fingerprint == dataset.fingerprint
 
 
 def _examples(dataset: Dataset, same: bool, part: str, adapter: Path) -> tuple[Example, ...]:
@@ -97,11 +96,10 @@ def _examples(dataset: Dataset, same: bool, part: str, adapter: Path) -> tuple[E
     return dataset.part(part)
 
 
-def load_as_trained(examples: Sequence[Example], config: Mapping[str, Any], classes: int, loading: Loading) -> Images:
+def load_as_trained(examples: Sequence[Example], record: AdapterRecord, classes: int, loading: Loading) -> Images:
     """Load images as they were for the adapter's training."""
-    background = loading.background or config["record"].get("data", {}).get("background")
-    loading = dataclasses.replace(loading, background=background)
-    return load_images(examples, config["data_config"], outputs=classes, **vars(loading))
+    loading = dataclasses.replace(loading, background=loading.background or record.background)
+    return load_images(examples, record.data_config, outputs=classes, **vars(loading))
 
 
 def eval_adapter(
@@ -125,21 +123,20 @@ def measure_adapter(
     loading: Loading = _DEFAULT_LOADING,
 ) -> tuple[dict[str, Any], Evaluation, Images, Adapted]:
     """`eval_adapter` with all that it was computed from, for reports."""
-    config = read_config(adapter)
+    record = read_record(adapter)
     dataset, same = adapter_data(adapter, data)
     examples = _examples(dataset, same, part, adapter)
     adapted = load(adapter, weights=weights)
-    images = load_as_trained(examples, config, len(dataset.classes), loading)
-    precision = config["record"].get("precision", "fp32")  # as in training, so that figures compare
-    evaluation = evaluate(adapted.model, images, precision)
+    images = load_as_trained(examples, record, len(dataset.classes), loading)
+    evaluation = evaluate(adapted.model, images, record.precision)  # as in training, so that figures compare
     figures = {
         "adapter": str(adapter),
-        "method": config["method"],
-        "backbone": config["backbone"]["name"],
+        "method": record.method.method,
+        "backbone": record.backbone.name,
         "split": part,
         **figures_of(evaluation),
         "skipped": skipped_of(images),
-        "precision": precision,
+        "precision": record.precision,
         **sizes_of(adapted.model, adapter),
         "seconds": evaluation.seconds,
         "images_per_second": evaluation.images / evaluation.seconds,

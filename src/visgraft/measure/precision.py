@@ -3,12 +3,11 @@
 import contextlib
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,12 +15,24 @@ MOST_UNFUSED_TOKENS = 400
 """Up to here attention in bf16 on a CPU is computed step by step; beyond, its matrix would take too much memory."""
 
 
-def make_accelerator(precision: str) -> Accelerator:
-    """Return accelerate's view of the device with the precision `auto`, `fp32` or `bf16`."""
-    wanted = "bf16" if resolve_precision(precision) == "bf16" else "no"
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
-        AcceleratorState._reset_state(True)  # accelerate keeps one precision per process and refuses another
-    return Accelerator(mixed_precision=wanted)
+@dataclass(frozen=True)
+class Compute:
+    """Where a model computes, and in which precision: `fp32`, or `bf16` by autocast."""
+
+    device: torch.device
+    precision: str
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Return a context in which what torch lists for it is computed in bf16, if that is the precision."""
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+
+def make_compute(precision: str) -> Compute:
+    """Return the device, an accelerator where there is one, with the precision `auto`, `fp32` or `bf16`."""
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    return Compute(device, resolve_precision(precision))
 
 
 def resolve_precision(precision: str) -> str:

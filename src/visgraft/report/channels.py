@@ -1,6 +1,6 @@
 """Which channels a method chose: a map of blocks × channels with their salience scores and the chosen ones marked."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from visgraft.adapters.directory import TENSORS, read_backbone, read_tensors
+from visgraft.adapters.directory import TENSORS, read_tensors
+from visgraft.adapters.record import AdapterRecord
 from visgraft.backbones.creation import create_backbone
 from visgraft.core.attach import assemble
 from visgraft.core.attached import get_attached
@@ -74,22 +75,18 @@ def choices(model: nn.Module) -> list[Choice]:
     return result
 
 
-def stored_choices(adapter: Path, config: Mapping[str, Any]) -> list[Choice]:
+def stored_choices(adapter: Path, record: AdapterRecord) -> list[Choice]:
     """`choices` of an adapter's file alone: its modules are built without the backbone's weights.
 
     Raises:
         AdapterError: its tensors are missing, damaged, or not those of its configuration.
         VisgraftError: the backbone's architecture is not known here.
     """
-    method = get_method(config["method"])
-    options = method.Config.from_dict(config["method_config"])
-    if method.channel_score(options) is None:
+    if get_method(record.method.method).channel_score(record.method) is None:
         return []
     tensors = read_tensors(adapter / TENSORS)
     with torch.device("meta"):
-        model = assemble(
-            create_backbone(read_backbone(adapter, config, "none"), config["backbone"]["num_classes"]), options
-        )
+        model = assemble(create_backbone(record.located(adapter, "none"), record.outputs), record.method)
     for key, module in get_attached(model).positions.items():
         inside = f"{CHILD}.positions.{key}."
         own = {name.removeprefix(inside): t for name, t in tensors.items() if name.startswith(inside)}

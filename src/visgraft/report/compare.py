@@ -1,6 +1,6 @@
 """Several runs side by side: one row each, and whether the best is certainly the best."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import average_precision_score
 
+from visgraft.adapters.record import AdapterRecord
 from visgraft.measure import intervals
 from visgraft.measure.evaluation import Evaluation, is_multi_label
 from visgraft.measure.intervals import bootstrap, rate_interval, spread
@@ -57,11 +58,10 @@ class Lead:
 
 
 def make_row(
-    name: str, anchor: str, path: Path, config: Mapping[str, Any], evaluation: Evaluation | None, members: np.ndarray
+    name: str, anchor: str, path: Path, record: AdapterRecord, evaluation: Evaluation | None, members: np.ndarray
 ) -> RunRow:
     """Put together a run's row; without an evaluation, the figures are those that training recorded."""
-    record, counts = config["record"], config.get("parameters", {})
-    stored: Mapping[str, Any] = record.get("metrics", {})
+    facts, counts, stored = record.facts, record.parameters, record.figures
     if evaluation is None:
         multi_label = stored.get("val_mean_average_precision") is not None
         limits = stored.get("val_top1_ci95")
@@ -84,15 +84,15 @@ def make_row(
     return RunRow(
         name=name,
         anchor=anchor,
-        method=config["method"],
+        method=record.method.method,
         multi_label=multi_label,
         **figures,
         params_adapter=counts.get("adapter"),
         params_head=counts.get("head"),
         adapter_bytes=adapter_bytes(path),
-        seconds=record.get("seconds"),
-        images_per_second=record.get("images_per_second"),
-        peak_memory_bytes=record.get("peak_memory_bytes"),
+        seconds=facts.get("seconds"),
+        images_per_second=facts.get("images_per_second"),
+        peak_memory_bytes=facts.get("peak_memory_bytes"),
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from visgraft.adapters.directory import CONFIG, read_backbone, read_config
+from visgraft.adapters.directory import CONFIG, read_record
 from visgraft.data.images import Loading
 from visgraft.data.read import AnySource
 from visgraft.errors import AdapterError, VisgraftError, nearest
@@ -110,11 +110,10 @@ def _read(runs: Sequence[str | Path]) -> list[ReportedRun]:
     names = [path.resolve().name for path in paths]
     unique = len(set(names)) == len(names)
     found = [
-        ReportedRun(name if unique else str(path), path, read_config(path))
+        ReportedRun(name if unique else str(path), path, read_record(path))
         for name, path in zip(names, paths, strict=True)
     ]
     for run in found:
-        read_backbone(run.path, run.config, "none")  # whatever is damaged should show before anything is measured
         if run.classes != found[0].classes:
             raise AdapterError(
                 f"the classes of {run.path} are not those of {found[0].path}, so the two cannot be compared; "
@@ -136,14 +135,14 @@ def _difference(best: RunSection, other: RunSection) -> compare.Lead | None:
 def _notes(sections: Sequence[RunSection], differences: Sequence[compare.Lead | None], part: str) -> list[str]:
     """What a reader must know to take the table for what it is."""
     notes, measured = [], sections[0].measured is not None
-    prints = {section.config["record"].get("data", {}).get("fingerprint") for section in sections}
+    prints = {section.record.fingerprint for section in sections}
     if len(prints) > 1:
         notes.append("The runs were trained on different data (see the fingerprints), which may be why they differ.")
     if measured and len(sections) > 1 and None in differences[1:]:
         notes.append("Some runs hold out other images than the best one, so they cannot be compared image by image.")
     if measured and any(section.measured and section.measured.groups for section in sections):
         notes.append("Images of one group are alike, so they count together in the intervals.")
-    if part == "val" and any(section.config["record"].get("train", {}).get("select") == "val" for section in sections):
+    if part == "val" and any(section.record.training.get("select") == "val" for section in sections):
         notes.append("Runs that kept the epoch best on the validation images look slightly better here than they are.")
     if len(sections) > 1:
         notes.append("Each run is one training: with another seed its figure would differ somewhat.")

@@ -1,6 +1,6 @@
 """What the page says of one run: measured on the data where there is some, otherwise read from the adapter."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from visgraft.adapters.directory import Adapted
+from visgraft.adapters.record import AdapterRecord
 from visgraft.core.attach import detach
 from visgraft.core.registry import get_method
 from visgraft.data.images import Images, Loading
@@ -16,7 +17,6 @@ from visgraft.measure.calibration import Calibration, calibration
 from visgraft.measure.evaluation import Evaluation, confusion
 from visgraft.measure.intervals import clusters
 from visgraft.measure.measuring import adapter_data, load_as_trained, measure_adapter
-from visgraft.options import MethodConfig
 from visgraft.pictures import Picture
 from visgraft.report import compare, figures, tables
 from visgraft.report.channels import ChannelMap, channel_map, channel_scores, choices, stored_choices
@@ -35,17 +35,12 @@ class ReportedRun:
 
     name: str
     path: Path
-    config: dict[str, Any]
-
-    @property
-    def options(self) -> MethodConfig:
-        """The method's options."""
-        return get_method(self.config["method"]).Config.from_dict(self.config["method_config"])
+    record: AdapterRecord
 
     @property
     def classes(self) -> list[str]:
         """Names of the classes; their numbers where the adapter holds none."""
-        return self.config["classes"] or [str(i) for i in range(self.config["backbone"]["num_classes"])]
+        return list(self.record.classes) or [str(i) for i in range(self.record.outputs)]
 
 
 @dataclass(frozen=True)
@@ -80,7 +75,7 @@ class RunSection:
     """One run on the page; `score` is how its method chose channels, None where it works on all."""
 
     row: compare.RunRow
-    config: Mapping[str, Any]
+    record: AdapterRecord
     curves: list[Picture]
     score: str | None
     channels: list[ChannelMap]
@@ -93,9 +88,9 @@ def make_section(
     run: ReportedRun, anchor: str, data: AnySource | None, weights: str | None, part: str, loading: Loading, say: Say
 ) -> RunSection:
     """Measure and draw one run; its model is let go afterwards."""
-    record, measured, scored = run.config["record"], None, ""
+    record, measured, scored = run.record, None, ""
     if data is None:
-        maps = [channel_map(choice, None) for choice in stored_choices(run.path, run.config)]
+        maps = [channel_map(choice, None) for choice in stored_choices(run.path, record)]
     else:
         say(f"{run.name}: answers on the {PART_NAMES[part]} images")
         _, evaluation, images, adapted = measure_adapter(run.path, data, weights=weights, part=part, loading=loading)
@@ -103,14 +98,14 @@ def make_section(
         maps, scored = _salience(run, adapted, data, loading, say)
     measured_figures = (measured.evaluation, measured.members) if measured else (None, np.arange(0))
     return RunSection(
-        compare.make_row(run.name, anchor, run.path, run.config, *measured_figures),
-        run.config,
-        figures.curves(record.get("history", []), record.get("kept_epoch")),
-        get_method(run.config["method"]).channel_score(run.options),
+        compare.make_row(run.name, anchor, run.path, record, *measured_figures),
+        record,
+        figures.curves(record.history, record.facts.get("kept_epoch")),
+        get_method(record.method.method).channel_score(record.method),
         maps,
         scored,
         measured,
-        tables.configuration_rows(run.config),
+        tables.configuration_rows(record),
     )
 
 
@@ -121,10 +116,10 @@ def _measure(run: ReportedRun, evaluation: Evaluation, images: Images, adapted: 
     found = calibration(evaluation)
     say(f"{run.name}: mistakes, and what the answers depend on")
     mistakes = find_mistakes(adapted.model, images, evaluation, names)
-    method = get_method(run.config["method"])
-    if method.parts(run.options):
+    method = get_method(run.record.method.method)
+    if method.parts(run.record.method):
         say(f"{run.name}: each {method.part_name} alone")
-    parts = show_parts(adapted.model, images, run.config["record"].get("precision", "fp32"))
+    parts = show_parts(adapted.model, images, run.record.precision)
     return MeasuredRun(
         evaluation=evaluation,
         paths=images.paths,
@@ -154,13 +149,13 @@ def _salience(
 
     Of many training images, evenly spaced ones are taken, so that a report does not take as long as a training.
     """
-    found, score = choices(adapted.model), get_method(run.config["method"]).channel_score(run.options)
+    found, score = choices(adapted.model), get_method(run.record.method.method).channel_score(run.record.method)
     if not found or score is None:
         return [], ""
     say(f"{run.name}: salience of the channels")
     examples = adapter_data(run.path, data)[0].part("train")
     some = examples[:: -(-len(examples) // SCORED_IMAGES)]
-    images = load_as_trained(some, run.config, len(run.classes), loading)
+    images = load_as_trained(some, run.record, len(run.classes), loading)
     plain = detach(adapted.model)
     maps = [channel_map(choice, channel_scores(plain, images.batches(), choice, score)) for choice in found]
     of = f" (of {len(examples):,})" if len(some) < len(examples) else ""

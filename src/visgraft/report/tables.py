@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score, precision_recall_fscore_support
 
+from visgraft.adapters.record import AdapterRecord
 from visgraft.measure.evaluation import Evaluation, is_multi_label
 from visgraft.measure.intervals import wilson
 
@@ -119,16 +120,16 @@ def group_rows(evaluation: Evaluation, groups: Sequence[str | None]) -> list[Gro
     return sorted(rows, key=lambda row: (row.share, -row.images))[:MOST_GROUPS]
 
 
-def configuration_rows(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+def configuration_rows(record: AdapterRecord) -> list[tuple[str, list[tuple[str, str]]]]:
     """Return an adapter's whole configuration but its learning curve, as headings with (name, value) rows."""
-    record = config["record"]
+    config, facts = record.to_json(), record.facts
     parts = {
         "Method": {"method": config["method"], **config["method_config"]},
-        "Training": record.get("train", {}),
+        "Training": facts.get("train", {}),
         "Backbone": config["backbone"],
-        "Data": {"classes": len(config["classes"]), **record.get("data", {})},
+        "Data": {"classes": len(config["classes"]), **facts.get("data", {})},
         "Preprocessing": config["data_config"],
-        "Recorded figures": {k: v for k, v in record.items() if k not in ("train", "data", "history")},
+        "Recorded figures": {k: v for k, v in facts.items() if k not in ("train", "data", "history")},
         "Versions": config.get("versions", {}),
     }
     return [(heading, list(_flat(values))) for heading, values in parts.items() if values]

@@ -15,7 +15,7 @@ from visgraft.data.read import AnySource, read_data
 from visgraft.errors import VisgraftError
 from visgraft.export.merge import mergeable
 from visgraft.measure.evaluation import logits_of
-from visgraft.measure.precision import make_accelerator, resolve_precision
+from visgraft.measure.precision import make_compute, resolve_precision
 from visgraft.search.budget import Clock, Cost, Plan, Size, full_plan, make_plan
 from visgraft.search.race import Race, TellProgress
 from visgraft.search.result import Comparison, MethodResult, Progress
@@ -123,7 +123,7 @@ def measure_cost(task: TuningTask, method: str) -> Cost:
 
     fit = task.bench.fit(config, recipe, few, few, on_progress=note, validate=False)
     begin = time.perf_counter()
-    logits_of(task.bench.model(recipe.drop_path), few, make_accelerator(task.precision))
+    logits_of(task.bench.model(recipe.drop_path), few, make_compute(task.precision))
     forward = (time.perf_counter() - begin) / count
     return Cost(fit.attach_seconds / count, float(np.diff(ends).min()) / count, forward, fit.head_only)
 

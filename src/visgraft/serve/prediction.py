@@ -15,14 +15,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from visgraft.adapters.directory import TENSORS, Adapted, load, read_config
+from visgraft.adapters.directory import TENSORS, Adapted, load, read_record
+from visgraft.adapters.record import AdapterRecord
 from visgraft.core.attach import detach
 from visgraft.core.attached import get_attached
 from visgraft.core.tensors import eval_mode
 from visgraft.data.decode import open_image
 from visgraft.errors import AdapterError, DataError, VisgraftError
 from visgraft.measure.evaluation import probabilities_of
-from visgraft.measure.precision import make_accelerator, resolve_precision
+from visgraft.measure.precision import Compute, make_compute, resolve_precision
 
 BATCH_SIZE = 64  # that of `evaluate`, so that both see the same rounding
 THRESHOLD = 0.5
@@ -45,8 +46,16 @@ class _Ready(NamedTuple):
     name: str
     adapted: Adapted
     precision: str
-    multi_label: bool
-    background: str
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may have several classes."""
+        return self.adapted.record.multi_label
+
+    @property
+    def background(self) -> str:
+        """The colour behind transparent places."""
+        return self.adapted.record.background or "white"
 
 
 def predict(adapted: Adapted, paths: Sequence[str | Path], top: int = 1) -> list[Classes]:
@@ -185,9 +194,7 @@ def _batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
 def _probabilities(one: _Ready, x: Tensor) -> Tensor:
     """Return the probabilities [B, classes] of normalised images [B, 3, H, W], float32 on the CPU."""
     like = next(one.adapted.model.parameters())
-    # What accelerate's autocast does. An Accelerator is never made here: making one clears os.environ for a moment,
-    # and a decoder that looks up a variable in another thread meanwhile (libjpeg does for every image) then crashes.
-    with torch.inference_mode(), torch.autocast(like.device.type, torch.bfloat16, enabled=one.precision == "bf16"):
+    with torch.inference_mode(), Compute(like.device, one.precision).autocast():
         logits = one.adapted.model(x.to(like.device, like.dtype)).float()
     return probabilities_of(logits, one.multi_label).cpu()
 
@@ -215,9 +222,7 @@ def _prepare(adapters: Sequence[str | Path | Adapted], weights: str | None) -> l
     ready = []
     for number, adapter in enumerate(adapters, 1):
         name, adapted = (str(number), adapter) if isinstance(adapter, Adapted) else (str(adapter), next(loaded))
-        record: Any = getattr(adapted.model, "visgraft_record", {})
-        data, precision = record.get("data", {}), resolve_precision(record.get("precision", "fp32"))
-        ready.append(_Ready(name, adapted, precision, bool(data.get("multi_label")), data.get("background", "white")))
+        ready.append(_Ready(name, adapted, resolve_precision(adapted.record.precision)))
     first = ready[0].adapted.transform
     for one in ready[1:]:
         if one.adapted.transform is not first and repr(one.adapted.transform) != repr(first):
@@ -251,7 +256,7 @@ def load_together(paths: Sequence[str | Path], *, weights: str | None = None) ->
     if not paths:
         return []
     first = load(paths[0], weights=weights)
-    first.model.to(make_accelerator("fp32").device)
+    first.model.to(make_compute("fp32").device)
     if len(paths) == 1:
         return [first]
     plain = detach(_sharing_copy(first.model, get_attached(first.model).originals))
@@ -266,7 +271,7 @@ def _load_onto(plain: nn.Module, path: Path) -> Adapted:
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{path / TENSORS} is missing or damaged ({error}); restore it or train again") from error
     model: Any = _sharing_copy(plain, own)
-    outputs = read_config(path)["backbone"]["num_classes"]
+    outputs = read_record(path).outputs
     if model.num_classes != outputs:
         like = next(model.parameters())
         model.reset_classifier(outputs)
@@ -283,9 +288,9 @@ def _sharing_copy(model: nn.Module, own: Iterable[str]) -> nn.Module:
 
 def check_same_backbone(paths: Sequence[str | Path]) -> None:
     """Raise an AdapterError that names two adapters if they are of different backbones, or one is damaged."""
-    configs = [read_config(path) for path in paths]
-    for path, config in zip(paths[1:], configs[1:], strict=True):
-        ours, theirs = _identity(configs[0]), _identity(config)
+    records = [read_record(path) for path in paths]
+    for path, record in zip(paths[1:], records[1:], strict=True):
+        ours, theirs = _identity(records[0]), _identity(record)
         for what, value in ours.items():
             if theirs[what] != value:
                 raise AdapterError(
@@ -293,13 +298,12 @@ def check_same_backbone(paths: Sequence[str | Path]) -> None:
                 )
 
 
-def _identity(config: dict[str, Any]) -> dict[str, Any]:
+def _identity(record: AdapterRecord) -> dict[str, Any]:
     """What must be equal for adapters to share a backbone and the images prepared for it."""
-    facts = config["backbone"]
     return {
-        "name": facts.get("name"),
-        "image size": facts.get("image_size"),
-        "arguments": facts.get("arguments") or {},
-        "sha256": f"{str(facts.get('digest'))[:12]}…",
-        "preprocessing": config["data_config"],
+        "name": record.backbone.name,
+        "image size": record.backbone.image_size,
+        "arguments": dict(record.backbone.arguments),
+        "sha256": f"{str(record.digest)[:12]}…",
+        "preprocessing": record.data_config,
     }

@@ -22,7 +22,7 @@ from visgraft.data.read import AnySource, read_data
 from visgraft.errors import DataError, TrainingDiverged
 from visgraft.measure.evaluation import Evaluation, logits_of, probabilities_of, score
 from visgraft.measure.intervals import bootstrap, clusters, rate_interval, spread
-from visgraft.measure.precision import make_accelerator
+from visgraft.measure.precision import make_compute
 from visgraft.options import MethodConfig, TrainConfig
 from visgraft.training.loop import Training, train
 from visgraft.training.objective import Features
@@ -105,7 +105,7 @@ class Bench:
             except TrainingDiverged:
                 if not keep_last_good:
                     raise
-            logits = logits_of(model, val, make_accelerator(config.precision))
+            logits = logits_of(model, val, make_compute(config.precision))
             head_only = not (attached.where or attached.unfrozen)
             parameters = count_parameters(model).adapter
         finally:

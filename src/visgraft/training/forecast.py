@@ -22,7 +22,7 @@ from visgraft.data.images import Images, Loading, find_cache, load_images, make_
 from visgraft.data.read import AnySource
 from visgraft.files import check_target
 from visgraft.measure.evaluation import evaluate, peak_memory_bytes
-from visgraft.measure.precision import make_accelerator, resolve_precision
+from visgraft.measure.precision import make_compute, resolve_precision
 from visgraft.options import MethodConfig, TrainConfig
 from visgraft.training.loop import Pace, measure_pace
 from visgraft.training.objective import Features, features_of, sees_features
@@ -222,13 +222,13 @@ def _training_seconds(
 
 def _features(model: nn.Module, sample: _Sample, config: TrainConfig) -> tuple[Features, float]:
     """Return features that stand for those of all images, and the seconds that computing all of them takes."""
-    accelerator = make_accelerator(config.precision)
-    model.to(accelerator.device)
+    compute = make_compute(config.precision)
+    model.to(compute.device)
     features, seconds = Features(), 0.0
-    features_of(model, sample.train.read, accelerator)  # warms up
+    features_of(model, sample.train.read, compute)  # warms up
     for name, part in sample.parts.items():
         begin = time.perf_counter()
-        rows = features_of(model, part.read, accelerator)
+        rows = features_of(model, part.read, compute)
         views = config.cached_views or 1 if name == "train" else 1
         seconds += views * part.share * (time.perf_counter() - begin)
         features[name] = rows[torch.arange(views * len(part.all)) % len(rows)]

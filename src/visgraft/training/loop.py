@@ -21,7 +21,7 @@ from visgraft.core.attached import get_attached
 from visgraft.data.images import Images
 from visgraft.errors import TrainingDiverged, VisgraftError
 from visgraft.measure.evaluation import peak_memory_bytes, probabilities_of, score
-from visgraft.measure.precision import frozen_weights_in_bf16, make_accelerator, unfused_attention
+from visgraft.measure.precision import Compute, frozen_weights_in_bf16, make_compute, unfused_attention
 from visgraft.options import TrainConfig
 from visgraft.training.allocation import freed_memory_kept
 from visgraft.training.objective import Features, Objective, checkpointing, draw_order, make_objective
@@ -95,7 +95,7 @@ class _Loop:
     config: TrainConfig
     optimizer: torch.optim.Optimizer
     schedule: Any
-    accelerator: Any
+    compute: Compute
     clock: _Clock
     loader: ThreadPoolExecutor
     most: int | None = None
@@ -168,11 +168,11 @@ def _ready(
     most: int | None = None,
 ) -> Iterator[_Loop]:
     """Yield a run that is about to make its first step; its clock runs."""
-    begin, accelerator = time.perf_counter(), make_accelerator(config.precision)
-    model.to(accelerator.device)
-    task = make_objective(model, images, val, config, accelerator, features, on_warning, most)
+    begin, compute = time.perf_counter(), make_compute(config.precision)
+    model.to(compute.device)
+    task = make_objective(model, images, val, config, compute, features, on_warning, most)
     optimizer, schedule = make_optimizer(model, config, len(images))
-    bf16 = accelerator.mixed_precision == "bf16"
+    bf16 = compute.precision == "bf16"
     with ExitStack() as stack:
         loader = stack.enter_context(ThreadPoolExecutor(1))
         stack.enter_context(frozen_weights_in_bf16(model, bf16))
@@ -180,7 +180,7 @@ def _ready(
         stack.enter_context(freed_memory_kept(model))
         stack.enter_context(checkpointing(model, task.network, config.grad_checkpointing))
         clock = _Clock(time.perf_counter(), time.perf_counter() - begin + task.spared)
-        yield _Loop(task, config, optimizer, schedule, accelerator, clock, loader)
+        yield _Loop(task, config, optimizer, schedule, compute, clock, loader)
 
 
 def measure_pace(
@@ -249,7 +249,7 @@ def _advance(
         restore(model, state.tensors)
         raise _diverged(number, loop.config)
     begin = time.perf_counter()
-    epoch = replace(epoch, complete=True, **_validate(model, loop.task, loop.accelerator))
+    epoch = replace(epoch, complete=True, **_validate(model, loop.task, loop.compute))
     loop.clock.validating += time.perf_counter() - begin
     return state.after(epoch, tensors, optimizer_tensors(loop.optimizer))
 
@@ -307,15 +307,15 @@ def _steps(loop: _Loop, number: int) -> Iterator[Epoch]:
     task, config, optimizer, clock = loop.task, loop.config, loop.optimizer, loop.clock
     steps = steps_per_epoch(len(task.labels), config)
     count = min(len(task.labels), steps * config.batch_size)
-    loss_sum = torch.zeros((), device=loop.accelerator.device)
+    loss_sum = torch.zeros((), device=loop.compute.device)
     right, seen = torch.zeros_like(loss_sum), 0
     for step, (x, y) in enumerate(_batches(loop, number)):
         loop.schedule.step_update((number - 1) * steps + (step if config.schedule == "step" else 0))
-        with loop.accelerator.autocast():
+        with loop.compute.autocast():
             logits = task.network(x)
         loss = task.loss(logits.float(), y)
         optimizer.zero_grad(set_to_none=True)
-        loop.accelerator.backward(loss)
+        loss.backward()
         if torch.isfinite(loss):
             optimizer.step()
         loss_sum += loss.detach() * len(y)
@@ -330,12 +330,12 @@ def _steps(loop: _Loop, number: int) -> Iterator[Epoch]:
         yield Epoch(number, float(loss_sum / seen), top1, lr, clock.seen / elapsed, left)
 
 
-def _validate(model: nn.Module, task: Objective, accelerator: Any, batch_size: int = 64) -> dict[str, Any]:
+def _validate(model: nn.Module, task: Objective, compute: Compute, batch_size: int = 64) -> dict[str, Any]:
     """Return loss and figures on the validation images, nothing where there are none."""
     if task.val_inputs is None or task.val_labels is None:
         return {}
     model.eval()
-    with torch.no_grad(), accelerator.autocast():
+    with torch.no_grad(), compute.autocast():
         parts = torch.arange(len(task.val_labels)).split(batch_size)
         logits = torch.cat([task.network(task.val_inputs(indices)).float() for indices in parts])
     several = task.val_labels.ndim == 2

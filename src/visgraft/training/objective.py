@@ -15,6 +15,7 @@ from visgraft.core.attached import get_attached
 from visgraft.data.augment import View, augmentation
 from visgraft.data.images import Images
 from visgraft.errors import VisgraftError
+from visgraft.measure.precision import Compute
 from visgraft.options import TrainConfig
 from visgraft.training.prefix import Prefix, run_prefix
 
@@ -46,7 +47,7 @@ def make_objective(
     images: Images,
     val: Images | None,
     config: TrainConfig,
-    accelerator: Any,
+    compute: Compute,
     features: Features | None = None,
     on_warning: Callable[[str], None] = warn,
     most: int | None = None,
@@ -62,7 +63,7 @@ def make_objective(
     Raises:
         VisgraftError: an option does not go with these labels, or has no effect.
     """
-    device, turns = accelerator.device, config.cached_views
+    device, turns = compute.device, config.cached_views
     augment = augmentation(images, config.flip, config.rand_augment, config.seed)
     views: tuple[Images, ...] = (images,)
     if augment and turns:
@@ -73,11 +74,11 @@ def make_objective(
         kept = {} if features is None else features
         for name, parts in (("train", views), ("val", () if val is None else (val,))):
             if parts and name not in kept:
-                kept[name] = torch.cat([features_of(model, part, accelerator) for part in parts])
+                kept[name] = torch.cat([features_of(model, part, compute) for part in parts])
         train = kept["train"].split(len(images))
         return _on_kept(model.get_classifier(), train, kept.get("val"), labels, val_labels, loss, device)  # type: ignore[operator]
     asked = views if val is None else (*views, val)
-    prefix = _prefix(model, asked, accelerator, config, on_warning, most)
+    prefix = _prefix(model, asked, compute, config, on_warning, most)
     if prefix is not None:
         train, rest = prefix.entering[: len(views)], prefix.entering[len(views) :]
         objective = _on_kept(prefix.tail, train, rest[0] if rest else None, labels, val_labels, loss, device)
@@ -125,7 +126,7 @@ def _on_kept(
 def _prefix(
     model: nn.Module,
     parts: tuple[Images, ...],
-    accelerator: Any,
+    compute: Compute,
     config: TrainConfig,
     on_warning: Callable[[str], None],
     most: int | None,
@@ -137,7 +138,7 @@ def _prefix(
     """
     anew = (config.flip or config.rand_augment) and not config.cached_views
     reason = "images are augmented (cached_views makes a fixed number of views)"
-    found = reason if anew else run_prefix(model, parts, accelerator, most=most)
+    found = reason if anew else run_prefix(model, parts, compute, most=most)
     if isinstance(found, Prefix):
         return found
     if not found and config.cached_views:
@@ -162,12 +163,12 @@ def sees_features(model: nn.Module, config: TrainConfig) -> bool:
     return not changing and len(attached.head) == 1  # a distilled model's head has two parts, which see two tokens
 
 
-def features_of(model: Any, images: Images, accelerator: Any, batch_size: int = 64) -> Tensor:
-    """Return what enters the head, [N, width] in float32 on the accelerator's device; the model must be there."""
+def features_of(model: Any, images: Images, compute: Compute, batch_size: int = 64) -> Tensor:
+    """Return what enters the head, [N, width] in float32 on the device that computes; the model must be there."""
     model.eval()
-    with torch.no_grad(), accelerator.autocast():
+    with torch.no_grad(), compute.autocast():
         parts = [
-            model.forward_head(model.forward_features(x.to(accelerator.device)), pre_logits=True).float()
+            model.forward_head(model.forward_features(x.to(compute.device)), pre_logits=True).float()
             for x, _ in images.batches(batch_size)
         ]
     return torch.cat(parts)

@@ -21,6 +21,7 @@ from visgraft.core.attached import get_attached
 from visgraft.core.finding import find_sites
 from visgraft.data.images import Images
 from visgraft.errors import SiteError
+from visgraft.measure.precision import Compute
 
 MEMORY_SHARE = 0.25
 """The part of the free memory that what enters the first trained block may take, over all images."""
@@ -261,23 +262,23 @@ def _home(needed: int, device: torch.device) -> torch.device | None:
 
 
 def run_prefix(
-    model: nn.Module, parts: Sequence[Images], accelerator: Any, batch_size: int = 64, most: int | None = None
+    model: nn.Module, parts: Sequence[Images], compute: Compute, batch_size: int = 64, most: int | None = None
 ) -> Prefix | str | None:
     """Run the frozen prefix over sets of images once.
 
     Args:
-        model: a model with something attached, on the accelerator's device; it is left in eval mode.
+        model: a model with something attached, on the device that computes; it is left in eval mode.
         parts: the sets of images.
-        accelerator: says device and precision.
+        compute: the device and the precision.
         batch_size: images per forward pass.
         most: after how many images of each set to stop and let those stand for all, again and again; None: never.
 
     Returns:
         What it gives; None where no whole block is frozen before the first trained one; or why that is not kept.
     """
-    device = accelerator.device
+    device = compute.device
     x = parts[0].normalised(parts[0].pixels[:TRACED], device)
-    with accelerator.autocast():
+    with compute.autocast():
         cut = find_cut(model, x)
         if cut is None:
             return None
@@ -294,7 +295,7 @@ def run_prefix(
         return f"what they give would take {needed / 1e9:.1f} GB, more than {share}; fewer or smaller images take less"
     size = batch_size if most is None else min(batch_size, most)
     kept = tuple(torch.empty(len(part), *entering.shape[1:], dtype=entering.dtype, device=home) for part in parts)
-    with torch.no_grad(), accelerator.autocast():
+    with torch.no_grad(), compute.autocast():
         spared = [
             _fill(rows, (enter(model, cut, x.to(device)) for x, _ in part.batches(size)), most)
             for part, rows in zip(parts, kept, strict=True)

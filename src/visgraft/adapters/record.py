@@ -1,0 +1,166 @@
+"""What a later user of an adapter has to know: the typed content of its config file."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from visgraft.backbones.creation import KINDS, Backbone
+from visgraft.core.registry import get_method
+from visgraft.data.dataset import Split
+from visgraft.errors import AdapterError, VisgraftError
+from visgraft.options import MethodConfig
+
+FORMAT_VERSION = 1
+PRECISIONS = ("float64", "float32", "bfloat16", "float16")
+Facts = Mapping[str, Any]
+"""Plain JSON values by name."""
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """An adapter without its tensors. Its JSON (`to_json`) is `adapter_config.json`.
+
+    Attributes:
+        method: the method's options; their class says which method.
+        backbone: where the frozen model came from; of a weights file only the name is known.
+        outputs: how many the head has.
+        digest: sha256 of the frozen tensors; None where they held no data.
+        digest_precision: the precision in which they had it.
+        own: names of the backbone's own tensors that train though the method does not train them.
+        data_config: timm's facts on how images are prepared: size, interpolation, mean, std, crop.
+        classes: names of the outputs, in order; empty where they were not named.
+        task: whether an image has one class, or any number of them.
+        precision: `fp32` or `bf16`, as in training, so that figures compare.
+        background: the colour behind transparent places, by name or as #rrggbb; None: not known.
+        split: how the images were divided where their source did not say; None: not known.
+        fingerprint: of the images it was trained on; None: not known.
+        parameters: how many train, of the adapter and of the head, and all with the backbone's.
+        facts: all that is stored of the training: options, history, figures, costs.
+        versions: of Python and the libraries that wrote it.
+    """
+
+    method: MethodConfig
+    backbone: Backbone
+    outputs: int
+    digest: str | None
+    digest_precision: str
+    own: tuple[str, ...]
+    data_config: Facts
+    classes: tuple[str, ...]
+    task: Literal["one_class", "several_classes"]
+    precision: str
+    background: str | None
+    split: Split | None
+    fingerprint: str | None
+    parameters: Facts = field(default_factory=dict)
+    facts: Facts = field(default_factory=dict)
+    versions: Facts = field(default_factory=dict)
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may have several classes, or none."""
+        return self.task == "several_classes"
+
+    @property
+    def training(self) -> Facts:
+        """The options of the training; empty where they are not known."""
+        return dict(self.facts.get("train", {}))
+
+    @property
+    def figures(self) -> Facts:
+        """What was measured after the training, by name."""
+        return dict(self.facts.get("metrics", {}))
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The figures of every epoch."""
+        return list(self.facts.get("history", []))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of the config file."""
+        told = {"digest_precision": self.digest_precision} if self.digest_precision != "float32" else {}
+        told |= {"own": list(self.own)} if self.own else {}  # type: ignore[dict-item]
+        return {
+            "format_version": FORMAT_VERSION,
+            "method": self.method.method,
+            "method_config": self.method.to_dict(),
+            "backbone": {**self.backbone.to_dict(), "num_classes": self.outputs, "digest": self.digest, **told},
+            "data_config": dict(self.data_config),
+            "classes": list(self.classes),
+            "parameters": dict(self.parameters),
+            "record": dict(self.facts),
+            "versions": dict(self.versions),
+        }
+
+    @classmethod
+    def from_json(cls, config: Any, file: Path) -> "AdapterRecord":
+        """Return what a config file says; `file` is its name in errors.
+
+        Raises:
+            AdapterError: it is damaged, or of a newer format, or of a method that is not registered.
+        """
+        _check_structure(config, file)
+        with _damage(file, "method"):
+            method = get_method(config["method"]).Config.from_dict(config["method_config"])
+        stored, facts = dict(config["backbone"]), config["record"]
+        with _damage(file, "backbone"):
+            outputs, digest = stored.pop("num_classes"), stored.pop("digest", None)
+            precision, own = stored.pop("digest_precision", "float32"), tuple(stored.pop("own", ()))
+            backbone = Backbone.from_dict(stored)
+            if not isinstance(digest, str | None) or precision not in PRECISIONS:
+                raise TypeError(f"the digest is {digest!r}, in {precision!r}")
+        with _damage(file, "record"):
+            data = dict(facts.get("data", {}))
+            kept = {each.name for each in dataclasses.fields(Split)}
+            split = Split(**{name: value for name, value in data.items() if name in kept}) if data else None
+        return cls(
+            method, backbone, outputs, digest, precision, own, config["data_config"], tuple(config["classes"]),
+            "several_classes" if data.get("multi_label") else "one_class", facts.get("precision", "fp32"),
+            data.get("background"), split, data.get("fingerprint"), config.get("parameters", {}), facts,
+            config.get("versions", {}),
+        )  # fmt: skip
+
+    def located(self, path: Path, weights: str | None = None) -> Backbone:
+        """Return the backbone with its weights where they can be found, `weights` overriding what is stored.
+
+        Raises:
+            AdapterError: the weights came from a file, which must be passed again.
+        """
+        if weights is None and self.backbone.weights not in KINDS:
+            file = self.backbone.weights
+            raise AdapterError(f"{path} was trained on the weights file {file}; pass it again: --weights PATH/{file}")
+        return dataclasses.replace(self.backbone, weights=weights or self.backbone.weights)
+
+
+@contextlib.contextmanager
+def _damage(file: Path, part: str) -> Iterator[None]:
+    """Turn what a damaged part of the file may cause into one line that names it."""
+    try:
+        yield
+    except (TypeError, KeyError, ValueError, AttributeError, VisgraftError) as error:
+        raise AdapterError(f"{file} is damaged: {part}: {error}; restore it or train again") from error
+
+
+def _check_structure(config: Any, file: Path) -> None:
+    """Raise an AdapterError where a config is no dictionary of this format with all its parts."""
+    version = config.get("format_version") if isinstance(config, dict) else None
+    if version != FORMAT_VERSION:
+        raise AdapterError(
+            f"{file} has format version {version}, but this visgraft reads {FORMAT_VERSION}; update visgraft"
+        )
+    kinds: dict[str, type] = {
+        "method": str, "method_config": dict, "backbone": dict, "data_config": dict, "classes": list, "record": dict
+    }  # fmt: skip
+    for key, kind in kinds.items():
+        if not isinstance(config.get(key), kind):
+            raise AdapterError(
+                f"{file} is damaged: {key!r} is missing or no {kind.__name__}; restore it or train again"
+            )
+    outputs, names = config["backbone"].get("num_classes"), config["classes"]
+    if not isinstance(outputs, int) or len(names) not in (0, outputs):
+        raise AdapterError(
+            f"{file} is damaged: {len(names)} class names for a head of {outputs} outputs; restore it or train again"
+        )
