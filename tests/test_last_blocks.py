@@ -214,18 +214,18 @@ def test_cached_views_take_turns_and_each_runs_through_the_prefix_once(monkeypat
     passes: list[int] = []
     model: Any = attach(vit(), config("lora", last_blocks=1))
     model.blocks[0].mlp.register_forward_hook(lambda module, args, output: passes.append(len(output)))
-    tasks = [make_objective(model, task(), None, VIEWS, make_compute("fp32"))]
+    tasks = [make_objective(model, model, task(), None, VIEWS, make_compute("fp32"))]
     assert sum(passes) == 2 * 20 + 3 * 2, "both views of all images; two to see where to cut, and to compare"
     monkeypatch.setattr(visgraft.training.prefix, "MEMORY_SHARE", 0.0)
     with pytest.warns(UserWarning, match="would take"):
-        tasks.append(make_objective(model, task(), None, VIEWS, make_compute("fp32")))
+        tasks.append(make_objective(model, model, task(), None, VIEWS, make_compute("fp32")))
     chosen = torch.tensor([7, 2, 11])
     with torch.no_grad():
         kept, anew = ([one.network(one.inputs(chosen, epoch)) for epoch in (1, 2, 3, 4)] for one in tasks)
     torch.testing.assert_close(kept, anew, rtol=1e-5, atol=1e-6)
     assert torch.equal(kept[0], kept[2]) and torch.equal(kept[1], kept[3]) and not torch.equal(kept[0], kept[1])
     unlimited, told = replace(VIEWS, cached_views=None), list[str]()
-    first = make_objective(model, task(), None, unlimited, make_compute("fp32"), on_warning=told.append)
+    first = make_objective(model, model, task(), None, unlimited, make_compute("fp32"), on_warning=told.append)
     torch.testing.assert_close(first.network(first.inputs(chosen, 2)), kept[1], rtol=1e-5, atol=1e-6)
 
 
@@ -345,7 +345,7 @@ def test_a_tail_takes_any_number_of_images_and_leaves_the_model_usable_after_an_
 
 def test_labels_and_validation_go_with_the_kept_inputs() -> None:
     model = attach(vit(), config("lora", last_blocks=1))
-    task_of = make_objective(model, task(), task(10, 1), RECIPE, make_compute("fp32"))
+    task_of = make_objective(model, model, task(), task(10, 1), RECIPE, make_compute("fp32"))
     assert task_of.val_inputs is not None
     chosen = torch.tensor([7, 2])
     for inputs, part in ((task_of.inputs(chosen, 1), task()), (task_of.val_inputs(chosen), task(10, 1))):

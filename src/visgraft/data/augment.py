@@ -78,10 +78,13 @@ def augmentation(
 
 
 class View:
-    """Pixels of images in one augmented view, uint8 [N, 3, H, W], made when they are indexed."""
+    """Pixels of images in one augmented view, uint8 [N, 3, H, W], made when they are indexed.
 
-    def __init__(self, augment: Callable[[Tensor, int], Tensor], images: int, epoch: int) -> None:
-        self.augment, self.images, self.epoch = augment, images, epoch
+    `distinct` is after how many images the pixels come again, where a few stand for all.
+    """
+
+    def __init__(self, augment: Callable[[Tensor, int], Tensor], images: int, distinct: int, epoch: int) -> None:
+        self.augment, self.images, self.distinct, self.epoch = augment, images, distinct, epoch
 
     def __len__(self) -> int:
         return self.images

@@ -60,6 +60,11 @@ class Images:
         """Whether an image may have several classes, or none."""
         return self.labels.ndim == 2
 
+    @property
+    def distinct(self) -> int:
+        """After how many images the pixels come again, where a few stand for all; otherwise all of them."""
+        return int(getattr(self.pixels, "distinct", len(self)))
+
     def normalised(self, pixels: Tensor, device: torch.device | None = None) -> Tensor:
         """Return uint8 pixels [B, 3, H, W] as the backbone's input, float32."""
         x = pixels.to(device).float().div_(255)

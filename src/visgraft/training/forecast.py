@@ -24,8 +24,8 @@ from visgraft.files import check_target
 from visgraft.measure.evaluation import evaluate, peak_memory_bytes
 from visgraft.measure.precision import make_compute, resolve_precision
 from visgraft.options import MethodConfig, TrainConfig
-from visgraft.training.loop import Pace, measure_pace
 from visgraft.training.objective import Features, features_of, sees_features
+from visgraft.training.pace import Pace, measure_pace
 from visgraft.training.resume import TrainState, pack_state
 from visgraft.training.run import STATE_SECONDS, Watch, attach_as_asked, read_and_check
 
@@ -45,6 +45,11 @@ class _Repeated:
 
     def __len__(self) -> int:
         return self.count
+
+    @property
+    def distinct(self) -> int:
+        """How many images there are before the first comes again."""
+        return len(self.pixels)
 
     def __getitem__(self, index: Any, /) -> Tensor:
         if isinstance(index, slice):
@@ -258,5 +263,5 @@ def _measure(
     share = sample.val.share if sample.val and features is None else 1.0
     images = sample.train.all
     warn = watch.warning
-    pace = measure_pace(model, images, config, val, features=features, then=pack, on_warning=warn, most=SAMPLE)
+    pace = measure_pace(model, images, config, val, features=features, then=pack, on_warning=warn)
     return pace, share * pace.validation, packing

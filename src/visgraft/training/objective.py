@@ -28,8 +28,7 @@ class Objective:
     """The network that trains, its inputs (images, or what a frozen part makes of them once), its labels and its loss.
 
     `inputs` takes (indices [B], epoch), `val_inputs` indices [B]; `loss` takes logits [B, classes] and labels.
-    `kept_bytes` is the memory that inputs computed once take, `spared` the seconds that computing all would have taken
-    beyond those spent, where some images stand for all.
+    `kept_bytes` is the memory that inputs computed once take.
     """
 
     network: nn.Module
@@ -39,26 +38,25 @@ class Objective:
     val_inputs: Callable[[Tensor], Tensor] | None
     val_labels: Tensor | None
     kept_bytes: int = 0
-    spared: float = 0.0
 
 
 def make_objective(
     model: nn.Module,
+    network: nn.Module,
     images: Images,
     val: Images | None,
     config: TrainConfig,
     compute: Compute,
     features: Features | None = None,
     on_warning: Callable[[str], None] = warn,
-    most: int | None = None,
 ) -> Objective:
-    """Train the whole model on images, or only what lies behind its frozen part on what that makes of them once.
+    """Train the whole model, or what lies behind its frozen part on what that makes of images once.
 
-    That is the head, on features, or the blocks from the first trained one on. `features` keeps features between
-    calls with the same augmentation: "train" and "val" [N, width] are put in, or taken from there; with K cached views
-    "train" holds them one after the other [K N, width]. `on_warning` is told where only the last blocks are to be
-    adapted, or views are to be cached, but the frozen blocks run in every step all the same. `most` is how many images
-    go through a frozen part, at least, to stand for the others as well; None: all go.
+    Where the whole trains, it runs as `network`, a wrapper around it or itself. The other is the head, on features, or
+    the blocks from the first trained one on. `features` keeps features between calls with the same augmentation: "train"
+    and "val" [N, width] are put in, or taken from there; with K cached views "train" holds them one after the other
+    [K N, width]. `on_warning` is told where only the last blocks are to be adapted, or views are to be cached, but the
+    frozen blocks run in every step all the same.
 
     Raises:
         VisgraftError: an option does not go with these labels, or has no effect.
@@ -67,7 +65,9 @@ def make_objective(
     augment = augmentation(images, config.flip, config.rand_augment, config.seed)
     views: tuple[Images, ...] = (images,)
     if augment and turns:
-        views = tuple(replace(images, pixels=View(augment, len(images), n)) for n in range(1, turns + 1))
+        views = tuple(
+            replace(images, pixels=View(augment, len(images), n, images.distinct)) for n in range(1, turns + 1)
+        )
     labels, val_labels = images.labels.to(device), None if val is None else val.labels.to(device)
     loss = make_loss(images.labels, int(getattr(model, "num_classes", 0)), config, device)
     if sees_features(model, config):
@@ -78,11 +78,10 @@ def make_objective(
         train = kept["train"].split(len(images))
         return _on_kept(model.get_classifier(), train, kept.get("val"), labels, val_labels, loss, device)  # type: ignore[operator]
     asked = views if val is None else (*views, val)
-    prefix = _prefix(model, asked, compute, config, on_warning, most)
+    prefix = _prefix(model, asked, compute, config, on_warning)
     if prefix is not None:
         train, rest = prefix.entering[: len(views)], prefix.entering[len(views) :]
-        objective = _on_kept(prefix.tail, train, rest[0] if rest else None, labels, val_labels, loss, device)
-        return replace(objective, spared=prefix.spared)
+        return _on_kept(prefix.tail, train, rest[0] if rest else None, labels, val_labels, loss, device)
 
     def inputs(indices: Tensor, epoch: int) -> Tensor:
         pixels = augment(indices, _turn(epoch, turns)) if augment else images.pixels[indices]
@@ -92,7 +91,7 @@ def make_objective(
         assert val is not None
         return val.normalised(val.pixels[indices], device)
 
-    return Objective(model, inputs, labels, loss, None if val is None else val_inputs, val_labels)
+    return Objective(network, inputs, labels, loss, None if val is None else val_inputs, val_labels)
 
 
 def _turn(epoch: int, turns: int | None) -> int:
@@ -129,7 +128,6 @@ def _prefix(
     compute: Compute,
     config: TrainConfig,
     on_warning: Callable[[str], None],
-    most: int | None,
 ) -> Prefix | None:
     """Run what is frozen before the first trained block once, or say why it runs in every step.
 
@@ -138,7 +136,7 @@ def _prefix(
     """
     anew = (config.flip or config.rand_augment) and not config.cached_views
     reason = "images are augmented (cached_views makes a fixed number of views)"
-    found = reason if anew else run_prefix(model, parts, compute, most=most)
+    found = reason if anew else run_prefix(model, parts, compute)
     if isinstance(found, Prefix):
         return found
     if not found and config.cached_views:
@@ -175,16 +173,16 @@ def features_of(model: Any, images: Images, compute: Compute, batch_size: int = 
 
 
 @contextmanager
-def checkpointing(model: nn.Module, network: nn.Module, wanted: bool) -> Iterator[None]:
+def checkpointing(model: nn.Module, whole: bool, wanted: bool) -> Iterator[None]:
     """Let timm compute each block anew in the backward pass inside the context, if `wanted`.
 
     Raises:
-        VisgraftError: `network`, which trains, is only a part of the model, or timm cannot do it for this one.
+        VisgraftError: not the `whole` model trains, but a part of it, or timm cannot do it for this one.
     """
     if not wanted:
         yield
         return
-    if network is not model:
+    if not whole:
         raise VisgraftError(
             "grad_checkpointing saves memory of blocks that run in every step, but here the frozen ones run once per "
             "image; leave it out"

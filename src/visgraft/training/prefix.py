@@ -54,12 +54,10 @@ class Prefix:
     """What the frozen prefix gives: the network behind it, and what enters that, for each set of images [N, ...].
 
     The tensors lie on the model's device where they take no more than a share of its free memory, else on the CPU.
-    `spared` are the seconds that those images would have taken for which others stand.
     """
 
     tail: "Tail"
     entering: tuple[Tensor, ...]
-    spared: float = 0.0
 
     @property
     def bytes(self) -> int:
@@ -262,16 +260,15 @@ def _home(needed: int, device: torch.device) -> torch.device | None:
 
 
 def run_prefix(
-    model: nn.Module, parts: Sequence[Images], compute: Compute, batch_size: int = 64, most: int | None = None
+    model: nn.Module, parts: Sequence[Images], compute: Compute, batch_size: int = 64
 ) -> Prefix | str | None:
-    """Run the frozen prefix over sets of images once.
+    """Run the frozen prefix over sets of images once, over those that are copies of others not at all.
 
     Args:
         model: a model with something attached, on the device that computes; it is left in eval mode.
         parts: the sets of images.
         compute: the device and the precision.
         batch_size: images per forward pass.
-        most: after how many images of each set to stop and let those stand for all, again and again; None: never.
 
     Returns:
         What it gives; None where no whole block is frozen before the first trained one; or why that is not kept.
@@ -293,25 +290,29 @@ def run_prefix(
     if home is None:
         share = f"{MEMORY_SHARE:.0%} of the free memory"
         return f"what they give would take {needed / 1e9:.1f} GB, more than {share}; fewer or smaller images take less"
-    size = batch_size if most is None else min(batch_size, most)
     kept = tuple(torch.empty(len(part), *entering.shape[1:], dtype=entering.dtype, device=home) for part in parts)
     with torch.no_grad(), compute.autocast():
-        spared = [
-            _fill(rows, (enter(model, cut, x.to(device)) for x, _ in part.batches(size)), most)
-            for part, rows in zip(parts, kept, strict=True)
-        ]
-    return Prefix(tail, kept, sum(spared))
+        for part, rows in zip(parts, kept, strict=True):
+            batches = part.batches(min(batch_size, part.distinct))
+            _fill(rows, (enter(model, cut, x.to(device)) for x, _ in batches), part.distinct)
+    return Prefix(tail, kept)
 
 
-def _fill(rows: Tensor, batches: Iterator[Tensor], most: int | None) -> float:
-    """Fill rows batch by batch, from `most` on with those there are; return the seconds that the others would take."""
-    begin, done = time.perf_counter(), 0
-    for batch in batches:
+def seconds_per_image(tail: Tail, images: Images, compute: Compute, batch_size: int = 64) -> float:
+    """Return how long the frozen prefix takes for an image, from one batch of them."""
+    x = images.normalised(images.pixels[: min(batch_size, images.distinct)], compute.device)
+    begin = time.perf_counter()
+    with torch.no_grad(), compute.autocast():
+        enter(tail.model, tail.cut, x)
+    return (time.perf_counter() - begin) / len(x)
+
+
+def _fill(rows: Tensor, batches: Iterator[Tensor], distinct: int) -> None:
+    """Fill rows batch by batch, from `distinct` on with those that they repeat."""
+    done = 0
+    while done < distinct:
+        batch = next(batches)
         rows[done : done + len(batch)] = batch
         done += len(batch)
-        if most is not None and done >= most:
-            break
-    spent, left = time.perf_counter() - begin, len(rows) - done
     for start in range(done, len(rows), done):
         rows[start : start + done] = rows[: min(done, len(rows) - start)]
-    return spent * left / done if left else 0.0
