@@ -53,8 +53,8 @@ def make_objective(
     """Train the whole model, or what lies behind its frozen part on what that makes of images once.
 
     Where the whole trains, it runs as `network`, a wrapper around it or itself. The other is the head, on features, or
-    the blocks from the first trained one on. `features` keeps features between calls with the same augmentation: "train"
-    and "val" [N, width] are put in, or taken from there; with K cached views "train" holds them one after the other
+    the blocks from the first trained one on. `features` keeps features between calls with the same augmentation:
+    "train" and "val" [N, width] are put in, or taken from there; with K cached views "train" holds them one after the other
     [K N, width]. `on_warning` is told where only the last blocks are to be adapted, or views are to be cached, but the
     frozen blocks run in every step all the same.
 
@@ -65,9 +65,8 @@ def make_objective(
     augment = augmentation(images, config.flip, config.rand_augment, config.seed)
     views: tuple[Images, ...] = (images,)
     if augment and turns:
-        views = tuple(
-            replace(images, pixels=View(augment, len(images), n, images.distinct)) for n in range(1, turns + 1)
-        )
+        count = (len(images), images.distinct)
+        views = tuple(replace(images, pixels=View(augment, *count, epoch)) for epoch in range(1, turns + 1))
     labels, val_labels = images.labels.to(device), None if val is None else val.labels.to(device)
     loss = make_loss(images.labels, int(getattr(model, "num_classes", 0)), config, device)
     if sees_features(model, config):
