@@ -178,7 +178,7 @@ MUTATIONS: dict[str, tuple[Callable[[Path], None], str]] = {
     "unknown method": (edit(method="sctt"), "unknown method 'sctt'; did you mean sct"),
     "other method": (edit(method="linear", method_config=[]), "'method_config' is missing or no dict"),
     "unknown option": (edit(method_config={"chanels": 4}), "no option 'chanels'; did you mean channels"),
-    "option of wrong type": (edit(method_config={"channels": "4"}), "not of type"),
+    "option of wrong type": (edit(method_config={"channels": "4"}), "SCTConfig.channels is '4', but must be a whole"),
     "option out of range": (edit(method_config={"channels": 0}), "must be above 0"),
     "other option": (edit(method_config={"channels": 5}), "does not fit its config"),
     "wrong preprocessing": (edit(data_config={"colour": "blue"}), "colour"),

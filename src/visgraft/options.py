@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from visgraft.errors import VisgraftError, nearest
+from visgraft.option_types import convert, plain, types_of
 
 
 def option(
@@ -13,6 +14,7 @@ def option(
 ) -> Any:
     """Return a dataclass field with a default, a help line and, where the values are names, the allowed ones.
 
+    A field of type `Literal` or `Enum` lists its names by itself and needs no `choices`.
     `younger` marks one that was added when results with these options existed already.
     """
     metadata = {"help": help, "choices": choices, "younger": younger}
@@ -21,21 +23,20 @@ def option(
 
 @dataclass(frozen=True)
 class Options:
-    """A frozen set of options that checks the named choices of its fields.
+    """A frozen set of options whose values are checked against the types of its fields.
+
+    A field may be a `bool`, `int`, `float`, `str`, `Literal`, an `Enum` of these or a tuple of these, or a union of
+    them with each other and None. Numbers of NumPy become plain ones, lists tuples, and an Enum's values its members.
 
     Raises:
-        VisgraftError: a field with choices holds something else, or a tuple of them holds none.
+        VisgraftError: a value is not of its field's type or not among its names, a tuple of names is empty, or a type
+            cannot be stored; the field is named.
     """
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            choices, value = field.metadata.get("choices"), getattr(self, field.name)
-            if choices and value == ():
-                raise VisgraftError(f"{field.name} is empty; name at least one of {', '.join(choices)}")
-            for item in value if isinstance(value, tuple) else (value,):
-                if choices and item is not None and item not in choices:
-                    known = f"{', '.join(choices)}{nearest(str(item), choices)}"
-                    raise VisgraftError(f"{field.name} is {item!r}, but must be one of {known}")
+        for name, hint in types_of(type(self)).items():
+            value = convert(getattr(self, name), hint, f"{type(self).__name__}.{name}")
+            object.__setattr__(self, name, value)  # the class is frozen
 
     def check_positive(self, *names: str) -> None:
         """Raise a VisgraftError that names the first of the given fields that is set and not above zero."""
@@ -56,11 +57,12 @@ class Options:
         Younger ones are left out where they hold the default: the key of a trial is a digest of these values, and
         trials made before such an option existed must keep theirs.
         """
-        unset = {
-            f.name for f in dataclasses.fields(self) if f.metadata.get("younger") and getattr(self, f.name) == f.default
-        }
-        values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
-        return {name: value for name, value in values.items() if name not in unset}
+        values = {}
+        for field in dataclasses.fields(self):
+            value = plain(getattr(self, field.name))
+            if not (field.metadata.get("younger") and value == plain(field.default)):
+                values[field.name] = value
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -69,24 +71,11 @@ class Options:
         Raises:
             VisgraftError: a name is not an option of this class, or a value has the wrong type.
         """
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        for name, value in values.items():
-            if name not in fields:
-                raise VisgraftError(f"{cls.__name__} has no option {name!r}{nearest(name, fields)}")
-            if not _fits(value, fields[name].type):
-                raise VisgraftError(f"{cls.__name__}.{name} is {value!r}, which is not of type {fields[name].type}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-
-def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a JSON value can stand for a field annotated with int, float, str, bool, a tuple, or None."""
-    text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
-    if value is None:
-        return "None" in str(annotation)
-    kinds = {"bool": bool, "int": int, "float": (int, float), "str": str, "tuple": (list, tuple)}
-    first = (str(annotation) if "|" in str(annotation) or "tuple" in str(annotation) else text).split("|")[0]
-    kind = kinds[first.split("[")[0].strip()]
-    return isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool)  # type: ignore[arg-type]
+        hints = types_of(cls)
+        for name in values:
+            if name not in hints:
+                raise VisgraftError(f"{cls.__name__} has no option {name!r}{nearest(name, hints)}")
+        return cls(**{name: convert(value, hints[name], f"{cls.__name__}.{name}") for name, value in values.items()})
 
 
 @dataclass(frozen=True)

@@ -4,21 +4,24 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import typer
 
 import visgraft.methods  # noqa: F401  (registers them, also where `visgraft` itself imports nothing)
 from visgraft.core.registry import get_method, method_names
 from visgraft.errors import VisgraftError, nearest
+from visgraft.option_types import allowed, convert, types_of, written
 from visgraft.options import MethodConfig, TrainConfig, method_fields
-
-C = TypeVar("C", MethodConfig, TrainConfig)
 
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """One generated option: its field, the type as typed on the command line, its help and its group."""
+    """One generated option: its field, the type as typed on the command line, its help and its group.
+
+    One of type `bool` is a switch; all others are read as text by the option's type hint, which only the method chosen
+    tells where methods mean different things by one name.
+    """
 
     field: dataclasses.Field[Any]
     kind: type
@@ -26,41 +29,38 @@ class Flag:
     panel: str
 
 
-def _kind(field: dataclasses.Field[Any]) -> type:
-    """Type of the value as typed: tuples are written with commas."""
-    text = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", "")
-    name = (str(field.type) if text in ("", "UnionType", "tuple") else text).split("|")[0].split("[")[0].strip()
-    return {"int": int, "float": float, "bool": bool}.get(name, str)
+def _kind(hint: Any) -> type:
+    """What a value is shown as: a number where nothing but a number or none may stand."""
+    if hint is bool:
+        return bool
+    return next((kind for kind in (int, float) if hint in (kind, kind | None)), str)
 
 
-def _help(field: dataclasses.Field[Any]) -> str:
-    choices = field.metadata.get("choices")
-    named = f" ({', '.join(choices)})" if choices else ""
-    return f"{field.metadata['help']}{named}"
+def _help(field: dataclasses.Field[Any], hint: Any) -> str:
+    named = allowed(hint)
+    return f"{field.metadata['help']} ({named})" if named else field.metadata["help"]
 
 
 def flags() -> Iterator[Flag]:
     """Yield the options of training, then those of all methods; one that several methods share appears once."""
+    hints = types_of(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
-        yield Flag(field, _kind(field), _help(field), "Training (default: the method's recipe)")
-    owners: dict[str, list[tuple[str, dataclasses.Field[Any]]]] = {}
+        hint = hints[field.name]
+        yield Flag(field, _kind(hint), _help(field, hint), "Training (default: the method's recipe)")
+    owners: dict[str, list[tuple[str, dataclasses.Field[Any], Any]]] = {}
     for name in method_names():
-        for field in method_fields(get_method(name).Config):
-            owners.setdefault(field.name, []).append((name, field))
+        config = get_method(name).Config
+        for field in method_fields(config):
+            owners.setdefault(field.name, []).append((name, field, types_of(config)[field.name]))
     common = {field.name for field in dataclasses.fields(MethodConfig)}
     for shared_name, uses in owners.items():
-        kinds = {_kind(field) for _, field in uses}
-        told = " | ".join(f"{name}: {_help(field)}; default {_shown(field.default)}" for name, field in uses)
+        kinds = {_kind(hint) for _, _, hint in uses}
+        told = " | ".join(
+            f"{name}: {_help(field, hint)}; default {written(field.default)}" for name, field, hint in uses
+        )
         if shared_name in common:
-            told = f"all methods with modules in blocks: {_help(uses[0][1])}"
-        # Where methods mean different things by one name, only the method chosen says how to read what is typed.
+            told = f"all methods with modules in blocks: {_help(*uses[0][1:])}"
         yield Flag(uses[0][1], kinds.pop() if len(kinds) == 1 else str, told, "Method")
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "none"
-    return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
 def with_flags(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,11 +69,13 @@ def with_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     parameters = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     for flag in flags():
         name = flag.field.name
-        written = f"--{name.replace('_', '-')}"
+        words, shown = _flag(name), f"<{flag.kind.__name__}>"
+        kind: Any = bool | None if flag.kind is bool else str | None
         if flag.kind is bool:
-            written = f"{written}/--no-{name.replace('_', '-')}"
-        default = typer.Option(None, written, help=flag.help, rich_help_panel=flag.panel, show_default=False)
-        kind: Any = flag.kind | None
+            words = f"{words}/--no-{name.replace('_', '-')}"
+        default = typer.Option(
+            None, words, metavar=shown, help=flag.help, rich_help_panel=flag.panel, show_default=False
+        )
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind))
 
     @functools.wraps(command)
@@ -89,39 +91,29 @@ def method_config(method: str, values: Mapping[str, Any]) -> MethodConfig:
     """Build a method's options from those given on the command line.
 
     Raises:
-        VisgraftError: unknown method, or an option that this method does not have.
+        VisgraftError: unknown method, an option that this method does not have, or a value that is not of its type.
     """
     cls = get_method(method).Config
-    own = {field.name: field for field in dataclasses.fields(cls)}
-    training = {field.name for field in dataclasses.fields(TrainConfig)}
+    own, training = types_of(cls), types_of(TrainConfig)
     given = {name: value for name, value in values.items() if value is not None and name not in training}
     for name in given:
         if name not in own:
-            has = ", ".join(f"--{f.name.replace('_', '-')}" for f in method_fields(cls)) or "none of its own"
-            raise VisgraftError(f"{method} has no option --{name.replace('_', '-')}; it has {has}")
-    parsed = {name: _parse(own[name], value) for name, value in given.items()}
-    return cls(**parsed)
+            has = ", ".join(_flag(field.name) for field in method_fields(cls)) or "none of its own"
+            raise VisgraftError(f"{method} has no option {_flag(name)}; it has {has}")
+    return cls(**{name: _parse(own[name], name, value) for name, value in given.items()})
 
 
-def _parse(field: dataclasses.Field[Any], value: Any) -> Any:
-    """Return a typed value as the field wants it.
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _parse(hint: Any, name: str, value: Any) -> Any:
+    """Return a value as the option wants it: what a switch says, or a text as it was typed.
 
     Raises:
-        VisgraftError: it is not of the field's type.
+        VisgraftError: it is not of the option's type; the flag is named.
     """
-    if value is None:
-        return None
-    if "tuple" in str(field.type):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    kind = _kind(field)
-    if not isinstance(value, str) or kind is str:
-        return value
-    words = {"true": True, "false": False} if kind is bool else {}
-    try:
-        return words[value.lower()] if kind is bool else kind(value)
-    except (ValueError, KeyError) as error:
-        wanted = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
-        raise VisgraftError(f"--{field.name.replace('_', '-')} is {value!r}, but must be {wanted}") from error
+    return convert(value, hint, _flag(name), typed=isinstance(value, str))
 
 
 def parse_option(method: str | None, name: str, text: str) -> Any:
@@ -130,8 +122,7 @@ def parse_option(method: str | None, name: str, text: str) -> Any:
     Raises:
         VisgraftError: there is no such option, or the text is not of its type.
     """
-    classes: list[type[MethodConfig] | type[TrainConfig]] = [get_method(method).Config] if method else []
-    known = {field.name: field for kind in (TrainConfig, *classes) for field in dataclasses.fields(kind)}
+    known = {**types_of(TrainConfig), **(types_of(get_method(method).Config) if method else {})}
     if name not in known:
         if method is None:
             end = "; an option of a method is METHOD.OPTION=VALUE"
@@ -139,13 +130,17 @@ def parse_option(method: str | None, name: str, text: str) -> Any:
         own = ", ".join(f.name for f in method_fields(get_method(method).Config)) or "none of its own"
         end = f"; it has {own}, and those of training (visgraft train --help)"
         raise VisgraftError(f"{method} has no option {name!r}{nearest(name, known) or end}")
-    return _parse(known[name], None if text == "none" else text)
+    return _parse(known[name], name, text)
 
 
 def train_config(method: str, values: Mapping[str, Any]) -> TrainConfig:
-    """Return the method's recipe with the options given on the command line in place of its own."""
-    own = {field.name for field in dataclasses.fields(TrainConfig)}
-    given = {name: value for name, value in values.items() if value is not None and name in own}
+    """Return the method's recipe with the options given on the command line in place of its own.
+
+    Raises:
+        VisgraftError: a value is not of its option's type.
+    """
+    own = types_of(TrainConfig)
+    given = {name: _parse(own[name], name, v) for name, v in values.items() if v is not None and name in own}
     recipe = get_method(method).recipe
     if "epochs" in given and "warmup_epochs" not in given:
         given["warmup_epochs"] = recipe.warmup_epochs * given["epochs"] / recipe.epochs

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from visgraft.errors import VisgraftError, nearest
+from visgraft.option_types import types_of
 
 if TYPE_CHECKING:
     from visgraft.core.method import Method
@@ -16,7 +17,8 @@ def register(name: str, *, paper: str) -> "Callable[[type[M]], type[M]]":
     """Class decorator that enters a `Method` under `name`; `paper` is its source, e.g. `"arXiv:2309.08513"`.
 
     Raises:
-        VisgraftError: the name is taken, or the class shares its config with another method.
+        VisgraftError: the name is taken, the class shares its config with another method, or an option's type cannot be
+            stored.
     """
 
     def enter(cls: type[M]) -> type[M]:
@@ -24,6 +26,7 @@ def register(name: str, *, paper: str) -> "Callable[[type[M]], type[M]]":
             raise VisgraftError(f"the method name {name!r} is taken by {METHODS[name].__qualname__}; choose another")
         if "method" in cls.Config.__dict__:
             raise VisgraftError(f"{cls.Config.__name__} belongs to {cls.Config.method!r}; give {name!r} its own")
+        types_of(cls.Config)  # an option that no file could hold should show here, not when a training is saved
         cls.name, cls.paper, cls.Config.method = name, paper, name
         METHODS[name] = cls
         return cls

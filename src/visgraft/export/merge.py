@@ -19,6 +19,7 @@ from visgraft.core.tensors import eval_mode
 from visgraft.errors import MergeError, VisgraftError
 from visgraft.export.affine import FoldTarget, add_missing_biases, fold, fold_target, probe, refusal
 from visgraft.export.certificate import Certificate, answers, certify, fold_difference, image_batches
+from visgraft.option_types import choices_of, convert, types_of
 from visgraft.options import MethodConfig
 
 
@@ -70,16 +71,14 @@ def mergeable(model: nn.Module, config: MethodConfig) -> bool:
 def remedy(model: nn.Module, config: MethodConfig) -> str:
     """Name an option with which the method would fold into this plain backbone, or say what else to do."""
     # A switch, such as one for biases, changes less than another place does.
-    for field in sorted(
-        dataclasses.fields(config), key=lambda field: not isinstance(getattr(config, field.name), bool)
-    ):
-        current = getattr(config, field.name)
-        values = [not current] if isinstance(current, bool) else field.metadata.get("choices") or ()
-        for choice in values:
-            value: Any = (choice,) if "tuple" in str(field.type) else choice
+    hints = types_of(type(config))
+    for name in sorted(hints, key=lambda name: not isinstance(getattr(config, name), bool)):
+        current = getattr(config, name)
+        for choice in [not current] if isinstance(current, bool) else choices_of(hints[name]):
             try:
-                if mergeable(model, dataclasses.replace(config, **{field.name: value})):
-                    return f"train it with {field.name}={choice}, which folds, or keep the adapter attached"
+                value = convert(choice, hints[name], name, typed=isinstance(choice, str))
+                if mergeable(model, dataclasses.replace(config, **{name: value})):
+                    return f"train it with {name}={choice}, which folds, or keep the adapter attached"
             except (VisgraftError, TypeError):
                 continue
     return "keep the adapter attached"
