@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ from visgraft.bench.ledger import read_results
 from visgraft.cli.options import flags, method_config, parse_option, train_config, with_flags
 from visgraft.core.method import Method
 from visgraft.core.registry import METHODS, register
-from visgraft.errors import VisgraftError
+from visgraft.errors import AdapterError, VisgraftError
 from visgraft.export.merge import remedy
 from visgraft.option_types import choices_of, types_of, written
 from visgraft.options import MethodConfig, method_fields, option
@@ -352,3 +352,52 @@ def test_a_type_that_cannot_be_stored_is_refused_at_registration(hint: Any, told
     assert "odd" not in METHODS and "method" not in vars(config)
     message = str(caught.value)
     assert message.startswith("OddConfig.odd") and told in message and "\n" not in message
+
+
+def write_options(adapter: Path, **changes: Any) -> None:
+    """Change what an adapter's file says of its method."""
+    stored = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
+    (adapter / CONFIG).write_text(json.dumps({**stored, **changes}), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"method": "mine"}, ["unknown method 'mine'", "import the module that registers it first"]),
+        ({"method_config": {"rnk": 4}}, ["LoRAConfig has no option 'rnk'; did you mean rank", "update visgraft"]),
+        ({"method_config": {"rank": "4"}}, ["LoRAConfig.rank is '4', but must be a whole number", "train again"]),
+        ({"method_config": {"rank": 0}}, ["rank is 0, but must be above 0", "use the version of lora that wrote it"]),
+        ({"method_config": {"targets": ["z"]}}, ["LoRAConfig.targets is 'z', but must be one of q, k, v"]),
+    ],
+)
+def test_an_adapter_with_unknown_options_is_not_called_damaged(
+    changes: dict[str, Any], says: list[str], tmp_path: Path
+) -> None:
+    adapter = save(attach(vit(), LoRAConfig()), tmp_path / "adapter")
+    write_options(adapter, **changes)
+    with pytest.raises(AdapterError) as caught:
+        load(adapter, backbone=vit())
+    message = str(caught.value)
+    assert [text for text in [str(adapter / CONFIG), *says] if text not in message] == []
+    assert "damaged" not in message and "\n" not in message
+
+
+def test_checks_of_a_users_own_options_are_told_in_one_line(tmp_path: Path) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class PickyConfig(MethodConfig):
+        depth: Literal[1, 2] = option(1, "a depth")
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if self.depth == 2:
+                raise ValueError("two\nis too deep")
+
+    picky = type("Picky", (Method,), {"Config": PickyConfig, "recipe": TrainConfig()})
+    register("picky", paper="a test")(picky)
+    try:
+        adapter = save(attach(vit(), PickyConfig()), tmp_path / "adapter")
+        write_options(adapter, method_config={"depth": 2})
+        with pytest.raises(AdapterError, match=r"adapter_config\.json: two is too deep; update visgraft, use the"):
+            load(adapter, backbone=vit())
+    finally:
+        METHODS.pop("picky")

@@ -100,11 +100,10 @@ class AdapterRecord:
         """Return what a config file says; `file` is its name in errors.
 
         Raises:
-            AdapterError: it is damaged, or of a newer format, or of a method that is not registered.
+            AdapterError: it is damaged or of a newer format, or its method or an option is not known here.
         """
         _check_structure(config, file)
-        with _damage(file, "method"):
-            method = get_method(config["method"]).Config.from_dict(config["method_config"])
+        method = _method_config(config["method"], config["method_config"], file)
         stored, facts = dict(config["backbone"]), config["record"]
         with _damage(file, "backbone"):
             outputs, digest = stored.pop("num_classes"), stored.pop("digest", None)
@@ -133,6 +132,25 @@ class AdapterRecord:
             file = self.backbone.weights
             raise AdapterError(f"{path} was trained on the weights file {file}; pass it again: --weights PATH/{file}")
         return dataclasses.replace(self.backbone, weights=weights or self.backbone.weights)
+
+
+def _method_config(name: str, options: Facts, file: Path) -> MethodConfig:
+    """Return the method's options.
+
+    Raises:
+        AdapterError: the method, or one of the options, is not known here, or a value does not fit its option.
+    """
+    try:
+        method = get_method(name)
+    except VisgraftError as error:
+        raise AdapterError(f"{file}: {error}; import the module that registers it first, or update visgraft") from error
+    try:
+        return method.Config.from_dict(options)
+    except Exception as error:  # the checks of a user's own options raise whatever they like
+        told = " ".join(str(error).split())
+        raise AdapterError(
+            f"{file}: {told}; update visgraft, use the version of {name} that wrote it, or train again"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -54,9 +54,9 @@ def make_objective(
 
     Where the whole trains, it runs as `network`, a wrapper around it or itself. The other is the head, on features, or
     the blocks from the first trained one on. `features` keeps features between calls with the same augmentation:
-    "train" and "val" [N, width] are put in, or taken from there; with K cached views "train" holds them one after the other
-    [K N, width]. `on_warning` is told where only the last blocks are to be adapted, or views are to be cached, but the
-    frozen blocks run in every step all the same.
+    "train" and "val" [N, width] are put in, or taken from there; with K cached views "train" holds them one after the
+    other [K N, width]. `on_warning` is told where only the last blocks are to be adapted, or views are to be cached,
+    but the frozen blocks run in every step all the same.
 
     Raises:
         VisgraftError: an option does not go with these labels, or has no effect.
