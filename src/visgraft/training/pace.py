@@ -14,7 +14,7 @@ from visgraft.data.augment import View, augmentation
 from visgraft.data.images import Images
 from visgraft.measure.precision import make_compute
 from visgraft.options import TrainConfig
-from visgraft.training.loop import Event, EpochKept, Ready, training_loop
+from visgraft.training.loop import EpochKept, Event, Ready, training_loop
 from visgraft.training.objective import Features, Objective
 from visgraft.training.prefix import Tail, seconds_per_image
 from visgraft.training.resume import Epoch, TrainState
