@@ -16,6 +16,7 @@ from visgraft.core.placing import find_positions
 from visgraft.core.registry import get_method
 from visgraft.core.sites import Sites
 from visgraft.core.tensors import eval_mode
+from visgraft.core.wrappers import unwrapped
 from visgraft.errors import MergeError, VisgraftError
 from visgraft.export.affine import FoldTarget, add_missing_biases, fold, fold_target, probe, refusal
 from visgraft.export.certificate import Certificate, answers, certify, fold_difference, image_batches
@@ -113,7 +114,7 @@ def folded(model: nn.Module, *, allow_new_bias: bool = False) -> nn.Module:
     Raises:
         MergeError: the method cannot be folded exactly here.
     """
-    attached = get_attached(model)
+    attached, model = get_attached(model), unwrapped(model)
     _check_dtype(next(model.parameters()).dtype)
     # The digest is handed on as it is: a copy of it would make it, and the plain model has none.
     plain = strip(copy.deepcopy(model, {id(attached.plain): attached.plain})).eval()
@@ -155,7 +156,7 @@ def merge(model: nn.Module, images: Any = None, *, allow_new_bias: bool = False)
         MergeError: the method cannot be folded exactly here, the folded model is another function, rounding does more
             to it than to the adapted one, or there is nothing to measure on.
     """
-    attached = get_attached(model)
+    attached, model = get_attached(model), unwrapped(model)
     _check_dtype(next(model.parameters()).dtype)
     reference = _in_float64(model)
     exact = folded(reference, allow_new_bias=allow_new_bias)

@@ -1,0 +1,350 @@
+"""What others do with an attached model: threads, tracers, exporters, wrappers, and people with loops of their own."""
+
+import copy
+import io
+import pickle
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+from support import ALL_FAMILIES, CLASSES, CONFIGS, DEFAULTS, batches, enliven, family, fitted, images, logits
+from test_laws import OBEYING, adapted, pictures, seldom
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
+
+from visgraft import (
+    Images,
+    TrainConfig,
+    attach,
+    count_parameters,
+    detach,
+    evaluate,
+    load,
+    merge,
+    save,
+    train,
+)
+from visgraft.core.attached import get_attached
+from visgraft.core.taps import Kept
+from visgraft.core.tensors import CHILD
+from visgraft.errors import AdapterError, VisgraftError
+
+THREADS, FORWARDS, DIFFERENT = 8, 50, 5
+ON_ALL_FAMILIES = ("sct-0", "alore-0", "lora-0", "vpt_deep-0", "adaptformer-0")
+
+
+def rarely(pairs: list[tuple[str, str]]) -> list[Any]:
+    """Every method on one family and some on all in each run, the other pairs with `-m long`."""
+    return [
+        pair if pair[1] == "plain" or pair[0] in ON_ALL_FAMILIES[:2] else pytest.param(*pair, marks=pytest.mark.long)
+        for pair in pairs
+    ]
+
+
+PAIRS = [(name, kind) for name, kind in OBEYING if name in DEFAULTS or kind == "plain"]
+
+
+@contextmanager
+def hurried_threads() -> Iterator[None]:
+    """Let threads take turns so often that none gets through a forward alone."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+def in_threads(
+    answer: Callable[[Tensor], Tensor], inputs: list[Tensor], forwards: int = FORWARDS
+) -> list[list[Tensor]]:
+    """Let each of several threads answer the inputs in turn, each beginning with another: {thread: answers}."""
+
+    def work(number: int) -> list[Tensor]:
+        with torch.no_grad():
+            return [answer(inputs[(number + i) % len(inputs)]) for i in range(FORWARDS)]
+
+    with hurried_threads(), ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(work, range(THREADS)))
+
+
+@pytest.mark.parametrize(("name", "kind"), rarely(PAIRS), ids=lambda value: value)
+def test_18_eight_threads_answer_as_one(name: str, kind: str) -> None:
+    model = adapted(name, kind)
+    inputs = [pictures(kind, 1 + i % 2, seed=i) for i in range(DIFFERENT)]
+    alone = [logits(model, x) for x in inputs]
+    found = in_threads(model, inputs)
+    wrong = sum(
+        not torch.equal(answer, alone[(number + i) % DIFFERENT])
+        for number, answers in enumerate(found)
+        for i, answer in enumerate(answers)
+    )
+    assert wrong == 0, f"{wrong} of {THREADS * FORWARDS} answers"
+    assert held_by(model) == []
+
+
+def held_by(model: nn.Module) -> list[Kept]:
+    """What hooks of this thread still keep."""
+    return [kept for kept in get_attached(model).taps.kept if kept.tensor is not None]
+
+
+@pytest.mark.parametrize("name", ["sct-0", "lora-0", "alore-0", "adaptformer-0", "fact-0"])
+def test_nothing_is_kept_after_a_forward_nor_after_one_that_fails(name: str) -> None:
+    model, x = adapted(name, "plain"), images(2)
+    before = logits(model, x)
+    assert get_attached(model).taps.kept and held_by(model) == []
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("in between")
+
+    for path in ("blocks.1.mlp.fc1", "blocks.1.attn.proj", "blocks.1.norm2"):
+        handle = model.get_submodule(path).register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="in between"):
+            model(x)
+        handle.remove()
+        assert held_by(model) == [], path
+        assert torch.equal(logits(model, x), before)
+
+
+def export(model: nn.Module, x: Tensor) -> Any:
+    with torch.no_grad():
+        return torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), strict=True)
+
+
+@pytest.mark.parametrize(("name", "kind"), rarely(PAIRS), ids=lambda value: value)
+def test_19_it_exports_with_any_number_of_images(name: str, kind: str) -> None:
+    torch._dynamo.reset()
+    model = adapted(name, kind)
+    program = export(model, pictures(kind, 4)).module()
+    for count in (1, 3, 7):
+        x = pictures(kind, count, seed=count)
+        torch.testing.assert_close(logits(program, x), logits(model, x), atol=1e-5, rtol=1e-4)
+
+
+ONNX = seldom(
+    [(name, "plain") for name in DEFAULTS] + [("alore-0", kind) for kind in ALL_FAMILIES[1:]], "sct-0", "lora-0"
+)
+
+
+@pytest.mark.parametrize(("name", "kind"), ONNX, ids=lambda value: value)
+def test_19_onnxruntime_answers_as_torch(name: str, kind: str, tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    model = adapted(name, kind)
+    torch.onnx.export(export(model, pictures(kind, 4)), f=tmp_path / "m.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    for count in (1, 3):
+        x = pictures(kind, count, seed=count)
+        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), logits(model, x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sct-0", "lora-0", "alore-0", "fact-0", "repadapter-0", "arc-0"])
+def test_a_trace_is_saved_and_answers_the_same(name: str) -> None:
+    model, x, file = adapted(name, "plain"), images(3), io.BytesIO()
+    with torch.no_grad():
+        torch.jit.save(torch.jit.trace(model, images(2)), file)
+    file.seek(0)
+    torch.testing.assert_close(logits(torch.jit.load(file), x), logits(model, x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sct-0", "lora-0", "alore-0", "ssf-0"])
+def test_functional_gradients_are_those_of_autograd(name: str) -> None:
+    model, x = adapted(name, "plain").double(), images(3).double()
+    trained = {key: p.detach() for key, p in model.named_parameters() if p.requires_grad}
+    found = torch.func.grad(lambda tensors: torch.func.functional_call(model, tensors, (x,)).square().sum())(trained)
+    model(x).square().sum().backward()
+    for key, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(found[key], p.grad)
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="aot_eager")  # type: ignore[return-value]
+
+
+def fabric(model: nn.Module) -> nn.Module:
+    """As Lightning's Fabric wraps a module."""
+
+    class _FabricModule(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self._forward_module, self._original_module = inner, inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self._forward_module(x)
+
+    return _FabricModule(model)
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "compiled": compiled,
+    "DataParallel": nn.DataParallel,
+    "averaged": AveragedModel,
+    "fabric": fabric,
+    "twice": lambda model: compiled(nn.DataParallel(model)),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_a_wrapped_model_is_seen_through_or_refused_by_name(wrap: str, tmp_path: Path) -> None:
+    model, x = fitted(CONFIGS["lora-0"]), images(4)
+    wrapper = WRAPPERS[wrap](model)
+    expected = logits(model, x)
+    assert count_parameters(wrapper) == count_parameters(model)
+    save(wrapper, tmp_path / "a", classes=list("abcde"))
+    assert torch.equal(logits(load(tmp_path / "a", backbone=family("plain")).model, x), expected)
+    plain, _ = merge(wrapper, x)
+    torch.testing.assert_close(logits(plain, x), expected, atol=1e-4, rtol=1e-4)
+    task = Images((x * 40 + 128).clamp(0, 255).to(torch.uint8), torch.tensor([0, 1, 2, 3]), (0.5,) * 3, (0.5,) * 3)
+    assert evaluate(wrapper, task, "fp32").images == 4
+    for verb in (lambda: attach(wrapper, CONFIGS["sct-0"], batches(size=16)), lambda: detach(wrapper)):
+        with pytest.raises(VisgraftError, match=r"wrapper around the model.* the model inside") as caught:
+            verb()
+        assert type(wrapper).__name__ in str(caught.value)
+
+
+@pytest.mark.parametrize("wrap", ["compiled", "DataParallel", "fabric"])
+def test_training_a_wrapped_model_keeps_the_best_epoch_that_it_reports(wrap: str) -> None:
+    pixels = torch.randint(0, 256, (24, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    task = Images(pixels, torch.arange(24) % 3, (0.5,) * 3, (0.5,) * 3)
+    config = TrainConfig(epochs=3, warmup_epochs=0.0, batch_size=8, lr=2e-2, select="val", precision="fp32")
+    alone = fitted(CONFIGS["lora-0"])
+    model = copy.deepcopy(alone)
+    expected = train(alone, task, config, task)
+    found = train(WRAPPERS[wrap](model), task, config, task)
+    assert found.kept_epoch == expected.kept_epoch
+    ours, theirs = get_attached(model).stored(), get_attached(alone).stored()
+    assert ours.keys() == theirs.keys() and len(ours) > 0
+    for key, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[key], atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_inside_another_is_named() -> None:
+    class Task(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = fitted(CONFIGS["lora-0"])
+
+    with pytest.raises(VisgraftError, match="nothing is attached to this Task, but to its net; pass that"):
+        save(Task(), "nowhere")
+
+
+def own_loop(model: nn.Module, steps: int = 3) -> None:
+    """A user's training loop, which knows nothing of visgraft."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images(6)), torch.arange(6) % 3).backward()
+        optimizer.step()
+    model.eval()
+
+
+UNFROZEN = {
+    "a norm": ("plain", "norm"),
+    "position embeddings": ("plain", "pos_embed"),
+    "the class token": ("plain", "cls_token"),
+    "a block": ("plain", "blocks.1"),
+    "a stage": ("convnext", "stages.3"),
+    "a table of biases": ("swin", "layers.0.blocks.0.attn"),
+}
+
+
+def unfreeze(model: nn.Module, path: str) -> None:
+    found = [p for name, p in model.named_parameters() if name == path or name.startswith(f"{path}.")]
+    assert found
+    for parameter in found:
+        parameter.requires_grad_(True)
+
+
+@pytest.mark.parametrize("refrozen", [False, True])
+@pytest.mark.parametrize("what", UNFROZEN)
+def test_what_a_user_unfreezes_is_stored_counted_and_given_back(what: str, refrozen: bool, tmp_path: Path) -> None:
+    kind, path = UNFROZEN[what]
+    plain, model, x = family(kind), fitted(CONFIGS["lora-0"], kind), pictures(kind)
+    counted = count_parameters(model).adapter
+    start = logits(plain, x)
+    unfreeze(model, path)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.train()
+    model(x).square().sum().backward()
+    optimizer.step()
+    model.eval()
+    assert count_parameters(model).adapter > counted
+    if refrozen:
+        for name, parameter in model.named_parameters():
+            if name == path or name.startswith(f"{path}."):
+                parameter.requires_grad_(False)
+    expected = logits(model, x)
+    save(model, tmp_path / "a")
+    loaded = load(tmp_path / "a", backbone=family(kind))
+    assert torch.equal(logits(loaded.model, x), expected)
+    assert loaded.record.own and all(name == path or name.startswith(f"{path}.") for name in loaded.record.own)
+    save(loaded.model, tmp_path / "b")
+    assert torch.equal(logits(load(tmp_path / "b", backbone=family(kind)).model, x), expected)
+    assert torch.equal(logits(detach(loaded.model), x), start)
+    assert torch.equal(logits(detach(model), x), start)
+    other = family(kind)
+    with torch.no_grad():
+        next(p for name, p in other.named_parameters() if not name.startswith(path) and p.ndim == 2).add_(0.1)
+    with pytest.raises(AdapterError, match="another backbone"):
+        load(tmp_path / "a", backbone=other)
+
+
+HEADS = {"plain": "head", "convnext": "head.fc", "swin": "head.fc", "mixer": "head", "deit_distilled": "head"}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("before", [0, CLASSES])
+def test_a_head_that_came_later_is_stored_counted_and_taken_off_again(kind: str, before: int, tmp_path: Path) -> None:
+    plain, x = family(kind, num_classes=before), pictures(kind)
+    start, keys = logits(plain, x), set(plain.state_dict())
+    model = attach(family(kind, num_classes=before), CONFIGS["lora-0"])
+    model.reset_classifier(3)  # type: ignore[operator]
+    enliven(model).eval()
+    number = sum(p.numel() for name, p in model.named_parameters() if name.startswith("head"))
+    assert count_parameters(model).head == number > 0 or kind in ("convnext", "swin")
+    expected = logits(model, x)
+    assert expected.shape == (6, 3)
+    save(model, tmp_path / "a", classes=["a", "b", "c"])
+    loaded = load(tmp_path / "a", backbone=family(kind, num_classes=3))
+    assert torch.equal(logits(loaded.model, x), expected)
+    detach(model)
+    assert set(model.state_dict()) == keys and model.num_classes == before
+    assert torch.equal(logits(model, x), start)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_backbone_in_another_precision_is_known_again_or_says_so(dtype: torch.dtype, tmp_path: Path) -> None:
+    name = str(dtype).removeprefix("torch.")
+    model = enliven(attach(family("plain").to(dtype), CONFIGS["lora-0"])).eval()
+    save(model, tmp_path / "a")
+    same = load(tmp_path / "a", backbone=family("plain").to(dtype))
+    assert torch.equal(logits(same.model, images().to(dtype)), logits(model, images().to(dtype)))
+    assert same.record.digest_precision == name
+    if dtype == torch.float64:
+        with pytest.raises(AdapterError, match=r"in float64, but this one is in float32.* pass the backbone in"):
+            load(tmp_path / "a", backbone=family("plain"))
+        return
+    wider = load(tmp_path / "a", backbone=family("plain")).model
+    assert next(wider.parameters()).dtype == torch.float32
+    torch.testing.assert_close(logits(wider), logits(model.float()), atol=0.5, rtol=0.1)
+    save(attach(family("plain"), CONFIGS["lora-0"]), tmp_path / "b")
+    with pytest.raises(AdapterError, match=rf"backbone in float32, but this one is in {name}"):
+        load(tmp_path / "b", backbone=family("plain").to(dtype))
+
+
+def test_nothing_of_ours_hangs_on_a_model(tmp_path: Path) -> None:
+    model = fitted(CONFIGS["sct-0"])
+    save(model, tmp_path / "a")
+    for found in (model, load(tmp_path / "a", backbone=family("plain")).model):
+        assert not [name for name in vars(found) if "visgraft" in name]
+        assert set(found._modules) - set(family("plain")._modules) == {CHILD}
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), logits(model))
