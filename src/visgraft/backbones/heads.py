@@ -18,3 +18,18 @@ def classifier_paths(model: nn.Module) -> tuple[str, ...]:
 def head_paths(model: nn.Module) -> tuple[str, ...]:
     """Return the paths of the classifier's layers that have parameters; empty for `num_classes=0`."""
     return tuple(p for p in classifier_paths(model) if next(model.get_submodule(p).parameters(), None) is not None)
+
+
+def head_outputs(model: nn.Module) -> int | None:
+    """Return how many outputs the classifier has, 0 where there is none; None where the model does not say.
+
+    The layer itself is asked: one that was put in by hand leaves timm's `num_classes` as it was.
+    """
+    named: Any = getattr(model, "num_classes", None)
+    if not hasattr(model, "get_classifier"):
+        return named
+    paths = head_paths(model)
+    if not paths:
+        return 0
+    layers = [layer for layer in model.get_submodule(paths[0]).modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    return len(layers[-1].weight) if layers else named

@@ -54,11 +54,18 @@ def augmentation(
     """Return a function (indices [B], epoch) -> augmented uint8 pixels [B, 3, H, W], or None for no augmentation.
 
     What happens to an image depends on (seed, epoch, index) alone.
+
+    Raises:
+        VisgraftError: the policy is unknown, or it changes colours and the images have none.
     """
     if not (flip or rand_augment):
         return None
     policy = None
     if rand_augment:
+        if images.pixels.shape[1] != 3:
+            raise VisgraftError(
+                f"rand_augment changes colours, but the images have {images.pixels.shape[1]} channels; leave it out"
+            )
         fill = tuple(round(255 * value) for value in images.mean)
         try:
             policy = _auto_augment().rand_augment_transform(rand_augment, {"img_mean": fill})
@@ -83,14 +90,16 @@ class View:
     `distinct` is after how many images the pixels come again, where a few stand for all.
     """
 
-    def __init__(self, augment: Callable[[Tensor, int], Tensor], images: int, distinct: int, epoch: int) -> None:
-        self.augment, self.images, self.distinct, self.epoch = augment, images, distinct, epoch
+    def __init__(
+        self, augment: Callable[[Tensor, int], Tensor], shape: tuple[int, ...], distinct: int, epoch: int
+    ) -> None:
+        self.augment, self.shape, self.distinct, self.epoch = augment, shape, distinct, epoch
 
     def __len__(self) -> int:
-        return self.images
+        return self.shape[0]
 
     def __getitem__(self, index: Any, /) -> Tensor:
-        chosen = torch.arange(self.images)[index]
+        chosen = torch.arange(len(self))[index]
         return self.augment(chosen, self.epoch) if chosen.ndim else self.augment(chosen[None], self.epoch)[0]
 
 

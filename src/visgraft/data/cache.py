@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import os
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,8 +38,10 @@ Broken = dict[int, str]
 
 
 class Pixels(Protocol):
-    """What `Images.pixels` can do: a tensor, or something that decodes when it is indexed."""
+    """What `Images.pixels` can do: a tensor, or something that decodes when it is indexed; `shape` is [N, 3, H, W]."""
 
+    @property
+    def shape(self) -> tuple[int, ...]: ...
     def __getitem__(self, index: Any, /) -> Tensor: ...
     def __len__(self) -> int: ...
 
@@ -141,7 +144,7 @@ def _in_memory(
 
 def _on_disk(
     examples: Sequence[Example], decode: Decode, skip_broken: bool, on_progress: Callable[[int, int], None] | None
-) -> tuple[Tensor, Broken]:
+) -> tuple["Mapped", Broken]:
     """Map the file of these images into memory, after writing it where it is not there yet."""
     facts = _facts_file(examples, decode)
     file, folder = facts.with_suffix(".uint8"), facts.parent
@@ -164,11 +167,7 @@ def _on_disk(
         raise DataError(next(iter(broken.values())))
     with contextlib.suppress(OSError):
         os.utime(facts)  # marks it as used
-    shape = (len(examples) - len(broken), *decode.shape())
-    size = torch.Size(shape).numel()
-    if file.stat().st_size != size:
-        raise DataError(f"{file} is damaged; remove it")
-    return torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8).view(shape), broken
+    return Mapped(file, (len(examples) - len(broken), *decode.shape())), broken
 
 
 def _facts_file(examples: Sequence[Example], decode: Decode) -> Path:
@@ -196,12 +195,37 @@ def _make_room(folder: Path, needed: int) -> None:
             pixels.unlink(missing_ok=True)
 
 
+class Mapped:
+    """Pixels in a file of the cache, mapped into memory; another process that is given them maps the same file."""
+
+    def __init__(self, file: Path, shape: tuple[int, ...]) -> None:
+        self.file, self.shape = file, shape
+        size = torch.Size(shape).numel()
+        try:
+            found = file.stat().st_size
+        except OSError as error:
+            raise DataError(f"{file} is no longer in the image cache; load the images again") from error
+        if found != size:
+            raise DataError(f"{file} is damaged; remove it")
+        self.pixels = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8).view(shape)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: Any, /) -> Tensor:
+        return self.pixels[index]
+
+    def __reduce__(self) -> tuple[type["Mapped"], tuple[Path, tuple[int, ...]]]:
+        return Mapped, (self.file, self.shape)
+
+
 class Decoded:
-    """Pixels that are decoded whenever they are asked for, several at a time."""
+    """Pixels that are decoded whenever they are asked for, several at a time, in whatever process."""
 
     def __init__(self, examples: Sequence[Example], decode: Decode) -> None:
         self.examples, self.decode = list(examples), decode
-        self.pool = ThreadPoolExecutor(os.cpu_count())
+        self.shape = (len(self.examples), *decode.shape())
+        self.pool, self.process = ThreadPoolExecutor(os.cpu_count()), os.getpid()
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -210,4 +234,20 @@ class Decoded:
         if isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0):
             return self.decode.function(self.examples[int(index)])
         chosen = self.examples[index] if isinstance(index, slice) else [self.examples[int(i)] for i in index]
+        if self.process != os.getpid():  # threads do not survive a fork, and what waits for them would wait forever
+            self.pool, self.process = ThreadPoolExecutor(os.cpu_count()), os.getpid()
         return torch.stack(list(self.pool.map(self.decode.function, chosen)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        try:
+            return _unpack, (pickle.dumps((self.examples, self.decode)),)
+        except Exception as error:  # what cannot be pickled raises nearly every kind of exception
+            reason = " ".join(str(error).split())
+            raise DataError(
+                f"images with cache='none' cannot be handed to another process, as what reads them cannot ({reason}); "
+                "load them with cache='ram' or cache='disk'"
+            ) from error
+
+
+def _unpack(packed: bytes) -> Decoded:
+    return Decoded(*pickle.loads(packed))

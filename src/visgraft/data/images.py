@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -41,7 +42,11 @@ class Images:
 
     `pixels` uint8 [N, 3, H, W], indexed like a tensor by number, slice or int64 [B]; `labels` int64 [N], or, where an
     image may have several classes, float32 [N, classes] of 0 and 1; `mean` and `std` [3] of the normalisation; `paths`
-    of the files, `groups` as the examples have them, and `skipped` what was left out.
+    of the files, `groups` as the examples have them, and `skipped` what was left out. `outputs` is the number of
+    classes, 0 where it is not known.
+
+    It is a data set for torch's DataLoader as well, with (image float32 [3, H, W], label) by number, in processes of
+    its own too.
     """
 
     pixels: Pixels
@@ -51,9 +56,14 @@ class Images:
     paths: tuple[Path, ...] = ()
     groups: tuple[str | None, ...] = ()
     skipped: tuple[Skipped, ...] = ()
+    outputs: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return one image [3, H, W] float32, without augmentation, and its label."""
+        return self.normalised(self.pixels[number][None])[0], self.labels[number]
 
     @property
     def multi_label(self) -> bool:
@@ -93,19 +103,22 @@ def load_images(
     Args:
         examples: the images and their labels.
         data_config: timm's preprocessing facts.
-        outputs: the number of classes, needed where images may have several.
+        outputs: the number of classes; needed where images may have several, otherwise labels are checked against it.
         background: the colour behind transparent places, by name or as #rrggbb; None: white.
         cache: where the result is kept (see `visgraft.data.cache`): auto, ram, disk or none.
         skip_broken: leave out what does not decode and list it in `skipped`.
         on_progress: called with (images done, images in all).
 
     Raises:
-        DataError: a file is no image (named), there is nothing to load, or the disk is full.
+        DataError: a file is no image (named), there is nothing to load, a label is none of the classes, the model takes
+            other than three channels, or the disk is full.
     """
     if not examples:
         raise DataError("there are no images to load; check the folder's splits")
+    make_labels(examples, outputs)  # what is wrong with them is said before anything is decoded
+    _check_colour(data_config)
     pixels, broken = hold_pixels(examples, _decode(data_config, background), cache, skip_broken, on_progress)
-    kept = [example for index, example in enumerate(examples) if index not in broken]
+    kept = [example for number, example in enumerate(examples) if number not in broken]
     if not kept:
         raise DataError(f"none of the {len(examples)} images decodes, e.g. {broken[0]}")
     return Images(
@@ -115,22 +128,40 @@ def load_images(
         tuple(data_config["std"]),
         tuple(example.path for example in kept),
         tuple(example.group for example in kept),
-        tuple(Skipped(examples[index].path, reason) for index, reason in sorted(broken.items())),
+        tuple(Skipped(examples[number].path, reason) for number, reason in sorted(broken.items())),
+        outputs,
     )
+
+
+def _check_colour(data_config: Mapping[str, Any]) -> None:
+    """Raise a DataError where a model takes other images than those in colour that files are decoded to."""
+    channels = data_config["input_size"][0]
+    if channels != 3:
+        raise DataError(
+            f"images are read in colour, with 3 channels, but the model takes {channels} (in_chans={channels}); create "
+            "it with in_chans=3, for which timm adapts pretrained weights, or make visgraft.Images of your own pixels"
+        )
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Decodes an example and takes the steps of a transform; no closure, so that other processes can be given it."""
+
+    steps: tuple[Any, ...]
+    colour: str
+
+    def __call__(self, example: Example) -> Tensor:
+        picture: Any = open_image(example, self.colour)
+        for step in self.steps:
+            picture = step(picture)
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def _decode(data_config: Mapping[str, Any], background: str | None) -> Decode:
     """Return how an example becomes pixels for a backbone, without the normalisation."""
     colour = background or "white"
     steps = image_transform(data_config).transforms[:-2]  # the last two make a float tensor and normalise it
-
-    def decode(example: Example) -> Tensor:
-        picture: Any = open_image(example, colour)
-        for step in steps:
-            picture = step(picture)
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-
-    return Decode(decode, {"data_config": dict(data_config), "background": colour})
+    return Decode(_Read(tuple(steps), colour), {"data_config": dict(data_config), "background": colour})
 
 
 def find_cache(
@@ -147,12 +178,34 @@ def find_cache(
 
 
 def make_labels(examples: Sequence[Example], outputs: int = 0) -> Tensor:
-    """Return the labels of examples as `Images` holds them: int64 [N], or float32 [N, outputs] of 0 and 1."""
-    if isinstance(examples[0].label, int):
-        return torch.tensor([example.label for example in examples])
-    if not outputs:
+    """Return the labels of examples as `Images` holds them: int64 [N], or float32 [N, outputs] of 0 and 1.
+
+    Raises:
+        DataError: a label is no number of a class, or the number of classes is needed and not given.
+    """
+    several = isinstance(examples[0].label, tuple | list)
+    if several and not outputs:
         raise DataError("images with several labels need the number of classes; pass outputs=len(classes)")
+    numbers = [_class_numbers(example, several, outputs) for example in examples]
+    if not several:
+        return torch.tensor([number for (number,) in numbers])
     labels = torch.zeros(len(examples), outputs)
-    for row, example in zip(labels, examples, strict=True):
-        row[list(example.label)] = 1.0  # type: ignore[arg-type]
+    for row, chosen in zip(labels, numbers, strict=True):
+        row[chosen] = 1.0
     return labels
+
+
+def _class_numbers(example: Example, several: bool, outputs: int) -> list[int]:
+    """Return the checked numbers of an example's classes, of which there are `outputs` (0: not known)."""
+    label: Any = example.label
+    try:
+        numbers = [index(number) for number in (label if several else (label,))]
+    except TypeError as error:
+        wanted = "a tuple of the numbers of its classes" if several else "the number of its class"
+        found = " ".join(repr(label).split())
+        raise DataError(f"{example.path} has the label {found}; pass {wanted}, the first being 0") from error
+    for number in numbers:
+        if number < 0 or (outputs and number >= outputs):
+            known = f"0 to {outputs - 1} (outputs={outputs})" if outputs else "numbers from 0 on"
+            raise DataError(f"{example.path} has the label {number}, but classes are {known}; correct the label")
+    return numbers

@@ -43,6 +43,11 @@ class _Repeated:
     pixels: Pixels
     count: int
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[count, 3, H, W]."""
+        return (self.count, *self.pixels.shape[1:])
+
     def __len__(self) -> int:
         return self.count
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visgraft.backbones.heads import head_outputs
 from visgraft.core.attached import get_attached
 from visgraft.data.augment import View, augmentation
 from visgraft.data.images import Images
@@ -65,10 +66,10 @@ def make_objective(
     augment = augmentation(images, config.flip, config.rand_augment, config.seed)
     views: tuple[Images, ...] = (images,)
     if augment and turns:
-        count = (len(images), images.distinct)
-        views = tuple(replace(images, pixels=View(augment, *count, epoch)) for epoch in range(1, turns + 1))
+        facts = (tuple(images.pixels.shape), images.distinct)
+        views = tuple(replace(images, pixels=View(augment, *facts, epoch)) for epoch in range(1, turns + 1))
     labels, val_labels = images.labels.to(device), None if val is None else val.labels.to(device)
-    loss = make_loss(images.labels, int(getattr(model, "num_classes", 0)), config, device)
+    loss = make_loss(images.labels, head_outputs(model) or 0, config, device)
     if sees_features(model, config):
         kept = {} if features is None else features
         for name, parts in (("train", views), ("val", () if val is None else (val,))):

@@ -116,5 +116,6 @@ def _not_run(task: Objective, images: Images, val: Images | None, config: TrainC
     if not repeats or not isinstance(task.network, Tail):
         return 0.0
     augment = augmentation(images, config.flip, config.rand_augment, config.seed)
-    seen = replace(images, pixels=View(augment, len(images), images.distinct, 1)) if augment else images
+    shape = tuple(images.pixels.shape)
+    seen = replace(images, pixels=View(augment, shape, images.distinct, 1)) if augment else images
     return repeats * seconds_per_image(task.network, seen, make_compute(config.precision))
