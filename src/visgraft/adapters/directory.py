@@ -15,11 +15,14 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from visgraft.adapters.names import class_names
 from visgraft.adapters.record import FORMAT_VERSION, AdapterRecord
 from visgraft.backbones.creation import Backbone, create_backbone, image_transform, model_data_config, origin_of
-from visgraft.backbones.input_size import built_size
+from visgraft.backbones.heads import head_outputs
+from visgraft.backbones.input_size import built_size, recorded_size, sides
 from visgraft.core.attach import assemble, count_parameters, detach
 from visgraft.core.attached import get_attached
+from visgraft.core.fitting import check_shape
 from visgraft.core.tensors import backbone_digest
 from visgraft.core.wrappers import unwrapped
 from visgraft.errors import AdapterError
@@ -80,12 +83,13 @@ def save(
     Args:
         model: a model with something attached.
         path: the directory to write.
-        classes: names of the head's outputs, in order.
+        classes: names of the head's outputs, in order: a list, a tuple, a NumPy array of text.
         data_config: timm's preprocessing facts; None: the model's own.
         record: further facts to keep, e.g. how it was trained and what was measured (plain JSON values).
 
     Raises:
-        AdapterError: the number of names is not that of the head's outputs.
+        AdapterError: the names are no texts that differ, or not as many as the head's outputs; or `data_config` makes
+            images of a size that the model does not take.
         VisgraftError: nothing is attached, or the directory holds something else or cannot be written.
     """
     tensors = adapter_tensors(model)
@@ -108,9 +112,11 @@ def make_record(
     """Return the record of a model with something attached; arguments and errors are those of `save`."""
     attached, model = get_attached(model), unwrapped(model)
     attached.adopt()
-    outputs = int(getattr(model, "num_classes", 0))
-    if classes and outputs != len(classes):
-        raise AdapterError(f"{len(classes)} class names for a head of {outputs} outputs; pass one for each")
+    outputs = head_outputs(model) or 0
+    names = class_names(classes, outputs)
+    if data_config and "input_size" in data_config:
+        channels, *size = data_config["input_size"]
+        check_shape(model, channels, size, "images prepared by data_config", kind=AdapterError)
     config = {
         "format_version": FORMAT_VERSION,
         "method": attached.config.method,
@@ -123,7 +129,7 @@ def make_record(
             "own": list(attached.adopted),
         },
         "data_config": dict(data_config or model_data_config(model)),
-        "classes": list(classes),
+        "classes": names,
         "parameters": dataclasses.asdict(count_parameters(model)),
         "record": dict(facts or {}),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
@@ -198,9 +204,16 @@ def load(path: str | Path, *, weights: str | None = None, backbone: nn.Module | 
     model = backbone
     if model is None:
         model = create_backbone(record.located(path, weights), record.outputs)
-    if getattr(unwrapped(model), "num_classes", 0) != record.outputs:
+    if (head_outputs(unwrapped(model)) or 0) != record.outputs:
         raise AdapterError(
             f"{path} needs a head of {record.outputs} outputs; create the backbone with num_classes={record.outputs}"
+        )
+    # One that takes other sizes too would run, but with its positions resampled from another size than in training.
+    built, trained = built_size(model), recorded_size(model, record.backbone.to_dict())
+    if backbone is not None and None not in (built, trained) and built != trained:
+        raise AdapterError(
+            f"{path} was trained on a backbone for images of {sides(trained)} pixels, but the one given takes "
+            f"{sides(built)}; create it with img_size={trained} (image_size= in visgraft.Backbone)"
         )
     assemble(model, record.method)
     try:
