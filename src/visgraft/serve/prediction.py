@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from visgraft.adapters.directory import TENSORS, Adapted, load, read_record
 from visgraft.adapters.record import AdapterRecord
+from visgraft.backbones.creation import shape_from
 from visgraft.core.attach import detach
 from visgraft.core.attached import get_attached
+from visgraft.core.fitting import check_shape
 from visgraft.core.tensors import eval_mode
 from visgraft.data.decode import open_image
 from visgraft.errors import AdapterError, DataError, VisgraftError
@@ -62,9 +64,11 @@ def predict(adapted: Adapted, paths: Sequence[str | Path], top: int = 1) -> list
     """Return per image the `top` most probable classes with their probabilities, most probable first.
 
     Raises:
+        AdapterError: the transform makes other images than the model takes.
         DataError: a file is no image.
+        VisgraftError: `paths` is one path and no list.
     """
-    return [found.classes for found in predict_stream([adapted], map(Path, paths), top=top)]
+    return [found.classes for found in predict_stream([adapted], paths, top=top)]
 
 
 def predict_stream(
@@ -97,30 +101,79 @@ def predict_stream(
         on_progress: called with the number of images read so far, after each batch.
 
     Raises:
-        AdapterError: an adapter is damaged, or not of the same backbone as the first one.
+        AdapterError: an adapter is damaged, or not of the same backbone as the first one, or prepares images of another
+            size than its model takes.
         DataError: a file is no image.
-        VisgraftError: an option is out of range, or no adapter is given.
+        VisgraftError: an option is out of range, no adapter is given, or `images` is one path and no list.
     """
-    _check_options(adapters, top, threshold, batch_size)
+    _check_options(adapters, images, top, threshold, batch_size)
     ready = _prepare(adapters, weights)
     if threshold is not None and not any(one.multi_label for one in ready):
         raise VisgraftError("threshold is for adapters of images with several classes, and none is; leave it out")
     transform, colour = ready[0].adapted.transform, background or _background(ready)
-    decoded = _decoded(map(Path, images), lambda path: transform(open_image(path, colour)), 2 * batch_size)
+    decoded = _decoded(map(_path, images), lambda path: _prepared(path, transform, colour), 2 * batch_size)
     named = partial(_name, top=top, threshold=THRESHOLD if threshold is None else threshold)
     return _run(ready, _batches(decoded, batch_size), named, on_broken, on_progress)
 
 
 def _check_options(
-    adapters: Sequence[str | Path | Adapted], top: int | None, threshold: float | None, batch_size: int
+    adapters: Sequence[str | Path | Adapted],
+    images: Iterable[str | Path],
+    top: int | None,
+    threshold: float | None,
+    batch_size: int,
 ) -> None:
     if isinstance(adapters, str | Path | Adapted) or not adapters:
         raise VisgraftError("adapters must be a list of at least one adapter")
+    if isinstance(images, str | bytes | Path) or not isinstance(images, Iterable):
+        given = f"{str(images)!r} is one path" if isinstance(images, str | Path) else f"{type(images).__name__} is none"
+        raise VisgraftError(f"a list of paths is needed, but {given}; pass [path]")
     for name, value in (("top", top), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise VisgraftError(f"{name} is {value}, but must be at least 1")
     if threshold is not None and not 0 <= threshold <= 1:
         raise VisgraftError(f"threshold is {threshold}, but must be between 0 and 1")
+
+
+def _path(image: Any) -> Path:
+    """Return the path that an image is given by."""
+    if not isinstance(image, str | os.PathLike):
+        raise VisgraftError(
+            f"images must be paths, but one is of type {type(image).__name__}; save it to a file, or call "
+            "adapted.model on what adapted.transform makes of it"
+        )
+    return Path(image)
+
+
+def _prepared(path: Path, transform: Any, colour: str) -> Tensor:
+    """Return what the transform makes of a picture, [3, H, W]."""
+    x = transform(open_image(path, colour))
+    if not isinstance(x, Tensor) or x.ndim != 3:
+        found = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise AdapterError(
+            f"the transform makes {found} of {path}, but must make a tensor [3, H, W]; use the one that load returns"
+        )
+    return x
+
+
+def _check_prepared(ready: Sequence[_Ready], channels: int | None, size: Sequence[int]) -> None:
+    """Raise an AdapterError unless all models take the images that the transform makes."""
+    remedy = "use the transform that visgraft.load returns"
+    for one in ready:
+        what = f"images from the transform of adapter {one.name}"
+        check_shape(one.adapted.model, channels, size, what, kind=AdapterError, remedy=remedy)
+
+
+def _stacked(good: Sequence[tuple[Path, Tensor]]) -> Tensor:
+    """Return the images of a batch as one tensor [B, 3, H, W]."""
+    first, x = good[0]
+    for path, other in good:
+        if other.shape != x.shape:
+            raise AdapterError(
+                f"the transform makes {first} {tuple(x.shape)} and {path} {tuple(other.shape)}, which are no batch; "
+                "use a transform to one size, or batch_size=1"
+            )
+    return torch.stack([tensor for _, tensor in good])
 
 
 def _run(
@@ -130,14 +183,17 @@ def _run(
     on_broken: Callable[[Path, str], None] | None,
     on_progress: Callable[[int], None] | None,
 ) -> Iterator[Prediction]:
-    done = 0
+    done, fitting = 0, set[torch.Size]()
     with ExitStack() as stack:
         for one in ready:
             stack.enter_context(eval_mode(one.adapted.model))
         for batch in batches:
             good = _readable(batch, on_broken)
             if good:
-                x = torch.stack([tensor for _, tensor in good])
+                x = _stacked(good)
+                if x.shape[1:] not in fitting:
+                    _check_prepared(ready, x.shape[1], x.shape[2:])
+                    fitting.add(x.shape[1:])
                 columns = [named(one, _probabilities(one, x)) for one in ready]
                 for (path, _), *answers in zip(good, *columns, strict=True):
                     yield from (Prediction(path, one.name, answers[i]) for i, one in enumerate(ready))
@@ -227,6 +283,8 @@ def _prepare(adapters: Sequence[str | Path | Adapted], weights: str | None) -> l
     for one in ready[1:]:
         if one.adapted.transform is not first and repr(one.adapted.transform) != repr(first):
             raise AdapterError(f"adapters {ready[0].name} and {one.name} prepare images differently; run each apart")
+    if made := shape_from(first):
+        _check_prepared(ready, *made)
     return ready
 
 
