@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from visgraft.backbones.input_size import input_size
+from visgraft.core.fitting import check_shape
 from visgraft.errors import MergeError
 
 REFERENCE_IMAGES = 16
@@ -67,14 +68,15 @@ def image_batches(images: Any, model: nn.Module) -> tuple[Tensor, Iterator[Tenso
 
     Args:
         images: preprocessed images [B, 3, H, W], or an iterable of such or of (images, labels); None: seeded noise.
-        model: says how large noise has to be.
+        model: says how large images have to be.
 
     Raises:
         MergeError: there are no images.
+        DataError: they do not fit the model.
     """
     source = "noise" if images is None else "images"
     given = [_noise(input_size(model))] if images is None else [images] if isinstance(images, Tensor) else images
-    batches, first = _tensors(given), list[Tensor]()
+    batches, first = _tensors(given, model), list[Tensor]()
     for batch in batches:
         first.append(batch)
         if sum(map(len, first)) >= REFERENCE_IMAGES:
@@ -88,14 +90,15 @@ def image_batches(images: Any, model: nn.Module) -> tuple[Tensor, Iterator[Tenso
     return reference, chain(first, batches), source
 
 
-def _tensors(batches: Iterable[Any]) -> Iterator[Tensor]:
-    """Yield the images [B, 3, H, W] of batches that are not empty."""
+def _tensors(batches: Iterable[Any], model: nn.Module) -> Iterator[Tensor]:
+    """Yield the images [B, 3, H, W] of batches that are not empty, each checked against the model."""
     for batch in batches:
         images = batch if isinstance(batch, Tensor) else batch[0] if isinstance(batch, tuple | list) else None
         if not isinstance(images, Tensor) or images.ndim != 4:
             shape = tuple(images.shape) if isinstance(images, Tensor) else type(batch).__name__
             raise MergeError(f"images to measure on are tensors [B, 3, H, W] or (images, labels), not {shape}")
         if len(images):
+            check_shape(model, images.shape[1], images.shape[2:], "images to measure on")
             yield images
 
 

@@ -155,12 +155,13 @@ def merge(model: nn.Module, images: Any = None, *, allow_new_bias: bool = False)
     Raises:
         MergeError: the method cannot be folded exactly here, the folded model is another function, rounding does more
             to it than to the adapted one, or there is nothing to measure on.
+        DataError: the images do not fit the model.
     """
     attached, model = get_attached(model), unwrapped(model)
     _check_dtype(next(model.parameters()).dtype)
+    first, batches, source = image_batches(images, model)  # before the fold, so that wrong ones are named at once
     reference = _in_float64(model)
     exact = folded(reference, allow_new_bias=allow_new_bias)
-    first, batches, source = image_batches(images, exact)
     truth = answers(reference, first)
     difference = fold_difference(truth, answers(exact, first))
     del reference

@@ -13,6 +13,7 @@ from sklearn.metrics import average_precision_score, f1_score, recall_score
 from torch import Tensor, nn
 
 from visgraft.core.tensors import eval_mode
+from visgraft.data.fit import check_classes_fit, check_fit
 from visgraft.data.images import Images
 from visgraft.errors import DataError
 from visgraft.measure.precision import Compute, make_compute
@@ -66,9 +67,16 @@ def probabilities_of(logits: Tensor, multi_label: bool) -> Tensor:
 
 
 def evaluate(model: nn.Module, images: Images, precision: str = "auto") -> Evaluation:
-    """Measure a model on images with labels."""
+    """Measure a model on images with labels.
+
+    Raises:
+        DataError: there are no images, or their size, channels or labels do not fit the model; nothing is done before.
+    """
+    check_fit(model, images)
     start = time.perf_counter()
-    probabilities = probabilities_of(logits_of(model, images, make_compute(precision)), images.multi_label)
+    logits = logits_of(model, images, make_compute(precision))
+    check_classes_fit(images, logits.shape[1])  # again, as not every model says how many outputs it has
+    probabilities = probabilities_of(logits, images.multi_label)
     return score(probabilities, images.labels, time.perf_counter() - start)
 
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from visgraft.core.finding import find_sites
+from visgraft.core.fitting import check_shape
 from visgraft.core.method import Batches, Grid
 from visgraft.core.sites import Site
 from visgraft.core.taps import Taps
 from visgraft.core.tensors import eval_mode
-from visgraft.errors import VisgraftError
+from visgraft.errors import DataError, VisgraftError
 
 SCORES = ("class_aware", "class_agnostic", "random", "lowest")
 EVERY = -1  # in place of a class: all images
@@ -74,7 +75,7 @@ def _squares_at(model: nn.Module, batches: Batches, names: Sequence[str]) -> dic
         for attention in apart.values():
             attention.qkv_bias_separate = True
         with torch.no_grad(), eval_mode(model):
-            for images, labels in _rebatch(batches):
+            for images, labels in _rebatch(model, batches):
                 members = _members(labels)
                 for act in chain.from_iterable(acts.values()):
                     act.members, act.images = members, len(images)
@@ -95,10 +96,15 @@ def _separate_biases(blocks: Sequence[Mapping[str, Site]], names: Sequence[str])
     return {path for path in paths if path}
 
 
-def _rebatch(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the same images in the same order, in batches of the fixed size."""
+def _rebatch(model: nn.Module, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the same images in the same order, in batches of the fixed size.
+
+    Raises:
+        DataError: something is no batch of images and labels, or its images do not fit the model.
+    """
     images, labels = torch.empty(0), torch.empty(0, dtype=torch.long)
-    for more_images, more_labels in batches:
+    for batch in batches:
+        more_images, more_labels = _checked(model, batch)
         images = torch.cat([images, more_images]) if len(images) else more_images
         labels = torch.cat([labels, more_labels.cpu()]) if len(labels) else more_labels.cpu()
         while len(labels) >= SCORING_BATCH:
@@ -106,6 +112,20 @@ def _rebatch(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
             images, labels = images[SCORING_BATCH:], labels[SCORING_BATCH:]
     if len(labels):
         yield images, labels
+
+
+def _checked(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    """Return the images [B, 3, H, W] and labels of a batch, checked."""
+    pair: tuple[Any, Any] = (batch[0], batch[1]) if isinstance(batch, tuple | list) and len(batch) == 2 else (0, 0)
+    images, labels = pair
+    tensors = isinstance(images, Tensor) and isinstance(labels, Tensor)
+    if not (tensors and images.ndim == 4 and labels.ndim > 0 and len(images) == len(labels)):
+        raise DataError(
+            "`batches` must yield pairs (images [B, 3, H, W], labels [B]) of tensors; pass images.batches() of "
+            "visgraft.Images, a DataLoader, or a list [(images, labels)]"
+        )
+    check_shape(model, images.shape[1], images.shape[2:], "images to score channels with")
+    return images, labels
 
 
 def _class_aware(sums: dict[int, Tensor]) -> Tensor:
@@ -154,6 +174,7 @@ def salient_channels(
 
     Raises:
         VisgraftError: an unknown score or site, more channels than there are, or no images where they are needed.
+        DataError: the images do not fit the model, or `batches` holds something else.
     """
     return salient_channels_at(model, batches, channels, [site], score)[site]
 

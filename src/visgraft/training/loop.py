@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from visgraft.adapters.directory import adapter_tensors
 from visgraft.core.attached import get_attached
 from visgraft.core.wrappers import unwrapped
+from visgraft.data.fit import check_fit
 from visgraft.data.images import Images
-from visgraft.errors import TrainingDiverged, VisgraftError
+from visgraft.errors import DataError, TrainingDiverged, VisgraftError
 from visgraft.measure.evaluation import peak_memory_bytes, probabilities_of, score
 from visgraft.measure.precision import Compute, frozen_weights_in_bf16, make_compute, unfused_attention
 from visgraft.options import TrainConfig
@@ -103,6 +104,7 @@ def train(
 
     Raises:
         TrainingDiverged: the loss stopped being finite; the model holds the last good epoch's state.
+        DataError: there are no images, or their size, channels or labels do not fit the model; nothing is done before.
         VisgraftError: an option would have no effect, or nothing is attached.
     """
     begin, state = time.perf_counter(), resume or TrainState(0, {})
@@ -142,7 +144,7 @@ def training_loop(
 
     Who sends True after a step ends the epoch there. Arguments and errors are those of `train`.
     """
-    _check(model, config, val)
+    _check(model, images, config, val)
     network, model, compute = model, unwrapped(model), make_compute(config.precision)
     network.to(compute.device)
     task = make_objective(model, network, images, val, config, compute, features, on_warning)
@@ -264,9 +266,17 @@ def _diverged(epoch: int, config: TrainConfig) -> TrainingDiverged:
     )
 
 
-def _check(model: nn.Module, config: TrainConfig, val: Images | None) -> None:
-    """Raise where an option would silently do nothing."""
+def _check(model: nn.Module, images: Images, config: TrainConfig, val: Images | None) -> None:
+    """Raise where the images do not fit the model or each other, or an option would silently do nothing."""
     get_attached(model)
+    check_fit(model, images, "training images")
+    if val is not None:
+        check_fit(model, val, "validation images")
+        if val.multi_label != images.multi_label:
+            raise DataError(
+                "of training and validation images only one kind may have several classes per image; give both labels "
+                "int64 [N], or both float32 [N, classes]"
+            )
     if config.select == "val" and val is None:
         raise VisgraftError("select='val' needs validation images; add a val folder, or raise --val-fraction")
     has_drop_path = any(isinstance(m, DropPath) and (m.drop_prob or 0) > 0 for m in model.modules())
