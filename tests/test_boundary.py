@@ -242,7 +242,7 @@ def test_models_that_take_any_size_still_do(files: list[Path]) -> None:
         assert visgraft.evaluate(model, images).images == 6
         assert visgraft.merge(model, pictures(size=32))[1].images == 6
         transform = image_transform(visgraft.model_data_config(plain(size=32)))
-        assert len(visgraft.predict(visgraft.Adapted(model, transform, ()), files)) == 6
+        assert len(visgraft.predict(replace(visgraft.Adapted.of(model), own_transform=transform), files)) == 6
 
 
 def test_a_grey_model_is_told_from_one_in_colour(files: list[Path], opened: list[Path]) -> None:
@@ -256,7 +256,7 @@ def test_a_grey_model_is_told_from_one_in_colour(files: list[Path], opened: list
         visgraft.evaluate(model, images)
     transform = image_transform(visgraft.model_data_config(model))
     with refused(AdapterError, *words, model=model):
-        visgraft.predict(visgraft.Adapted(model, transform, ()), files)
+        visgraft.predict(replace(visgraft.Adapted.of(model), own_transform=transform), files)
     with refused(DataError, "1 channels", "takes 3 (in_chans=3)"):
         visgraft.merge(adapted(), torch.zeros(2, 1, SIZE, SIZE))
     assert opened == []
@@ -274,4 +274,4 @@ def test_a_grey_model_works_on_pixels_of_its_own(files: list[Path], tmp_path: Pa
     loaded = visgraft.load(tmp_path / "a", backbone=plain(in_chans=1)).model
     assert visgraft.evaluate(loaded, own).images == 6
     grey = transforms.Compose([transforms.Grayscale(), transforms.Resize((SIZE, SIZE)), transforms.ToTensor()])
-    assert len(visgraft.predict(visgraft.Adapted(loaded, grey, ()), files)) == 6
+    assert len(visgraft.predict(replace(visgraft.Adapted.of(loaded), own_transform=grey), files)) == 6

@@ -3,6 +3,7 @@
 # ruff: noqa: F401, F811  (fixtures are imported here, and then named as arguments)
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from support import family
 from torchvision import transforms
 
 import visgraft
-from visgraft import VisgraftError
+from visgraft import LoRAConfig, VisgraftError
 from visgraft.backbones.creation import image_transform, shape_from
 from visgraft.core.tensors import CHILD
 from visgraft.errors import AdapterError
@@ -73,7 +74,7 @@ def test_names_come_in_whatever_has_an_order(kind: Callable[[list[str]], Any], t
 
 def ready(transform: Any = None) -> visgraft.Adapted:
     model = adapted().eval()
-    return visgraft.Adapted(model, transform or image_transform(visgraft.model_data_config(model)), ("a", "b", "c"))
+    return replace(visgraft.Adapted.of(model, classes=("a", "b", "c")), own_transform=transform)
 
 
 def test_one_path_is_no_list_of_paths(files: list[Path], opened: list[Path]) -> None:
@@ -104,7 +105,7 @@ def test_a_transform_to_another_size_is_refused_before_anything_is_decoded(
         with refused(AdapterError, "the transform of adapter 1", *SIZES, "visgraft.load", model=one.model):
             visgraft.predict_stream([one], files)
     with refused(AdapterError, "the transform of adapter 2", "16 × 16 pixels", "takes 24 × 24"):
-        visgraft.predict_stream([ready(), ready()._replace(model=adapted(size=OTHER))], files)
+        visgraft.predict_stream([ready(), replace(ready(), model=adapted(size=OTHER))], files)
     assert opened == []
 
 
@@ -127,7 +128,8 @@ def test_images_that_are_no_batch_are_both_named(files: list[Path], tmp_path: Pa
     Image.new("RGB", (32, 48)).save(tmp_path / "x.png")
     Image.new("RGB", (32, 32)).save(tmp_path / "y.png")
     paths = [tmp_path / "x.png", tmp_path / "y.png"]
-    any_size = ready(transforms.ToTensor())._replace(model=family("convnext"), classes=())
+    model = visgraft.attach(family("convnext"), LoRAConfig())
+    any_size = replace(visgraft.Adapted.of(model), own_transform=transforms.ToTensor())
     with refused(AdapterError, "x.png (3, 48, 32)", "y.png (3, 32, 32)", "batch_size=1"):
         list(visgraft.predict_stream([any_size], paths))
     assert len(list(visgraft.predict_stream([any_size], paths, batch_size=1))) == 2

@@ -35,11 +35,13 @@ CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "REA
 class Adapted:
     """A model ready for use, in eval mode, and all that is known of it.
 
-    It unpacks into model, transform and class names: `model, transform, classes = visgraft.load(path)`.
+    It unpacks into model, transform and class names: `model, transform, classes = visgraft.load(path)`. A transform of
+    one's own takes the place of timm's: `dataclasses.replace(adapted, own_transform=...)`.
     """
 
     model: nn.Module
     record: AdapterRecord
+    own_transform: Any = None
 
     @classmethod
     def of(cls, model: nn.Module, *, classes: Sequence[str] = ()) -> "Adapted":
@@ -54,7 +56,7 @@ class Adapted:
     @cached_property
     def transform(self) -> Any:
         """The image transform: PIL image -> float [3, H, W]."""
-        return image_transform(self.record.data_config)
+        return self.own_transform or image_transform(self.record.data_config)
 
     @property
     def classes(self) -> tuple[str, ...]:
