@@ -26,6 +26,7 @@ from visgraft.data.images import Images
 from visgraft.errors import DataError, VisgraftError
 from visgraft.protocols import PROTOCOLS
 from visgraft.protocols.row import Parts, Protocol, Task
+from visgraft.training.fit import answer
 
 COLOURS = ((40, 60, 200), (50, 190, 60), (210, 40, 50))
 CLASSES = ("blue", "green", "red")
@@ -289,11 +290,11 @@ def test_answers_are_taken_among_the_classes_that_a_test_set_has() -> None:
 
     pixels = torch.tensor([255, 0, 255, 255], dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 8, 8).contiguous()
     images = Images(pixels, torch.tensor([1, 2, 1, 2]), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    found = measure(Always(), images, "fp32")
+    found = measure(answer(Always(), images, "fp32"), 4)
     assert found.top1 == 0.75 and found.restricted_to == 2
     assert found.per_class == (None, 1.0, 0.5, None)
     everything = replace(images, labels=torch.tensor([0, 1, 2, 3]))
-    assert measure(Always(), everything, "fp32").restricted_to is None
+    assert measure(answer(Always(), everything, "fp32"), 4).restricted_to is None
 
 
 def test_a_training_that_diverges_is_measured_in_its_last_good_state(root: Path) -> None:

@@ -15,6 +15,7 @@ from visgraft import ALoREConfig, MethodConfig, SCTConfig, detach, list_methods,
 from visgraft.core.attached import get_attached
 from visgraft.core.method import Grid
 from visgraft.data.images import Images
+from visgraft.measure.calibration import calibration
 from visgraft.measure.evaluation import confusion, score
 from visgraft.methods.salience import salient_channels
 from visgraft.pictures import heat_map
@@ -87,12 +88,12 @@ def test_group_rows_are_worst_first_and_absent_without_groups() -> None:
 
 
 def test_calibration_error_is_the_mean_distance_from_the_line() -> None:
-    found = tables.calibration(measured([[0.9, 0.1]] * 10, [0] * 9 + [1]))
+    found = calibration(measured([[0.9, 0.1]] * 10, [0] * 9 + [1]))
     assert found.error == pytest.approx(0, abs=1e-12) and len(found.bins) == 1
-    found = tables.calibration(measured([[0.95, 0.05]] * 4 + [[0.4, 0.6]] * 4, [0, 0, 1, 1, 1, 1, 1, 1]))
+    found = calibration(measured([[0.95, 0.05]] * 4 + [[0.4, 0.6]] * 4, [0, 0, 1, 1, 1, 1, 1, 1]))
     assert found.error == pytest.approx((0.45 + 0.4) / 2)
     assert [(b.count, b.accuracy) for b in found.bins] == [(4, 1.0), (4, 0.5)]
-    several = tables.calibration(measured([[0.95, 0.25]], [[1.0, 0.0]]))
+    several = calibration(measured([[0.95, 0.25]], [[1.0, 0.0]]))
     assert several.error == pytest.approx((0.05 + 0.25) / 2)
 
 

@@ -95,9 +95,9 @@ def stop(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
                     left.pop()
                     raise KeyboardInterrupt
 
-            return real(*arguments[:4], press, **options)
+            return real(*arguments, **{**options, "on_progress": press})
 
-        monkeypatch.setattr("visgraft.training.run.train", interrupted)
+        monkeypatch.setattr("visgraft.training.fit.train", interrupted)
 
     return at
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from visgraft import Backbone, Epoch, VisgraftError, list_methods
+from visgraft.core.configure import configure
 from visgraft.data.images import Images
 from visgraft.errors import TrainingDiverged
 from visgraft.search import parse_budget
 from visgraft.search.budget import MIN_TRIALS, Clock, Cost, OutOfTime, Plan, Size, duration, make_plan
 from visgraft.search.race import Race
-from visgraft.search.settings import Search, TuningTask, configure, default_setting
+from visgraft.search.settings import Search, TuningTask, default_setting
 from visgraft.training.crossval import Bench, Fit
 
 BACKBONE = Backbone("test_vit", "none", 32)
@@ -149,7 +150,7 @@ def test_every_value_of_a_methods_knobs_is_an_option_and_the_default_is_among_th
     assert configure(name, default_setting(name)) == (kind.Config(), kind.recipe)
     assert kind.knobs, "a comparison would try the default alone"
     for values in itertools.product(*kind.knobs.values()):
-        method, recipe = configure(name, dict(zip(kind.knobs, values, strict=True)), epochs=6)
+        method, recipe = configure(name, {"epochs": 6, **dict(zip(kind.knobs, values, strict=True))})
         assert recipe.epochs == 6 and recipe.warmup_epochs == pytest.approx(
             kind.recipe.warmup_epochs * 6 / kind.recipe.epochs
         )

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from visgraft.backbones.creation import Backbone
-from visgraft.bench.settings import Candidates, Recipe, candidates, with_epochs
+from visgraft.bench.settings import Candidates, Recipe, candidates
 from visgraft.bench.trial import Result, Trial, split_digest
+from visgraft.core.configure import with_values
 from visgraft.core.registry import get_method
 from visgraft.measure.precision import resolve_precision
 from visgraft.protocols.opening import open_task
@@ -169,7 +170,7 @@ def _cell(
         recipe = replace(recipe, seed=seed, precision=precision)
         if kind == "tune" and not get_method(method).head_only(config):
             share = max(1, math.ceil(recipe.epochs * request.protocol.tune_share))
-            recipe = with_epochs(recipe, {"epochs": share})
+            recipe = with_values(recipe, {"epochs": share})
         split_seed = seed if task.shots else first
         return Trial(
             protocol=request.protocol.name,

@@ -2,11 +2,10 @@
 
 import platform
 import subprocess
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,20 +19,19 @@ import visgraft
 from visgraft.adapters.directory import adapter_tensors
 from visgraft.backbones.creation import create_backbone, model_data_config
 from visgraft.bench.trial import Measured, Result, Trial, backbone_of, split_digest
-from visgraft.core.attach import attach, count_parameters
+from visgraft.core.attach import count_parameters
 from visgraft.core.attached import get_attached
 from visgraft.core.method import Method
 from visgraft.core.registry import get_method
 from visgraft.data.dataset import Example
-from visgraft.data.images import Images, load_images
-from visgraft.errors import TrainingDiverged, VisgraftError
+from visgraft.data.images import load_images
+from visgraft.errors import VisgraftError
 from visgraft.measure.calibration import calibration
-from visgraft.measure.evaluation import Evaluation, logits_of, peak_memory_bytes, score
-from visgraft.measure.precision import make_compute
+from visgraft.measure.evaluation import Evaluation, peak_memory_bytes, score
 from visgraft.options import MethodConfig
 from visgraft.protocols.opening import open_task
 from visgraft.protocols.row import Parts, Protocol
-from visgraft.training.loop import train
+from visgraft.training.fit import Answers, fit
 from visgraft.training.resume import Epoch
 
 MEANS_AND_DEVIATIONS = {
@@ -120,23 +118,18 @@ def _measure(
     facts = preprocessing(model, trial)
     cached = place.cache or place.protocol.cache
     images = load_images(learned, facts, outputs=trial.classes, cache=cached)
-    begin = time.perf_counter()
-    torch.manual_seed(config.seed)
-    attach(model, method_config(trial), images.batches())
-    outcome, rate, learned_top1 = "finished", 0.0, None
-    try:
-        training = train(model, images, config, on_progress=on_progress)
-        rate, learned_top1 = training.images_per_second, training.history[-1].top1
-    except TrainingDiverged:
-        outcome = "diverged"
-    seconds, counts = time.perf_counter() - begin, count_parameters(model)
-    found = {
-        name: measure(model, load_images(examples, facts, outputs=trial.classes, cache=cached), config.precision)
+    sets = {
+        name: partial(load_images, examples, facts, outputs=trial.classes, cache=cached)
         for name, examples in measured.items()
     }
+    fitted = fit(
+        model, method_config(trial), config, images, measured=sets, keep_last_good=True, on_progress=on_progress
+    )
+    training, counts = fitted.training, count_parameters(model)
+    found = {name: measure(answers, trial.classes) for name, answers in fitted.answers.items()}
     return Result(
         trial=trial,
-        outcome=outcome,
+        outcome="finished" if training else "diverged",
         measured=found,
         selection=selection,
         images={"learned": len(images), **{name: len(examples) for name, examples in measured.items()}},
@@ -145,8 +138,8 @@ def _measure(
         head_parameters=counts.head,
         backbone_parameters=counts.backbone,
         adapter_bytes=len(safetensors.torch.save(adapter_tensors(model))),
-        seconds=seconds,
-        images_per_second=rate,
+        seconds=fitted.seconds,
+        images_per_second=training.images_per_second if training else 0.0,
         peak_memory_bytes=peak_memory_bytes(),
         device=device(),
         threads=torch.get_num_threads(),
@@ -157,7 +150,7 @@ def _measure(
         revision=revision(),
         when=datetime.now(UTC).isoformat(timespec="seconds"),
         channels=chosen_channels(model),
-        learned_top1=learned_top1,
+        learned_top1=training.history[-1].top1 if training else None,
     )
 
 
@@ -177,20 +170,18 @@ def preprocessing(model: nn.Module, trial: Trial) -> dict[str, Any]:
     return facts
 
 
-def measure(model: nn.Module, images: Images, precision: str) -> Measured:
-    """Measure a model on a test set, answers taken among the classes that the set has images of."""
-    classes = int(model.num_classes)  # type: ignore[arg-type]
-    present = torch.unique(images.labels)
-    begin = time.perf_counter()
-    logits = logits_of(model, images, make_compute(precision)).nan_to_num()  # of a training that diverged
+def measure(answers: Answers, classes: int) -> Measured:
+    """Return the figures of answers on a test set, taken among the classes that the set has images of."""
+    present = torch.unique(answers.labels)
+    logits = answers.logits.nan_to_num()  # of a training that diverged
     if len(present) < classes:
         kept = torch.full_like(logits, -torch.inf)
         kept[:, present] = logits[:, present]
         logits = kept
-    found = score(logits.softmax(-1), images.labels, time.perf_counter() - begin)
+    found = score(logits.softmax(-1), answers.labels, answers.seconds)
     assert found.top1 is not None and found.top1_ci95 is not None
     return Measured(
-        images=len(images),
+        images=len(answers.labels),
         top1=found.top1,
         top1_ci95=found.top1_ci95,
         macro_f1=found.macro_f1,

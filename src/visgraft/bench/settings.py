@@ -2,10 +2,11 @@
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from visgraft.bench.paper_recipes import PAPER_RECIPES
+from visgraft.core.configure import configure
 from visgraft.core.registry import get_method
 from visgraft.errors import VisgraftError, nearest
 from visgraft.options import MethodConfig, TrainConfig
@@ -127,21 +128,7 @@ def configured(method: str, values: Mapping[str, Any], epochs: int | None) -> tu
     Raises:
         VisgraftError: an option that neither the method nor training has.
     """
-    cls = get_method(method)
-    own, training = ({f.name for f in fields(kind)} for kind in (cls.Config, TrainConfig))
-    for name in values:
-        if name not in own | training:
-            raise VisgraftError(f"{method} has no option {name!r}{nearest(name, own | training)}; correct --set")
-    config = cls.Config(**{name: value for name, value in values.items() if name in own})
-    given = {name: value for name, value in values.items() if name in training and name not in own}
-    if epochs is not None and not cls.head_only(config):
-        given.setdefault("epochs", epochs)
-    return config, with_epochs(cls.recipe, given)
-
-
-def with_epochs(recipe: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
-    """Return a recipe with options replaced; the warm-up keeps its share of the epochs unless it is set."""
-    values = dict(given)
-    if "epochs" in values:
-        values.setdefault("warmup_epochs", recipe.warmup_epochs * values["epochs"] / recipe.epochs)
-    return replace(recipe, **values)
+    config, recipe = configure(method, values)
+    if epochs is None or "epochs" in values or get_method(method).head_only(config):
+        return config, recipe
+    return configure(method, {**values, "epochs": epochs})

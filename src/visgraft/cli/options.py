@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 import visgraft.methods  # noqa: F401  (registers them, also where `visgraft` itself imports nothing)
+from visgraft.core.configure import with_values
 from visgraft.core.registry import get_method, method_names
 from visgraft.errors import VisgraftError, nearest
 from visgraft.option_types import allowed, convert, types_of, written
@@ -141,7 +142,4 @@ def train_config(method: str, values: Mapping[str, Any]) -> TrainConfig:
     """
     own = types_of(TrainConfig)
     given = {name: _parse(own[name], name, v) for name, v in values.items() if v is not None and name in own}
-    recipe = get_method(method).recipe
-    if "epochs" in given and "warmup_epochs" not in given:
-        given["warmup_epochs"] = recipe.warmup_epochs * given["epochs"] / recipe.epochs
-    return dataclasses.replace(recipe, **given)
+    return with_values(get_method(method).recipe, given)

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from visgraft.core.configure import configure
 from visgraft.data.images import Skipped
 from visgraft.measure.intervals import Difference
 from visgraft.options import MethodConfig, TrainConfig
-from visgraft.search.settings import configure
 from visgraft.training.crossval import Predictions
 
 
@@ -100,7 +100,7 @@ class Comparison:
 
     def best_config(self) -> tuple[MethodConfig, TrainConfig]:
         """Return the recommended setting, with all epochs of its recipe, as `train` takes it."""
-        return configure(self.recommended, self.best.setting, seed=self.seed)
+        return configure(self.recommended, {"seed": self.seed, **self.best.setting})
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values, without the predictions."""

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 import numpy as np
 
 from visgraft.backbones.creation import Backbone
+from visgraft.core.configure import configure
 from visgraft.core.registry import get_method
 from visgraft.data.dataset import Dataset, Example, Split
 from visgraft.data.images import Loading
@@ -19,7 +20,7 @@ from visgraft.measure.precision import make_compute, resolve_precision
 from visgraft.search.budget import Clock, Cost, Plan, Size, full_plan, make_plan
 from visgraft.search.race import Race, TellProgress
 from visgraft.search.result import Comparison, MethodResult, Progress
-from visgraft.search.settings import Search, TuningTask, configure
+from visgraft.search.settings import Search, TuningTask
 from visgraft.search.verdict import Candidate, Verdict, confused_pairs, decide, difference, is_guessing
 from visgraft.training.crossval import Bench, Predictions, kept_examples, possible_folds, select
 from visgraft.training.resume import Epoch
@@ -114,7 +115,7 @@ def measure_cost(task: TuningTask, method: str) -> Cost:
     """
     count = min(PILOT_IMAGES, len(task.images))
     few = select(task.images, np.sort(np.random.default_rng(task.seed).permutation(len(task.images))[:count]))
-    config, recipe = configure(method, {}, epochs=3, lr=1e-6, seed=task.seed, precision=task.precision)
+    config, recipe = configure(method, {"epochs": 3, "lr": 1e-6, "seed": task.seed, "precision": task.precision})
     ends = list[float]()
 
     def note(epoch: Epoch) -> None:

@@ -3,11 +3,12 @@
 import itertools
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from visgraft.core.configure import configure
 from visgraft.core.registry import get_method
 from visgraft.data.images import Images
 from visgraft.errors import TrainingDiverged, VisgraftError
@@ -42,19 +43,6 @@ def default_setting(method: str) -> dict[str, Any]:
         if known[name] not in values:
             raise VisgraftError(f"{method}: the default {name} of {known[name]} is not among its knobs; add it")
     return {name: known[name] for name in cls.knobs}
-
-
-def configure(method: str, setting: Setting, **training: Any) -> tuple[MethodConfig, TrainConfig]:
-    """Return the method's options and its recipe with a setting's values, and further options of the training.
-
-    The warm-up is shortened with the epochs.
-    """
-    cls = get_method(method)
-    own = {field.name for field in fields(cls.Config)}
-    epochs = training.get("epochs", cls.recipe.epochs)
-    values = {"warmup_epochs": cls.recipe.warmup_epochs * epochs / cls.recipe.epochs, **training}
-    values |= {name: value for name, value in setting.items() if name not in own}
-    return cls.Config(**{name: value for name, value in setting.items() if name in own}), replace(cls.recipe, **values)
 
 
 @dataclass(frozen=True)
@@ -126,7 +114,8 @@ class Search:
 
     def configured(self, setting: Setting) -> tuple[MethodConfig, TrainConfig]:
         """Return a setting as options, with this search's epochs, seed and precision."""
-        return configure(self.method, setting, epochs=self.epochs, seed=self.task.seed, precision=self.task.precision)
+        fixed = {"seed": self.task.seed, "precision": self.task.precision}
+        return configure(self.method, {"epochs": self.epochs, **fixed, **setting})
 
     def run(self, on_epoch: Callable[[Epoch, Setting], None]) -> tuple[str, Setting, float | None]:
         """Train one more setting and return how it ended, the setting, and its figure where it ran to its end.

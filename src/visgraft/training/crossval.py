@@ -14,17 +14,17 @@ from sklearn.model_selection import RepeatedStratifiedKFold, StratifiedGroupKFol
 from torch import Tensor, nn
 
 from visgraft.backbones.creation import Backbone, create_backbone, model_data_config
-from visgraft.core.attach import attach, count_parameters, detach
-from visgraft.core.attached import get_attached
+from visgraft.core.attach import count_parameters, detach
+from visgraft.core.attached import find_attached, get_attached
 from visgraft.data.dataset import Dataset, Example, listed, stratum
 from visgraft.data.images import Images, Loading, load_images
 from visgraft.data.read import AnySource, read_data
-from visgraft.errors import DataError, TrainingDiverged
-from visgraft.measure.evaluation import Evaluation, logits_of, probabilities_of, score
+from visgraft.errors import DataError
+from visgraft.measure.evaluation import Evaluation, probabilities_of, score
 from visgraft.measure.intervals import bootstrap, clusters, rate_interval, spread
-from visgraft.measure.precision import make_compute
 from visgraft.options import MethodConfig, TrainConfig
-from visgraft.training.loop import Training, train
+from visgraft.training.fit import fit
+from visgraft.training.loop import Training
 from visgraft.training.objective import Features
 from visgraft.training.resume import Epoch
 
@@ -94,24 +94,21 @@ class Bench:
         Raises:
             TrainingDiverged: the loss stopped being finite, and `keep_last_good` is not set.
         """
-        begin, training = time.perf_counter(), None
-        model = self.model(config.drop_path)
-        torch.manual_seed(config.seed)
-        attach(model, method, images.batches())
-        attached, attaching = get_attached(model), time.perf_counter() - begin
+        begin, model = time.perf_counter(), self.model(config.drop_path)
         try:
-            try:
-                training = train(model, images, config, val if validate else None, on_progress, features=features)
-            except TrainingDiverged:
-                if not keep_last_good:
-                    raise
-            logits = logits_of(model, val, make_compute(config.precision))
+            fitted = fit(
+                model, method, config, images, val if validate else None, measured={"val": lambda: val},
+                keep_last_good=keep_last_good, on_progress=on_progress, features=features,
+            )  # fmt: skip
+            attached = get_attached(model)
             head_only = not (attached.where or attached.unfrozen)
             parameters = count_parameters(model).adapter
         finally:
-            detach(model)
-        seconds, answers = time.perf_counter() - begin, probabilities_of(logits, val.multi_label)
-        return Fit(answers, val.labels, training, parameters, head_only, attaching, seconds)
+            if find_attached(model):
+                detach(model)
+        answers = probabilities_of(fitted.answers["val"].logits, val.multi_label)
+        seconds = time.perf_counter() - begin
+        return Fit(answers, val.labels, fitted.training, parameters, head_only, fitted.attach_seconds, seconds)
 
 
 def select(images: Images, indices: np.ndarray) -> Images:

@@ -27,7 +27,8 @@ from visgraft.measure.evaluation import evaluate
 from visgraft.measure.measuring import figures_of, sizes_of, skipped_of
 from visgraft.measure.precision import resolve_precision
 from visgraft.options import MethodConfig, TrainConfig
-from visgraft.training.loop import Training, restore, train
+from visgraft.training.fit import Fitted, fit
+from visgraft.training.loop import restore
 from visgraft.training.resume import Epoch, TrainState, read_state, state_file, write_state
 
 _DEFAULT_SPLIT, _DEFAULT_LOADING = Split(), Loading()
@@ -87,18 +88,24 @@ def train_folder(
     model = create_backbone(backbone, len(dataset.classes), train_config.drop_path)
     counts = count_parameters(model)
     images, val = _load(dataset, model, loading, watch)
-    begin = time.perf_counter()
-    if state is None:
-        attach_as_asked(model, method_config, images.batches(), dataset, init_from, train_config.seed, watch)
-    else:
-        assemble(model, method_config)  # the state holds what a look at the images would find
+
+    def start() -> None:
+        if state is None:
+            attach_as_asked(model, method_config, images.batches(), dataset, init_from, train_config.seed, watch)
+        else:
+            assemble(model, method_config)  # the state holds what a look at the images would find
+
     record = _record(dataset, split, train_config, loading.background or "white")
 
     def write(**more: Any) -> None:
         save(model, out, classes=dataset.classes, record={**record, **more})
 
-    training = _train(model, images, val, train_config, out, run, state, write, watch)
-    costs = {**dataclasses.asdict(training), "seconds": time.perf_counter() - begin}
+    def learn(**told: Any) -> Fitted:
+        return fit(model, method_config, train_config, images, val, start=start, on_progress=watch.epoch, **told)
+
+    fitted = _train(model, learn, train_config.epochs, out, run, state, write, watch)
+    assert fitted.training is not None
+    costs = {**dataclasses.asdict(fitted.training), "seconds": fitted.seconds}
     figures = figures_of(None if val is None else evaluate(model, val, train_config.precision))
     _finish(out, partial(write, metrics={f"val_{name}": value for name, value in figures.items()}, **costs))
     return {
@@ -208,15 +215,14 @@ def _load(dataset: Dataset, model: nn.Module, loading: Loading, watch: Watch) ->
 
 def _train(
     model: nn.Module,
-    images: Images,
-    val: Images | None,
-    config: TrainConfig,
+    learn: Callable[..., Fitted],
+    epochs: int,
     out: Path,
     run: dict[str, Any],
     state: TrainState | None,
     write: Callable[..., None],
     watch: Watch,
-) -> Training:
+) -> Fitted:
     """Train, writing the state now and then, and in any case when the run is cut short."""
     kept, file = _Kept(state, time.monotonic()), state_file(out)
 
@@ -227,11 +233,11 @@ def _train(
             kept.written = time.monotonic()
 
     try:
-        return train(model, images, config, val, watch.epoch, resume=state, on_state=keep, on_warning=watch.warning)
+        return learn(resume=state, on_state=keep, on_warning=watch.warning)
     except TrainingDiverged as error:
         raise _keep_last_good(error, file, write, out) from None
     except KeyboardInterrupt:
-        raise _interrupted(model, kept.state, run, out, write, config.epochs) from None
+        raise _interrupted(model, kept.state, run, out, write, epochs) from None
 
 
 def _keep_last_good(error: TrainingDiverged, file: Path, write: Callable[..., None], out: Path) -> TrainingDiverged:

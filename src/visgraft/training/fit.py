@@ -1,0 +1,91 @@
+"""Attach, train, measure: the one way from a plain model to a trained one, for a verb as for a fold or a trial."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from visgraft.core.attach import attach
+from visgraft.data.images import Images
+from visgraft.errors import TrainingDiverged
+from visgraft.measure.evaluation import logits_of
+from visgraft.measure.precision import make_compute
+from visgraft.options import MethodConfig, TrainConfig
+from visgraft.training.loop import Training, train
+
+
+class Answers(NamedTuple):
+    """What a model answers on labelled images: logits float32 [N, outputs] and labels, and the seconds that it took."""
+
+    logits: Tensor
+    labels: Tensor
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """One training. `training` is None where it diverged and the model holds its last good state.
+
+    `seconds` are those of attaching and training, `attach_seconds` those of attaching alone; `answers` are those on the
+    sets of images to be measured, by name.
+    """
+
+    training: Training | None
+    attach_seconds: float
+    seconds: float
+    answers: dict[str, Answers]
+
+
+def fit(
+    model: nn.Module,
+    method: MethodConfig,
+    config: TrainConfig,
+    images: Images,
+    val: Images | None = None,
+    *,
+    start: Callable[[], Any] | None = None,
+    measured: Mapping[str, Callable[[], Images]] | None = None,
+    keep_last_good: bool = False,
+    **told: Any,
+) -> Fitted:
+    """Attach a method to a plain model, train it, and answer sets of images.
+
+    Args:
+        model: the plain model, in place.
+        method: the method's options.
+        config: how to train; chance in attaching depends on its seed alone.
+        images: the training images.
+        val: validation images, measured after every epoch.
+        start: attaches in place of `attach`, e.g. from an earlier adapter.
+        measured: the sets to answer, each loaded when its turn comes.
+        keep_last_good: go on with the last good state of a training that diverges.
+        told: further arguments of `train`.
+
+    Raises:
+        TrainingDiverged: the loss stopped being finite, and `keep_last_good` is not set.
+    """
+    begin, training = time.perf_counter(), None
+    torch.manual_seed(config.seed)
+    if start is None:
+        attach(model, method, images.batches())
+    else:
+        start()
+    attaching = time.perf_counter() - begin
+    try:
+        training = train(model, images, config, val, **told)
+    except TrainingDiverged:
+        if not keep_last_good:
+            raise
+    seconds = time.perf_counter() - begin
+    answers = {name: answer(model, load(), config.precision) for name, load in (measured or {}).items()}
+    return Fitted(training, attaching, seconds, answers)
+
+
+def answer(model: nn.Module, images: Images, precision: str) -> Answers:
+    """Return what a model answers on labelled images, in eval mode."""
+    begin = time.perf_counter()
+    logits = logits_of(model, images, make_compute(precision))
+    return Answers(logits, images.labels, time.perf_counter() - begin)
