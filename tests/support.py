@@ -69,6 +69,7 @@ EXTRAS: dict[str, list[dict[str, Any]]] = {
     ],
     "alore": [{"bank": "per_place", "places": ["attn.in", "attn.out", "mlp.in", "mlp.out"]}, {"rank": 1, "experts": 2}],
     "lora": [{"targets": ["q", "k", "v", "proj", "fc2"], "rank": 2, "scale": 2.0, "dropout": 0.1}],
+    "dora": [{"targets": ["q", "k", "v", "proj", "fc2"], "rank": 2, "scale": 2.0}],
     "adapter": [{"activation": "none", "init_std": 0.05, "norms": True}],
     "adaptformer": [{"form": "sequential"}, {"norm": "after", "learn_scale": True}],
     "repadapter": [{"bias": True}],
@@ -179,7 +180,7 @@ def gradients(run: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> d
 FIXED_TOKENS = ("beit", "swin", "swin_padded", "swin_v2", "convnext", "convnext_conv", "convnext_v2", "mixer", "resmlp")
 REFUSALS: dict[tuple[str, str], str] = {
     **{(name, kind): "needs the site tokens.in" for name in ("vpt_shallow-0", "vpt_deep-0") for kind in FIXED_TOKENS},
-    **{(name, "convnext_conv"): "needs the site attn" for name in ("sct-4", "alore-1", "lora-1")},
+    **{(name, "convnext_conv"): "needs the site attn" for name in ("sct-4", "alore-1", "lora-1", "dora-1")},
     ("fact-2", "convnext_conv"): "needs the site attn",
     ("fact-0", "eva_fused"): "cannot cut into squares",
 }

@@ -10,14 +10,14 @@ from torch import nn
 from visgraft.backbones.heads import head_paths
 from visgraft.core.attached import Attached, find_attached, get_attached
 from visgraft.core.dryrun import prove_sites
-from visgraft.core.method import Batches, Method, Position
+from visgraft.core.method import Batches, FrozenLayer, Method, Position
 from visgraft.core.placing import find_positions, first_block, own_from_block
 from visgraft.core.registry import get_method
 from visgraft.core.sites import Site
 from visgraft.core.taps import Act, Add, Apply, Insert, Read, Remove
 from visgraft.core.tensors import CHILD, own_tensors
 from visgraft.core.wrappers import refuse_wrapped, unwrapped
-from visgraft.errors import VisgraftError
+from visgraft.errors import SiteError, VisgraftError
 from visgraft.options import MethodConfig
 
 
@@ -80,6 +80,8 @@ def assemble(
     attached.where = {position.key: position for position in positions}
     attached.positions.update(dict(zip(attached.where, modules, strict=True)))
     attached.to(like.dtype)
+    if method.reads_layer:
+        _show_layers(model, attached)
     if calibrate is not None:
         calibrate(method, modules)
     _hook(model, attached)
@@ -87,6 +89,24 @@ def assemble(
     model.add_module(CHILD, attached)
     model.train(model.training)
     return model
+
+
+def _show_layers(model: nn.Module, attached: Attached) -> None:
+    """Hand every module the frozen linear layer whose output it adds to.
+
+    Raises:
+        SiteError: the site is no linear layer's output.
+    """
+    for key, position in attached.where.items():
+        module: Any = attached.positions[key]
+        made_by = attached.sites.at(position)[1].produced_by
+        layer: Any = None if made_by is None else model.get_submodule(made_by.path)
+        if made_by is None or not isinstance(layer, nn.Linear | nn.Conv2d):
+            raise SiteError(
+                f"{attached.config.method} reads the frozen layer that makes {position.place.adds_to}, but in "
+                f"{type(model).__name__} that is no linear layer; choose another place or method"
+            )
+        module.beside(FrozenLayer(layer, made_by.rows))
 
 
 def _hook(model: nn.Module, attached: Attached) -> None:

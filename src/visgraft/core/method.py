@@ -82,6 +82,24 @@ class OwnTensor:
     layers: int
 
 
+class FrozenLayer:
+    """The frozen linear layer whose output a method adds to, to be read: some or all rows of its weight.
+
+    The layer stays the backbone's: it is neither registered, counted nor stored with the method, and moves with the
+    model.
+    """
+
+    def __init__(self, layer: nn.Module, rows: tuple[int, int] | None = None) -> None:
+        self.layer, self.rows = layer, rows
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight [out, in] as it is now, without gradient."""
+        weight: Any = self.layer.weight
+        whole: Tensor = weight.detach().flatten(1)  # a convolution of 1 × 1 is linear as well
+        return whole if self.rows is None else whole[slice(*self.rows)]
+
+
 class Method(nn.Module):
     """Base of every method; one instance stands at each position of the backbone.
 
@@ -100,6 +118,8 @@ class Method(nn.Module):
     part_name: ClassVar[str] = "part"
     inserts: ClassVar[bool] = False
     """Whether it inserts tokens at `reads` and removes them at `adds_to`, instead of adding to those there are."""
+    reads_layer: ClassVar[bool] = False
+    """Whether it needs the frozen layer whose output is at `adds_to`: `attach` then hands it to `beside`."""
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
@@ -108,6 +128,10 @@ class Method(nn.Module):
 
     def __init__(self, config: Any, position: Position, shared: Mapping[str, nn.Module]) -> None:
         super().__init__()
+
+    def beside(self, layer: FrozenLayer) -> None:
+        """Take the frozen layer whose output this module adds to; called once, before any forward."""
+        raise TypeError(f"{type(self).__name__} must define beside(layer)")
 
     @classmethod
     def placements(cls, config: Any) -> tuple[tuple[Place, ...], ...]:

@@ -7,6 +7,7 @@ methods need belongs to `core`; no other room asks which method it has.
 from visgraft.methods.sct import SCTConfig as SCTConfig  # isort: skip
 from visgraft.methods.alore import ALoREConfig as ALoREConfig  # isort: skip
 from visgraft.methods.lora import LoRAConfig as LoRAConfig  # isort: skip
+from visgraft.methods.dora import DoRAConfig as DoRAConfig  # isort: skip
 from visgraft.methods.adapter import AdapterConfig as AdapterConfig  # isort: skip
 from visgraft.methods.adaptformer import AdaptFormerConfig as AdaptFormerConfig  # isort: skip
 from visgraft.methods.repadapter import RepAdapterConfig as RepAdapterConfig  # isort: skip

@@ -30,6 +30,12 @@ def _places(targets: Sequence[str], windows: bool) -> tuple[Place, ...]:
     return tuple(Place(*(inside.get(name, name) for name in place)) for place in places)
 
 
+def places_of(targets: Sequence[str] | None) -> tuple[tuple[Place, ...], ...]:
+    """Return the targets' places, then those inside windows; of None those of q and v, then of fc1 and fc2."""
+    choices = (targets,) if targets else (("q", "v"), ("fc1", "fc2"))
+    return tuple(places for some in choices for places in (_places(some, False), _places(some, True)))
+
+
 @dataclass(frozen=True)
 class LoRAConfig(MethodConfig):
     """Options of LoRA."""
@@ -65,8 +71,7 @@ class LoRA(Method):
 
     @classmethod
     def placements(cls, config: LoRAConfig) -> tuple[tuple[Place, ...], ...]:
-        choices = (config.targets,) if config.targets else (("q", "v"), ("fc1", "fc2"))
-        return tuple(places for targets in choices for places in (_places(targets, False), _places(targets, True)))
+        return places_of(config.targets)
 
     @classmethod
     def affine(cls, config: LoRAConfig) -> bool:
