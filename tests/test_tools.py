@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
+from PIL import Image
 from support import ALL_FAMILIES, CLASSES, CONFIGS, DEFAULTS, batches, enliven, family, fitted, images, logits
 from test_laws import OBEYING, adapted, pictures, seldom
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from visgraft import (
+    Adapted,
     Images,
     TrainConfig,
     attach,
@@ -28,6 +31,7 @@ from visgraft import (
     evaluate,
     load,
     merge,
+    predict,
     save,
     train,
 )
@@ -111,6 +115,27 @@ def test_nothing_is_kept_after_a_forward_nor_after_one_that_fails(name: str) -> 
         handle.remove()
         assert held_by(model) == [], path
         assert torch.equal(logits(model, x), before)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_predictions_and_merges_from_several_threads_are_those_of_one(training: bool, tmp_path: Path) -> None:
+    generator, files = np.random.default_rng(0), [tmp_path / f"{i}.png" for i in range(12)]
+    for file in files:
+        Image.fromarray(generator.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(file)
+    model = adapted("alore-0", "plain").train(training)
+    ready = Adapted.of(model, classes=list("abcde"))
+    alone, (plain, _) = predict(ready, files, top=5), merge(model, images(4))
+
+    def work(number: int) -> tuple[Any, nn.Module]:
+        return predict(ready, files, top=5), merge(model, images(4))[0]
+
+    with hurried_threads(), ThreadPoolExecutor(4) as pool:
+        for answers, merged in pool.map(work, range(4)):
+            assert answers == alone
+            assert all(
+                torch.equal(ours, theirs) for ours, theirs in zip(merged.parameters(), plain.parameters(), strict=True)
+            )
+    assert model.training is training and not model.blocks[0].training
 
 
 def export(model: nn.Module, x: Tensor) -> Any:
