@@ -2,17 +2,20 @@
 
 import copy
 import io
+import json
 import pickle
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 from support import ALL_FAMILIES, CLASSES, CONFIGS, DEFAULTS, batches, enliven, family, fitted, images, logits
@@ -24,6 +27,7 @@ from torch.optim.swa_utils import AveragedModel
 from visgraft import (
     Adapted,
     Images,
+    LoRAConfig,
     TrainConfig,
     attach,
     count_parameters,
@@ -31,10 +35,13 @@ from visgraft import (
     evaluate,
     load,
     merge,
+    model_data_config,
     predict,
     save,
     train,
 )
+from visgraft.adapters.directory import CONFIG, TENSORS
+from visgraft.adapters.warm_start import start_from
 from visgraft.core.attached import get_attached
 from visgraft.core.taps import Kept
 from visgraft.core.tensors import CHILD
@@ -373,3 +380,161 @@ def test_nothing_of_ours_hangs_on_a_model(tmp_path: Path) -> None:
         assert not [name for name in vars(found) if "visgraft" in name]
         assert set(found._modules) - set(family("plain")._modules) == {CHILD}
     assert torch.equal(logits(pickle.loads(pickle.dumps(model))), logits(model))
+
+
+def test_a_row_of_zeros_has_no_direction_and_stays() -> None:
+    plain = family("plain")
+    with torch.no_grad():
+        plain.blocks[1].attn.qkv.weight[3].zero_()
+    expected, model = logits(plain), attach(copy.deepcopy(plain), CONFIGS["dora-0"])
+    assert torch.equal(logits(model), expected)
+    merge(enliven(model).eval(), images(4))
+
+
+def task_of(count: int = 24) -> Images:
+    pixels = torch.randint(0, 256, (count, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    return Images(pixels, torch.arange(count) % 3, (0.5,) * 3, (0.5,) * 3)
+
+
+QUICK = TrainConfig(epochs=2, warmup_epochs=0.0, batch_size=8, precision="fp32")
+
+
+def test_a_state_of_another_training_is_refused_before_anything_is_touched() -> None:
+    states: list[Any] = []
+    train(fitted(CONFIGS["lora-0"]), task_of(), QUICK, on_state=states.append)
+    unfrozen = fitted(CONFIGS["lora-0"])
+    unfreeze(unfrozen, "pos_embed")
+    narrower = attach(family("plain"), LoRAConfig(rank=2))
+    for model in (unfrozen, fitted(CONFIGS["dora-0"]), fitted(CONFIGS["sct-0"]), narrower):
+        before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        with pytest.raises(VisgraftError, match="state to resume is of another training"):
+            train(model, task_of(), replace(QUICK, epochs=3), resume=states[-1])
+        assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    with pytest.raises(VisgraftError, match="is after epoch 2, past epochs=1"):
+        train(fitted(CONFIGS["lora-0"]), task_of(), replace(QUICK, epochs=1), resume=states[-1])
+
+
+def test_a_loop_that_never_calls_train_is_seen_all_the_same(tmp_path: Path) -> None:
+    plain, model = family("plain"), fitted(CONFIGS["lora-0"]).train()
+    start = logits(plain)
+    model.norm.requires_grad_(True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(2):
+        model(images()).square().sum().backward()
+        optimizer.step()
+    model.norm.requires_grad_(False)
+    model.eval()
+    save(model, tmp_path / "a")
+    assert torch.equal(logits(load(tmp_path / "a", backbone=plain).model), logits(model))
+    assert torch.equal(logits(detach(model)), start)
+
+
+@pytest.mark.parametrize("name", ["lora-0", "bitfit-0", "full-0"])
+def test_what_was_adopted_loads_after_changes_of_precision_and_from_within_a_bf16_training(
+    name: str, tmp_path: Path
+) -> None:
+    model, saved = fitted(CONFIGS[name]), []
+    model.norm.requires_grad_(True)
+    config = replace(QUICK, precision="bf16")
+    train(model, task_of(), config, on_state=lambda state: saved.append(save(model, tmp_path / f"{state.epoch}")))
+    assert len(saved) == 2
+    for path in saved:
+        load(path, backbone=family("plain"))
+    save(model.half().float(), tmp_path / "rounded")
+    load(tmp_path / "rounded", backbone=family("plain"))
+
+
+def test_between_epochs_of_a_bf16_training_the_model_is_whole() -> None:
+    model, told = fitted(CONFIGS["lora-0"]), []
+
+    def look(_: Any) -> None:
+        told.append((evaluate(model, task_of(), "fp32").top1, {p.dtype for p in copy.deepcopy(model).parameters()}))
+
+    train(model, task_of(), replace(QUICK, precision="bf16"), on_state=look)
+    assert len(told) == 2 and all(kinds == {torch.float32} for _, kinds in told)
+
+
+def test_another_thread_answers_rightly_while_a_frozen_prefix_trains() -> None:
+    model = attach(family("plain"), LoRAConfig(last_blocks=1))
+    x, shapes = images(3), set()
+    training: list[Any] = []
+
+    def hammer(_: Any) -> None:
+        if not training:
+            training.append(pool.submit(ask))
+
+    def ask() -> None:
+        with torch.no_grad():
+            shapes.update(tuple(model(x).shape) for _ in range(150))
+
+    with hurried_threads(), ThreadPoolExecutor(1) as pool:
+        done = train(model, task_of(), replace(QUICK, epochs=20), on_progress=hammer)
+        training[0].result()
+    assert done.kept_bytes and shapes == {(3, CLASSES)}
+
+
+def test_a_head_put_back_goes_where_the_model_went() -> None:
+    model = fitted(CONFIGS["lora-0"])
+    model.reset_classifier(3)
+    model.double()
+    torch.testing.assert_close(logits(detach(model), images().double()).float(), logits(family("plain")))
+
+
+def test_figures_of_a_model_in_another_precision_and_training_in_it() -> None:
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        model = fitted(CONFIGS["lora-0"]).to(dtype)
+        assert evaluate(model, task_of(), "fp32").images == 24
+        with pytest.raises(VisgraftError, match=r"model is in .*; call model.float\(\) first"):
+            train(model, task_of(), QUICK)
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_the_facts_of_a_wrapped_model_are_those_inside(wrap: str) -> None:
+    model = fitted(CONFIGS["lora-0"])
+    assert model_data_config(WRAPPERS[wrap](model)) == model_data_config(model)
+
+
+def test_warm_starts_take_a_head_of_several_layers_whole_and_refuse_damage(tmp_path: Path) -> None:
+    def made() -> nn.Module:
+        model = family("plain")
+        torch.manual_seed(3)
+        model.head = nn.Sequential(nn.Linear(32, 24), nn.GELU(), nn.Linear(24, CLASSES))
+        return model  # type: ignore[no-any-return]
+
+    model = enliven(attach(made(), LoRAConfig())).eval()
+    save(model, tmp_path / "a", classes=list("abcde"))
+    new = made()
+    assert start_from(new, tmp_path / "a", LoRAConfig(), list("abcde")) == []
+    assert torch.equal(logits(new.eval()), logits(model))
+    tensors = safetensors.torch.load_file(tmp_path / "a" / TENSORS)
+    key = next(name for name in tensors if name.endswith("down"))
+    safetensors.torch.save_file({**tensors, key: tensors[key][:1] * torch.nan}, tmp_path / "a" / TENSORS)
+    new = made()
+    for _ in range(2):  # the second time, nothing is attached any longer
+        with pytest.raises(AdapterError, match="does not fit its config"):
+            start_from(new, tmp_path / "a", LoRAConfig(), list("abcde"))
+
+
+EDITS: dict[str, tuple[dict[str, Any], str]] = {
+    "parameters": ({"parameters": None}, "parameters is None"),
+    "versions": ({"versions": [1]}, "versions is"),
+    "own": ({"backbone": {"own": [["a"]]}}, "own is"),
+    "metrics": ({"record": {"metrics": 5}}, "record.metrics is 5"),
+    "history": ({"record": {"history": None}}, "record.history is None"),
+    "precision": ({"record": {"precision": "x"}}, "precision is 'x'"),
+    "background": ({"record": {"data": {"background": 5}}}, "background is 5"),
+    "classes": ({"classes": [1, 2, 3, 4, 5]}, "the classes are"),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_hand_edited_config_is_refused_in_one_line(edit: str, tmp_path: Path) -> None:
+    save(fitted(CONFIGS["lora-0"]), tmp_path / "a", classes=list("abcde"))
+    file = tmp_path / "a" / CONFIG
+    config, (changes, said) = json.loads(file.read_text()), EDITS[edit]
+    for key, value in changes.items():
+        config[key] = {**config[key], **value} if isinstance(value, dict) else value
+    file.write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match=said) as caught:
+        load(tmp_path / "a", backbone=family("plain"))
+    assert "\n" not in str(caught.value) and str(file) in str(caught.value)

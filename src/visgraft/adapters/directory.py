@@ -20,11 +20,11 @@ from visgraft.adapters.record import FORMAT_VERSION, AdapterRecord
 from visgraft.backbones.creation import Backbone, create_backbone, image_transform, model_data_config, origin_of
 from visgraft.backbones.heads import head_outputs
 from visgraft.backbones.input_size import built_size, recorded_size, sides
+from visgraft.backbones.wrappers import unwrapped
 from visgraft.core.attach import assemble, count_parameters, detach
 from visgraft.core.attached import get_attached
 from visgraft.core.fitting import check_shape
 from visgraft.core.tensors import backbone_digest
-from visgraft.core.wrappers import unwrapped
 from visgraft.errors import AdapterError
 from visgraft.files import new_directory, write_json
 
@@ -160,7 +160,7 @@ def _card(record: AdapterRecord) -> str:
             f"# {config['method']} adapter for {record.backbone.name}\n",
             f"- method: `{config['method']}` {json.dumps(config['method_config'])}",
             f"- backbone: `{record.backbone.name}`, weights: {config['backbone']['weights']}, sha256 {record.digest}",
-            f"- trained parameters: {numbers['adapter']:,} and {numbers['head']:,} of the head",
+            f"- trained parameters: {numbers.get('adapter', 0):,} and {numbers.get('head', 0):,} of the head",
             f"- classes: {', '.join(record.classes) or 'not named'}",
             *(f"- {name}: {value}" for name, value in record.figures.items()),
             "\n```python\nimport visgraft\nmodel, transform, classes = visgraft.load('this-folder')\n```\n",

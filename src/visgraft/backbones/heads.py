@@ -20,6 +20,19 @@ def head_paths(model: nn.Module) -> tuple[str, ...]:
     return tuple(p for p in classifier_paths(model) if next(model.get_submodule(p).parameters(), None) is not None)
 
 
+def output_layers(model: nn.Module) -> tuple[str, ...]:
+    """Return the path of the layer of each head that makes its outputs: its last linear one, or the head itself."""
+    found = []
+    for path in head_paths(model):
+        inside = [
+            f"{path}.{name}" if name else path
+            for name, layer in model.get_submodule(path).named_modules()
+            if isinstance(layer, nn.Linear | nn.Conv2d)
+        ]
+        found.append(inside[-1] if inside else path)
+    return tuple(found)
+
+
 def head_outputs(model: nn.Module) -> int | None:
     """Return how many outputs the classifier has, 0 where there is none; None where the model does not say.
 

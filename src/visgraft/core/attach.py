@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from visgraft.backbones.heads import head_paths
-from visgraft.core.attached import Attached, find_attached, get_attached
+from visgraft.backbones.wrappers import refuse_wrapped, unwrapped
+from visgraft.core.attached import AdoptHook, Attached, find_attached, get_attached
 from visgraft.core.dryrun import prove_sites
 from visgraft.core.method import Batches, FrozenLayer, Method, Position
 from visgraft.core.placing import find_positions, first_block, own_from_block
@@ -16,7 +17,6 @@ from visgraft.core.registry import get_method
 from visgraft.core.sites import Site
 from visgraft.core.taps import Act, Add, Apply, Insert, Read, Remove
 from visgraft.core.tensors import CHILD, own_tensors
-from visgraft.core.wrappers import refuse_wrapped, unwrapped
 from visgraft.errors import SiteError, VisgraftError
 from visgraft.options import MethodConfig
 
@@ -86,6 +86,7 @@ def assemble(
         calibrate(method, modules)
     _hook(model, attached)
     _freeze(model, attached)
+    attached.taps.handles.append(model.register_forward_pre_hook(AdoptHook(attached)))
     model.add_module(CHILD, attached)
     model.train(model.training)
     return model
@@ -156,6 +157,7 @@ def _freeze(model: nn.Module, attached: Attached) -> None:
     state = model.state_dict()
     attached.originals = {name: state[name].detach().clone() for name in sorted(trained)}
     attached.plain.keep(attached.originals)
+    attached.frozen = tuple(parameter for parameter in model.parameters() if not parameter.requires_grad)
 
 
 def strip(model: nn.Module) -> nn.Module:

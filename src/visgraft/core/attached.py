@@ -8,13 +8,13 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from visgraft.backbones.heads import classifier_paths, head_paths
+from visgraft.backbones.wrappers import unwrapped
 from visgraft.core.families import NORMS
 from visgraft.core.method import Method, Position
 from visgraft.core.registry import get_method
 from visgraft.core.sites import Sites
 from visgraft.core.taps import Taps
-from visgraft.core.tensors import CHILD, LazyDigest, backbone_digest, precision_of
-from visgraft.core.wrappers import unwrapped
+from visgraft.core.tensors import CHILD, LazyDigest
 from visgraft.errors import VisgraftError
 from visgraft.options import MethodConfig
 
@@ -38,6 +38,7 @@ class Attached(nn.Module):
         self.unfrozen: tuple[str, ...] = ()
         self.originals: dict[str, Tensor] = {}
         self.adopted: tuple[str, ...] = ()
+        self.frozen: tuple[nn.Parameter, ...] = ()
         self.flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.taps = Taps()
         self.settings: dict[tuple[str, str], Any] = {}
@@ -62,14 +63,12 @@ class Attached(nn.Module):
 
         It leaves out what was `adopted`, of which nobody knows whether it was trained before.
         """
-        if not self.adopted:
-            return self.plain.value()
-        return backbone_digest(self._backbone[0], self.adopted, originals=self.originals)
+        return self.plain.value()
 
     @property
     def digest_dtype(self) -> torch.dtype:
         """The precision in which the tensors were of which `digest` is made."""
-        return precision_of(self._backbone[0]) if self.adopted else self.plain.dtype
+        return self.plain.dtype
 
     def stored(self) -> dict[str, Tensor]:
         """Return what an adapter holds, as the model has it: the method's tensors, the head's, and what else trains."""
@@ -82,13 +81,13 @@ class Attached(nn.Module):
         """Take in what trains of the backbone though the method does not train it, and the given tensors.
 
         It is stored, counted and set back by `detach` like what the method trains itself, as it was when first seen: by
-        `train()`, `eval()` or `stored()`. Statistics beside an adopted norm move with it.
+        a forward with gradients, `train()`, `eval()` or `stored()`. Statistics beside an adopted norm move with it.
         """
         model = self._backbone[0]
         known = (*(f"{path}." for path in (*self.head, CHILD)),)
         own = {name: p for name, p in model.named_parameters() if not name.startswith(known)}
         found = [name for name, p in own.items() if (p.requires_grad or name in names) and name not in self.originals]
-        if not found and not names:
+        if not found and set(names) <= self.originals.keys():
             return
         owners = dict.fromkeys(name.rpartition(".")[0] for name in found)
         beside = [
@@ -103,8 +102,9 @@ class Attached(nn.Module):
         for name in set(added) & own.keys():
             own[name].requires_grad_(True)
         self.originals |= {name: state[name].detach().clone() for name in added}
-        self.plain.keep({name: self.originals[name] for name in added})
         self.adopted = (*self.adopted, *added)
+        self.frozen = tuple(p for name, p in own.items() if name not in self.originals)
+        self.plain.leave_out(model, set(self.adopted), self.originals)
 
     def set(self, path: str, attribute: str, value: Any) -> None:
         """Set an attribute of one of the backbone's modules, to be set back by `reset`."""
@@ -122,7 +122,8 @@ class Attached(nn.Module):
         """Put back the classifier that was there on attaching, where another took its place."""
         for path, module in self.classifiers.items():
             owner, _, name = path.rpartition(".")
-            setattr(self._backbone[0].get_submodule(owner), name, module)
+            like = next(self._backbone[0].parameters())
+            setattr(self._backbone[0].get_submodule(owner), name, module.to(like.device, like.dtype))
         for path, outputs in self.outputs.items():
             if outputs is not None:
                 self._backbone[0].get_submodule(path).num_classes = outputs
@@ -143,6 +144,19 @@ class Attached(nn.Module):
                 owner = path if next(module.parameters(), None) is not None else path.rpartition(".")[0]
                 module.training = mode and owner in trained
         return self
+
+
+class AdoptHook:
+    """Forward pre-hook on the whole model that adopts what somebody unfroze before an optimizer can move it."""
+
+    def __init__(self, attached: Attached) -> None:
+        self.attached = attached
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        if any(parameter.requires_grad for parameter in self.attached.frozen):
+            self.attached.adopt()
 
 
 def find_attached(model: nn.Module) -> Attached | None:

@@ -94,9 +94,9 @@ class FrozenLayer:
 
     @property
     def weight(self) -> Tensor:
-        """The weight [out, in] as it is now, without gradient."""
+        """The weight [out, in] as it is now."""
         weight: Any = self.layer.weight
-        whole: Tensor = weight.detach().flatten(1)  # a convolution of 1 × 1 is linear as well
+        whole: Tensor = weight.flatten(1)  # a convolution of 1 × 1 is linear as well
         return whole if self.rows is None else whole[slice(*self.rows)]
 
 

@@ -11,6 +11,7 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from visgraft.backbones.heads import head_paths
+from visgraft.backbones.wrappers import unwrapped
 from visgraft.core.families import NORMS
 from visgraft.core.method import OwnTensor
 
@@ -28,6 +29,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
     Where several threads are inside for one model, the last that leaves gives the modes back.
     """
+    model = unwrapped(model)
     with _IN_EVAL_LOCK:
         users, modes = _IN_EVAL.get(model) or (0, {module: module.training for module in model.modules()})
         model.eval()
@@ -64,7 +66,7 @@ def backbone_digest(
     """
     own = precision_of(model)
     tensors = {name: tensor for name, tensor in _digested(model).items() if name not in without}
-    tensors |= {name: tensor for name, tensor in (originals or {}).items() if name in tensors}
+    tensors |= {name: t.to(tensors[name].dtype) for name, t in (originals or {}).items() if name in tensors}
     if dtype not in (None, own):
         tensors = {name: tensor.to(dtype) if tensor.dtype == own else tensor for name, tensor in tensors.items()}
     return _sha256(tensors)
@@ -114,6 +116,15 @@ class LazyDigest:
         for name in originals.keys() & self._then.keys():
             self._then[name] = originals[name]
             del self._now[name]
+
+    def leave_out(self, model: nn.Module, names: Collection[str], originals: Mapping[str, Tensor]) -> None:
+        """Make the digest without some tensors; one that was made already is made anew of the model's."""
+        if self._then:
+            for name in names & self._then.keys():
+                del self._then[name]
+                self._now.pop(name, None)
+        else:
+            self.dtype, self._value = precision_of(model), backbone_digest(model, names, originals=originals)
 
     def settle(self) -> None:
         """Make the digest now if the model has left tensors behind, so that they are not held for it alone."""

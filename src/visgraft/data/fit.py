@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from visgraft.backbones.heads import head_outputs
+from visgraft.backbones.wrappers import unwrapped
 from visgraft.core.fitting import check_shape
-from visgraft.core.wrappers import unwrapped
 from visgraft.data.images import Images
 from visgraft.errors import DataError
 

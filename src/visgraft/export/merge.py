@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from visgraft.backbones.wrappers import unwrapped
 from visgraft.core.attach import strip
 from visgraft.core.attached import get_attached
 from visgraft.core.dryrun import meta_copy
@@ -16,7 +17,6 @@ from visgraft.core.placing import find_positions
 from visgraft.core.registry import get_method
 from visgraft.core.sites import Sites
 from visgraft.core.tensors import eval_mode
-from visgraft.core.wrappers import unwrapped
 from visgraft.errors import MergeError, VisgraftError
 from visgraft.export.affine import FoldTarget, add_missing_biases, fold, fold_target, probe, refusal
 from visgraft.export.certificate import Certificate, answers, certify, fold_difference, image_batches

@@ -54,10 +54,11 @@ def logits_of(model: nn.Module, images: Images, compute: Compute, batch_size: in
     """Return the model's outputs [N, outputs] in float32 on the CPU, in eval mode and without gradient."""
     outputs = []
     model.to(compute.device)
+    dtype = next(model.parameters(), torch.empty(0)).dtype
     with torch.inference_mode(), compute.autocast(), eval_mode(model):
         for start in range(0, len(images), batch_size):
             x = images.normalised(images.pixels[start : start + batch_size], compute.device)
-            outputs.append(model(x).float().cpu())
+            outputs.append(model(x.to(dtype)).float().cpu())
     return torch.cat(outputs).clone()
 
 

@@ -68,5 +68,7 @@ class DoRA(Method):
         """Return x (W' - W)ᵀ: [..., R] -> [..., D]."""
         weight = self.layer.weight.to(self.down.device, self.down.dtype)
         moved = weight + (self.down @ (self.scale * self.up)).T
-        factor = (weight.norm(dim=1) + self.magnitude) / moved.norm(dim=1).detach()
+        length = moved.norm(dim=1).detach()
+        # A row of zeros has no direction, and stays one until the branch gives it some.
+        factor = (weight.norm(dim=1) + self.magnitude) / torch.where(length > 0, length, 1)
         return F.linear(x, factor.unsqueeze(1) * moved - weight)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from warnings import warn
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visgraft.adapters.directory import adapter_tensors
+from visgraft.backbones.wrappers import unwrapped
 from visgraft.core.attached import get_attached
-from visgraft.core.wrappers import unwrapped
 from visgraft.data.fit import check_fit
 from visgraft.data.images import Images
 from visgraft.errors import DataError, TrainingDiverged, VisgraftError
@@ -151,51 +151,76 @@ def training_loop(
     optimizer, schedule = make_optimizer(model, config, len(images))
     state = resume or TrainState(0, _tensors(model))
     if resume:
+        _check_state(model, optimizer, resume, config)
         restore(model, state.tensors)
         restore_optimizer(optimizer, state.optimizer)
-    with _fast(model, network, task, config, compute) as loader:
+    with _held(model, network, task, config) as loader:
         clock, steps = StepClock(time.perf_counter()), steps_per_epoch(len(task.labels), config)
         yield Ready(task, clock)
         for number in range(state.epoch + 1, config.epochs + 1):
             torch.manual_seed(int(np.random.SeedSequence((config.seed, number)).generate_state(1)[0]))
             network.train()
             tally = _Tally(number, config, min(len(task.labels), steps * config.batch_size), clock, compute.device)
-            for step, (x, y) in enumerate(_batches(task, config, number, loader, clock)):
-                schedule.step_update((number - 1) * steps + (step if config.schedule == "step" else 0))
-                with compute.autocast():
-                    logits = task.network(x)
-                loss = task.loss(logits.float(), y)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                if not torch.isfinite(loss):
+            with _fast(model, compute):
+                for step, (x, y) in enumerate(_batches(task, config, number, loader, clock)):
+                    schedule.step_update((number - 1) * steps + (step if config.schedule == "step" else 0))
+                    with compute.autocast():
+                        logits = task.network(x)
+                    loss = task.loss(logits.float(), y)
+                    optimizer.zero_grad(set_to_none=True)
+                    loss.backward()
+                    if not torch.isfinite(loss):
+                        restore(model, state.tensors)
+                        raise _diverged(number, config)
+                    optimizer.step()
+                    if (yield tally.after(loss.detach(), logits.detach(), y, optimizer.param_groups[0]["lr"])):
+                        break
+                tensors, moments = _tensors(model), optimizer_tensors(optimizer)
+                if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
                     restore(model, state.tensors)
                     raise _diverged(number, config)
-                optimizer.step()
-                if (yield tally.after(loss.detach(), logits.detach(), y, optimizer.param_groups[0]["lr"])):
-                    break
-            tensors, moments = _tensors(model), optimizer_tensors(optimizer)
-            if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-                restore(model, state.tensors)
-                raise _diverged(number, config)
-            yield EpochKept(tensors)
-            epoch = replace(tally.last, complete=True, **_validate(network, task, compute))
+                yield EpochKept(tensors)
+                epoch = replace(tally.last, complete=True, **_validate(network, task, compute))
             state = state.after(epoch, tensors, moments)
             yield state
 
 
+def _check_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState, config: TrainConfig) -> None:
+    """Raise unless a state is one of this model and optimizer, tensor by tensor, and before the end."""
+    own = get_attached(model).stored()
+    wrong = sorted(own.keys() ^ state.tensors.keys())
+    wrong += [name for name in own if name in state.tensors and own[name].shape != state.tensors[name].shape]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for key, moment in state.optimizer.items():
+        number = int(key.split(".", 1)[0])
+        if number >= len(parameters) or (moment.ndim and moment.shape != parameters[number].shape):
+            wrong.append(f"the optimizer's {key}")
+    if wrong:
+        raise VisgraftError(
+            f"the state to resume is of another training: {', '.join(wrong[:3])}; attach the same method to the same "
+            "model, and let the same tensors train"
+        )
+    if state.epoch > config.epochs:
+        raise VisgraftError(f"the state to resume is after epoch {state.epoch}, past epochs={config.epochs}; raise it")
+
+
 @contextmanager
-def _fast(
-    model: nn.Module, network: nn.Module, task: Objective, config: TrainConfig, compute: Compute
-) -> Iterator[ThreadPoolExecutor]:
-    """Hold the model as it trains fastest, or with least memory where asked; yield who makes batches ready."""
-    bf16 = compute.precision == "bf16"
-    with ExitStack() as stack:
-        loader = stack.enter_context(ThreadPoolExecutor(1))
-        stack.enter_context(frozen_weights_in_bf16(model, bf16))
-        stack.enter_context(unfused_attention(model, bf16))
-        stack.enter_context(freed_memory_kept(model))
-        stack.enter_context(checkpointing(model, task.network is network, config.grad_checkpointing))
+def _held(model: nn.Module, network: nn.Module, task: Objective, config: TrainConfig) -> Iterator[ThreadPoolExecutor]:
+    """Keep what all epochs share; yield who makes batches ready."""
+    with (
+        ThreadPoolExecutor(1) as loader,
+        freed_memory_kept(model),
+        checkpointing(model, task.network is network, config.grad_checkpointing),
+    ):
         yield loader
+
+
+@contextmanager
+def _fast(model: nn.Module, compute: Compute) -> Iterator[None]:
+    """Hold the model as it trains fastest; between epochs its callers find it as it was."""
+    bf16 = compute.precision == "bf16"
+    with frozen_weights_in_bf16(model, bf16), unfused_attention(model, bf16):
+        yield
 
 
 class _Tally:
@@ -269,6 +294,12 @@ def _diverged(epoch: int, config: TrainConfig) -> TrainingDiverged:
 def _check(model: nn.Module, images: Images, config: TrainConfig, val: Images | None) -> None:
     """Raise where the images do not fit the model or each other, or an option would silently do nothing."""
     get_attached(model)
+    dtype = next(model.parameters()).dtype
+    if dtype != torch.float32:
+        raise VisgraftError(
+            f"the model is in {str(dtype).removeprefix('torch.')}; call model.float() first, and train with "
+            "precision='bf16' for bf16 arithmetic"
+        )
     check_fit(model, images, "training images")
     if val is not None:
         check_fit(model, val, "validation images")

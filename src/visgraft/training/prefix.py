@@ -6,10 +6,11 @@ before; the tail runs the model's own `forward` with those modules standing stil
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import psutil
@@ -78,13 +79,13 @@ def _stop(module: nn.Module, args: tuple[Any, ...]) -> None:
 
 
 class _Instead:
-    """Forward pre-hook that hands the module another first input."""
+    """Forward pre-hook that hands the module another first input, in the thread that it was made in alone."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+        self.tensor, self.thread = tensor, get_ident()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (self.tensor, *args[1:])
+        return (self.tensor, *args[1:]) if get_ident() == self.thread else args
 
 
 class Tail(nn.Module):
@@ -121,7 +122,7 @@ class Tail(nn.Module):
             for path, blank in self.cut.done.items():
                 module = self.model.get_submodule(path)
                 before.append((module, vars(module).get("forward")))
-                vars(module)["forward"] = partial(_return, self._blank(blank, entering))
+                vars(module)["forward"] = partial(_return, self._blank(blank, entering), get_ident(), module.forward)
             yield
         finally:
             for module, forward in before:
@@ -137,8 +138,9 @@ class Tail(nn.Module):
         return self.blanks[key]
 
 
-def _return(value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return value
+def _return(value: Tensor, thread: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Return the value in one thread; in others a module computes as ever."""
+    return value if get_ident() == thread else forward(*args, **kwargs)
 
 
 class _Event(NamedTuple):
