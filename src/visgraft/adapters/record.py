@@ -118,7 +118,8 @@ class AdapterRecord:
         data = facts.get("data", {})
         for part, value, kind in (
             ("record.data", data, dict), ("record.train", facts.get("train", {}), dict),
-            ("record.metrics", facts.get("metrics", {}), dict), ("record.history", facts.get("history", []), list | tuple),
+            ("record.metrics", facts.get("metrics", {}), dict),
+            ("record.history", facts.get("history", []), list | tuple),
             ("record.precision", facts.get("precision", "fp32"), str),
             ("record.data.background", None if not isinstance(data, dict) else data.get("background"), str | None),
         ):  # fmt: skip
