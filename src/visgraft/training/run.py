@@ -108,18 +108,12 @@ def train_folder(
     costs = {**dataclasses.asdict(fitted.training), "seconds": fitted.seconds}
     figures = figures_of(None if val is None else evaluate(model, val, train_config.precision))
     _finish(out, partial(write, metrics={f"val_{name}": value for name, value in figures.items()}, **costs))
-    return {
-        "adapter": str(out),
-        "method": method_config.method,
-        "backbone": backbone.name,
-        "split": "val" if val else None,
-        **figures,
-        **sizes_of(model, out),
-        "params_backbone": counts.total - counts.head,
-        "skipped": [row for part in (images, val) if part for row in skipped_of(part)],
-        **{name: value for name, value in costs.items() if name != "history"},
-        **{name: getattr(train_config, name) for name in ("precision", "epochs")},
-    }
+    told = {"method": method_config.method, "backbone": backbone.name, "split": "val" if val else None, **figures}
+    sizes = {**sizes_of(model, out), "params_backbone": counts.total - counts.head}
+    skipped = [row for part in (images, val) if part for row in skipped_of(part)]
+    kept = {name: value for name, value in costs.items() if name != "history"}
+    how = {name: getattr(train_config, name) for name in ("precision", "epochs")}
+    return {"adapter": str(out), **told, **sizes, "skipped": skipped, **kept, **how}
 
 
 def _finish(out: Path, write: Callable[[], None]) -> None:
