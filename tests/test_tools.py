@@ -48,13 +48,14 @@ from visgraft.core.tensors import CHILD
 from visgraft.errors import AdapterError, VisgraftError
 
 THREADS, FORWARDS, DIFFERENT = 8, 50, 5
-ON_ALL_FAMILIES = ("sct-0", "alore-0", "lora-0", "vpt_deep-0", "adaptformer-0")
 
 
-def rarely(pairs: list[tuple[str, str]]) -> list[Any]:
-    """Every method on one family and some on all in each run, the other pairs with `-m long`."""
+def rarely(pairs: list[tuple[str, str]], *kinds: str) -> list[Any]:
+    """Every method's default on one family and one method on some in each run, the other pairs with `-m long`."""
     return [
-        pair if pair[1] == "plain" or pair[0] in ON_ALL_FAMILIES[:2] else pytest.param(*pair, marks=pytest.mark.long)
+        pair
+        if (pair[1] == "plain" and pair[0] in DEFAULTS) or (pair[0] == "alore-0" and pair[1] in kinds)
+        else pytest.param(*pair, marks=pytest.mark.long)
         for pair in pairs
     ]
 
@@ -86,7 +87,7 @@ def in_threads(
         return list(pool.map(work, range(THREADS)))
 
 
-@pytest.mark.parametrize(("name", "kind"), rarely(PAIRS), ids=lambda value: value)
+@pytest.mark.parametrize(("name", "kind"), rarely(PAIRS, *ALL_FAMILIES), ids=lambda value: value)
 def test_18_eight_threads_answer_as_one(name: str, kind: str) -> None:
     model = adapted(name, kind)
     inputs = [pictures(kind, 1 + i % 2, seed=i) for i in range(DIFFERENT)]
@@ -150,7 +151,7 @@ def export(model: nn.Module, x: Tensor) -> Any:
         return torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), strict=True)
 
 
-@pytest.mark.parametrize(("name", "kind"), rarely(PAIRS), ids=lambda value: value)
+@pytest.mark.parametrize(("name", "kind"), rarely(PAIRS, "swin", "convnext", "mixer", "beit"), ids=lambda value: value)
 def test_19_it_exports_with_any_number_of_images(name: str, kind: str) -> None:
     torch._dynamo.reset()
     model = adapted(name, kind)
