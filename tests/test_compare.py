@@ -159,7 +159,7 @@ class StepTime:
             return step(*arguments, **options)
 
         monkeypatch.setattr(torch.optim.AdamW, "step", timed)
-        for module in ("compare.budget", "compare.run", "compare.search", "crossval"):
+        for module in ("search.budget", "search.run", "search.settings", "training.crossval", "training.fit"):
             monkeypatch.setattr(importlib.import_module(f"visgraft.{module}"), "time", self)
 
     def monotonic(self) -> float:

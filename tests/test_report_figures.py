@@ -3,6 +3,7 @@
 import base64
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from support import CLASSES, batches, fitted, images, logits, vit
 
-from visgraft import ALoREConfig, MethodConfig, SCTConfig, detach, list_methods, merge
+from visgraft import ALoREConfig, LinearConfig, MethodConfig, SCTConfig, detach, list_methods, merge
 from visgraft.core.attached import get_attached
 from visgraft.core.method import Grid
 from visgraft.data.images import Images
@@ -50,7 +51,7 @@ def test_a_lead_is_certain_only_where_the_paired_interval_says_so() -> None:
 
 
 def test_the_verdict_says_whether_the_lead_is_certain() -> None:
-    record = {"record": {}, "method": "linear", "parameters": {}}
+    record: Any = SimpleNamespace(facts={}, figures={}, parameters={}, method=LinearConfig())
     evaluations = [answers(95, 100), answers(50, 100), answers(94, 100)]
     here = Path(__file__).parent
     rows = [compare.make_row(n, n, here, record, e, alone(100)) for n, e in zip("abc", evaluations, strict=True)]
