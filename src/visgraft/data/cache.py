@@ -240,14 +240,11 @@ class Decoded:
 
     def __reduce__(self) -> tuple[Any, ...]:
         try:
-            return _unpack, (pickle.dumps((self.examples, self.decode)),)
+            pickle.dumps((self.examples, self.decode))
+            return Decoded, (self.examples, self.decode)
         except Exception as error:  # what cannot be pickled raises nearly every kind of exception
             reason = " ".join(str(error).split())
             raise DataError(
                 f"images with cache='none' cannot be handed to another process, as what reads them cannot ({reason}); "
                 "load them with cache='ram' or cache='disk'"
             ) from error
-
-
-def _unpack(packed: bytes) -> Decoded:
-    return Decoded(*pickle.loads(packed))
