@@ -36,9 +36,9 @@ class DoRA(Method):
 
     Equation 5 of the paper. That the norm is taken of each output's row, as common programs take it, is an UNVERIFIED
     reading of its column-wise norm. The magnitude m [D] starts as W's own row norms, A [R, r] Kaiming-uniform and B
-    [r, D] at zero, so the model starts unchanged. What trains and is stored of m is its difference from those norms: the same
-    gradient, exact in every precision, and weight decay pulls towards W. The norm in the denominator is a constant to
-    the gradient (section 4.3).
+    [r, D] at zero, so the model starts unchanged. What trains and is stored of m is its difference from those
+    norms: the same gradient, exact in every precision, and weight decay pulls towards W. The norm in the denominator is
+    a constant to the gradient (section 4.3).
     """
 
     Config = DoRAConfig
