@@ -10,7 +10,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from visgraft.core.method import Batches, Grid, Method, Place, Position
+from visgraft.core.method import Batches, ChosenChannels, Grid, Method, Place, Position
 from visgraft.core.registry import register
 from visgraft.errors import SiteError, VisgraftError
 from visgraft.methods.alore import Bank
@@ -40,6 +40,8 @@ class SalexConfig(MethodConfig):
     score: str = option("class_aware", "how channels are chosen", SCORES)
     order: str = option("index", "how the salient channels are laid out over the Kronecker blocks", ORDERS)
 
+    affine = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("channels", "rank", "experts", "scale")
@@ -60,7 +62,7 @@ class Salex(Method):
     Config = SalexConfig
     recipe = TrainConfig()
     knobs: ClassVar = {"lr": (5e-4, 1e-3, 2e-3, 5e-3), "scale": (0.5, 1.0, 2.0, 5.0, 10.0)}
-    part_name = "expert"
+    part_name: ClassVar = "expert"
 
     index: Tensor
 
@@ -72,7 +74,7 @@ class Salex(Method):
             if count % n or count > width:
                 raise SiteError(f"{what} {count} at {position.place.reads} must be a multiple of {n}, ≤ {width}")
         self._bank = (shared["bank"],)  # in a tuple, so that the shared module is registered only once
-        self.scale, self.site = config.scale, position.place.reads
+        self.scale, self.score, self.site = config.scale, config.score, position.place.reads
         self.picks, self.puts = config.form != "write", config.form != "read"
         reads, writes = (channels if self.picks else width), (channels if self.puts else width)
         self.down = nn.Parameter(torch.empty(n, reads // n, rank))
@@ -93,10 +95,6 @@ class Salex(Method):
         return {"bank": Bank(config.experts, "xavier")}
 
     @classmethod
-    def affine(cls, config: SalexConfig) -> bool:
-        return True
-
-    @classmethod
     def calibrate(
         cls, config: SalexConfig, model: nn.Module, modules: Sequence["Salex"], batches: Batches | None
     ) -> None:
@@ -111,12 +109,8 @@ class Salex(Method):
         for module in modules:  # they stand in order of the blocks
             module.index.copy_(_lay_out(next(sums[module.site]), len(module.index), config))
 
-    @classmethod
-    def channel_score(cls, config: SalexConfig) -> str | None:
-        return config.score
-
-    def chosen_channels(self) -> tuple[str, Tensor]:
-        return self.site, self.index
+    def chosen_channels(self) -> ChosenChannels:
+        return ChosenChannels(self.site, self.index, self.score)
 
     @property
     def bank(self) -> Tensor:
@@ -142,9 +136,9 @@ class Salex(Method):
         mixed = torch.einsum("...iar,iab->...bir", hidden, self.bank)
         return torch.einsum("...bir,irq->...bq", mixed, self.scale * self.up).flatten(-2)
 
-    @classmethod
-    def parts(cls, config: SalexConfig) -> int:
-        return config.experts
+    @property
+    def parts(self) -> int:
+        return len(self.up)
 
     def part_delta(self, x: Tensor, index: int) -> Tensor:
         z = (x.index_select(-1, self.index) if self.picks else x).unflatten(-1, self.down.shape[:2])
@@ -154,7 +148,7 @@ class Salex(Method):
 
     def keep_parts(self, kept: Collection[int]) -> None:
         with torch.no_grad():
-            for index in set(range(len(self.up))) - set(kept):
+            for index in set(range(self.parts)) - set(kept):
                 self.up[index] = 0
 
 

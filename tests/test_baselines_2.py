@@ -183,8 +183,8 @@ def test_arc_starts_as_its_option_says() -> None:
             assert (coefficients.abs().max() > 0) == (position.place.reads in at_random)
             assert coefficients.abs().max() <= bound
         assert torch.equal(logits(model), logits(vit())) == (init == "zero")
-    starts = list_methods()["arc"].starts_as_identity
-    assert starts(ARCConfig(places=("attn.in",))) and starts(ARCConfig(init="zero")) and not starts(ARCConfig())
+    assert ARCConfig(places=("attn.in",)).starts_as_identity and ARCConfig(init="zero").starts_as_identity
+    assert not ARCConfig().starts_as_identity
 
 
 # VPT

@@ -244,8 +244,8 @@ def test_kinds_of_files_are_noted(data: Path) -> None:
         assert names(found[kind]) == [[f"train/cat/{name}"]], kind
     assert len(found["small"].sets) == 1  # the long one, 100 pixels high
     assert names(found["mixed_sizes"])[-1] == ["train/cat/large.jpg"]
-    assert found["blank"].severity == "warning"
-    assert {found[kind].severity for kind in ("turned", "alpha", "frames", "deep", "long", "small")} == {"note"}
+    assert found["blank"].severity == found["long"].severity == "warning"
+    assert {found[kind].severity for kind in ("turned", "alpha", "frames", "deep", "small")} == {"note"}
 
 
 def _shapes(image: Image.Image) -> tuple[dict[str, Any], Image.Image]:

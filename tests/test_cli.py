@@ -400,7 +400,7 @@ def test_train_options_that_cannot_be_used(arguments: list[str], says: list[str]
         (["eval", "{DATA}", "{DATA}"], ["colours is not an adapter", "pass a folder that `train`"]),
         (["info", "nowhere"], ["nowhere is not an adapter"]),
         (["info", "{HERE}/damaged"], ["adapter_config.json is damaged", "restore it or train again"]),
-        (["eval", "{ADAPTER}", "{HERE}/shapes"], ["unknown: disc", "missing: blue, green", "use the data"]),
+        (["eval", "{ADAPTER}", "{HERE}/shapes"], ["does not know: disc (it knows blue, green, red)", "leave them out"]),
         (["eval", "{ADAPTER}", "{DATA}", "--split", "tests"], ["'tests'", "test, val, train or all"]),
         (["predict", "{ADAPTER}", "{HERE}/lost.png"], ["lost.png", "No such file"]),
         (["predict", "{ADAPTER}", "{DATA}/red/00.png", "{HERE}/note.txt"], ["note.txt is not a readable image"]),

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from test_cli import PROGRAM
@@ -38,7 +39,25 @@ def test_options_and_their_values_are_completed(words: tuple[str, ...], found: s
 
 
 def test_a_verb_is_completed_without_torch() -> None:
-    code = "import sys, visgraft.cli.app as app; app.build(); print('torch' in sys.modules)"
-    environment = {**os.environ, "_VISGRAFT_COMPLETE": "complete_bash", "COMP_WORDS": "visgraft tr"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    asked = {"_VISGRAFT_COMPLETE": "complete_bash", "COMP_WORDS": "visgraft tr", "COMP_CWORD": "1"}
+    done = without_torch(env={**os.environ, **asked})
+    assert done.split() == ["train"]
+
+
+@pytest.mark.parametrize("words", [["--help"], [], ["--version"], ["eval", "--help"], ["bench", "--help"]])
+def test_help_does_not_wait_for_torch(words: list[str]) -> None:
+    done = without_torch(*words)
+    assert {"--help": "compare", "--version": "visgraft 0.", "eval": "--split", "bench": "table"}.get(
+        words[0] if words else "", "visgraft predict my-adapter new-photos"
+    ) in done  # fmt: skip
+
+
+def without_torch(*words: str, **options: Any) -> str:
+    """Run the command line in a process that has no torch, and return what it prints."""
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('torch', 'timm', 'torchvision', 'numpy')))\n"
+        f"sys.argv = ['visgraft', *{list(words)!r}]\nfrom visgraft.cli import main\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

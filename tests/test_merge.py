@@ -12,7 +12,7 @@ from test_laws import adapted, pictures
 from test_merged import MERGING
 from torch import Tensor, nn
 
-from visgraft import ALoREConfig, LinearConfig, LoRAConfig, SSFConfig, attach, list_methods, merge
+from visgraft import ALoREConfig, LinearConfig, LoRAConfig, SSFConfig, attach, merge
 from visgraft.core.attached import get_attached
 from visgraft.core.finding import find_sites
 from visgraft.errors import MergeError
@@ -71,7 +71,7 @@ def test_a_wrong_fold_is_refused(name: str, kind: str, monkeypatch: pytest.Monke
 
         return fold_all
 
-    shifts = list_methods()[CONFIGS[name].method].shifts(CONFIGS[name]) or moves_a_bias(model)
+    shifts = CONFIGS[name].shifts or moves_a_bias(model)
     for damage in (perturbed, transposed, forgotten) if shifts else (perturbed, transposed):
         damaged.clear()
         monkeypatch.setattr(MODULE, "_fold_all", fold_wrongly(damage))

@@ -44,7 +44,7 @@ def test_a_merged_model_does_what_a_plain_one_does_and_nothing_else(name: str, k
 
 
 def test_every_method_that_claims_to_be_affine_is_among_them() -> None:
-    claiming = {name for name, kind in list_methods().items() if kind.affine(kind.Config()) and not kind.inserts}
+    claiming = {name for name, kind in list_methods().items() if kind.Config().affine}
     assert {"alore", "lora", "repadapter", "ssf"} <= claiming <= {CONFIGS[name].method for name, _ in MERGING} | {"sct"}
 
 

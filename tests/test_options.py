@@ -118,6 +118,13 @@ class TypedConfig(MethodConfig):
     few: tuple[Literal["x", "y"], ...] = option(("x",), "names")
     named: tuple[str, ...] | None = option(None, "names", ("attn", "mlp"), younger=True)
 
+    shifts = True
+    starts_as_identity = False
+
+    @property
+    def affine(self):
+        return self.literal == "second"
+
 
 @register("typed", paper="a test")
 class Typed(Method):
@@ -133,18 +140,6 @@ class Typed(Method):
     @classmethod
     def placements(cls, config):
         return (Place.at("mlp.in"),)
-
-    @classmethod
-    def affine(cls, config):
-        return config.literal == "second"
-
-    @classmethod
-    def shifts(cls, config):
-        return True
-
-    @classmethod
-    def starts_as_identity(cls, config):
-        return False
 
     def delta(self, x, grid):
         return self.offset.expand_as(x)

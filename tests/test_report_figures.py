@@ -110,7 +110,7 @@ def test_the_salience_map_marks_exactly_the_modules_channels(options: dict[str, 
         for mark, index in zip(choice.marks, own, strict=True):
             assert np.flatnonzero(mark).tolist() == index.tolist()
         plain = vit()
-        scores = channels.channel_scores(plain, batches(), choice, config.score)
+        scores = channels.channel_scores(plain, batches(), choice)
         assert scores.shape == choice.marks.shape
         if config.score == "class_aware":
             expected = salient_channels(vit(), batches(), len(own[0]), choice.site)
@@ -135,10 +135,8 @@ def test_the_channels_are_ordered_by_how_often_they_are_chosen() -> None:
 
 
 def made_of_parts() -> list[MethodConfig]:
-    configs = [kind.Config() for kind in list_methods().values()]
-    return [config for config in configs if list_methods()[config.method].parts(config)] + [
-        ALoREConfig(experts=2, rank=1)
-    ]
+    kinds = [kind for kind in list_methods().values() if hasattr(kind, "part_delta")]
+    return [*(kind.Config() for kind in kinds), ALoREConfig(experts=2, rank=1)]
 
 
 @pytest.mark.parametrize("config", made_of_parts(), ids=lambda config: config.method)
@@ -147,7 +145,7 @@ def test_the_parts_add_up_to_the_whole(config: MethodConfig) -> None:
     x = torch.randn(2, 17, 32, dtype=torch.float64)
     for module in get_attached(model).positions.values():
         with torch.no_grad():
-            parts = [module.part_delta(x, i) for i in range(module.parts(config))]
+            parts = [module.part_delta(x, i) for i in range(module.parts)]
             assert all(part.abs().max() > 0 for part in parts)
             torch.testing.assert_close(sum(parts), module.delta(x, Grid(4, 4, 1)), rtol=1e-12, atol=1e-12)
 
@@ -157,7 +155,7 @@ def test_a_part_alone_is_the_model_merged_with_the_others_at_zero(config: Method
     model = fitted(config).double().eval()
     x, before = images(dtype=torch.float64), logits(model, images(dtype=torch.float64))
     seen = []
-    for part in range(list_methods()[config.method].parts(config)):
+    for part in range(config.experts):
         plain, _ = merge(keep_parts(model, (part,)), x)
         alone_ = fitted(config).double().eval()
         for module in get_attached(alone_).positions.values():

@@ -1,39 +1,36 @@
 """visgraft adapts a frozen, pretrained vision backbone by training well under 1 % extra parameters.
 
-This is the whole public interface; docs/architecture.md says how the parts fit together.
+`visgraft.public` lists what is offered here; docs/architecture.md says how the parts fit together. Nothing is imported
+before it is asked for, so that what needs no torch, such as the command line's help, does not wait for it.
 """
 
-# ruff: noqa: F401  (everything imported here is for users)
-import os
+import importlib
+from typing import TYPE_CHECKING, Any
 
-if "_VISGRAFT_COMPLETE" not in os.environ:  # a shell that completes a word should not wait for torch
-    from visgraft.adapters.directory import Adapted, load, save
-    from visgraft.backbones.creation import Backbone, create_backbone, model_data_config
-    from visgraft.check.findings import Report
-    from visgraft.check.run import check_data
-    from visgraft.core.attach import ParameterCount, attach, count_parameters, detach
-    from visgraft.core.registry import list_methods
-    from visgraft.data.dataset import Dataset, Example, Split
-    from visgraft.data.folders import read_folder
-    from visgraft.data.images import Images, Loading, load_images
-    from visgraft.data.read import Source, read_data
-    from visgraft.errors import DataError, VisgraftError
-    from visgraft.export.certificate import Certificate
-    from visgraft.export.merge import merge
-    from visgraft.export.plain import merge_adapter
-    from visgraft.measure.evaluation import Evaluation, evaluate
-    from visgraft.measure.measuring import eval_adapter
-    from visgraft.methods import *  # noqa: F403  (the options of every method, so that adding one touches no list)
-    from visgraft.methods.salience import salient_channels
-    from visgraft.options import MethodConfig, TrainConfig
-    from visgraft.report.page import build_report
-    from visgraft.search.result import Comparison
-    from visgraft.search.run import compare
-    from visgraft.serve.prediction import Prediction, predict, predict_stream
-    from visgraft.training.crossval import CrossValidation, cross_validate
-    from visgraft.training.forecast import forecast_folder
-    from visgraft.training.loop import Training, train
-    from visgraft.training.resume import Epoch, TrainState
-    from visgraft.training.run import train_folder
+if TYPE_CHECKING:
+    from visgraft.public import *  # noqa: F403
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Gather the public names on the first question for one."""
+    if name == "__all__":
+        return [name for name in __dir__() if not name.startswith("_")]
+    if not name.startswith("__") and _gather() and name in globals():
+        return globals()[name]
+    raise AttributeError(f"module 'visgraft' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    _gather()
+    return sorted(globals().keys() - {"TYPE_CHECKING", "Any", "importlib"})
+
+
+def _gather() -> bool:
+    """Take over the public names; whether they were not there yet."""
+    if "attach" in globals():
+        return False
+    public = importlib.import_module("visgraft.public")
+    globals().update({name: value for name, value in vars(public).items() if not name.startswith("_")})
+    return True

@@ -42,8 +42,10 @@ def write_json(path: Path, value: Any) -> None:
         file.write(text + b"\n")
 
 
-def check_target(path: Path, marker: str) -> None:
+def check_target(path: Path, marker: str, option: str = "--out") -> None:
     """Raise unless `path` can be written and is free: absent, an empty folder, or an earlier result holding `marker`.
+
+    `option` is the one by which the command line was given it.
 
     Raises:
         VisgraftError: it cannot, or is something else.
@@ -52,11 +54,15 @@ def check_target(path: Path, marker: str) -> None:
     try:
         os.rmdir(tempfile.mkdtemp(prefix=".visgraft.", dir=parent))  # permissions alone do not tell
     except OSError as error:
-        raise VisgraftError(f"{path} cannot be written ({parent}: {error.strerror}); choose another --out") from error
+        raise VisgraftError(
+            f"{path} cannot be written ({parent}: {error.strerror}); choose another {option}"
+        ) from error
     if path.is_dir() and (not any(path.iterdir()) or (path / marker).is_file()):
         return
     if path.exists():
-        raise VisgraftError(f"{path} exists and is not an earlier result ({marker} is missing); choose another --out")
+        raise VisgraftError(
+            f"{path} exists and is not an earlier result ({marker} is missing); choose another {option}"
+        )
 
 
 @contextlib.contextmanager

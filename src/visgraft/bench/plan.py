@@ -11,7 +11,6 @@ from visgraft.backbones.creation import Backbone
 from visgraft.bench.settings import Candidates, Recipe, candidates
 from visgraft.bench.trial import Result, Trial, split_digest
 from visgraft.core.configure import with_values
-from visgraft.core.registry import get_method
 from visgraft.measure.precision import resolve_precision
 from visgraft.protocols.opening import open_task
 from visgraft.protocols.row import Protocol, Task
@@ -168,7 +167,7 @@ def _cell(
     def trial(kind: str, number: int, seed: int) -> Trial:
         config, recipe = found.settings[number]
         recipe = replace(recipe, seed=seed, precision=precision)
-        if kind == "tune" and not get_method(method).head_only(config):
+        if kind == "tune" and not config.head_only:
             share = max(1, math.ceil(recipe.epochs * request.protocol.tune_share))
             recipe = with_values(recipe, {"epochs": share})
         split_seed = seed if task.shots else first

@@ -21,7 +21,7 @@ from visgraft.backbones.creation import create_backbone, model_data_config
 from visgraft.bench.trial import Measured, Result, Trial, backbone_of, split_digest
 from visgraft.core.attach import count_parameters
 from visgraft.core.attached import get_attached
-from visgraft.core.method import Method
+from visgraft.core.method import ChoosesChannels
 from visgraft.core.registry import get_method
 from visgraft.data.dataset import Example
 from visgraft.data.images import load_images
@@ -202,13 +202,11 @@ def per_class(found: Evaluation, classes: int) -> tuple[float | None, ...]:
 def chosen_channels(model: nn.Module) -> dict[str, list[list[int]]]:
     """Return the channels that the attached method chose, by site and in the order of its modules; else nothing."""
     attached = get_attached(model)
-    if attached.method.channel_score(attached.config) is None:
-        return {}
     found: dict[str, list[list[int]]] = {}
     for module in attached.positions.values():
-        assert isinstance(module, Method)
-        site, index = module.chosen_channels()
-        found.setdefault(site, []).append(index.tolist())
+        if isinstance(module, ChoosesChannels):
+            chosen = module.chosen_channels()
+            found.setdefault(chosen.site, []).append(chosen.channels.tolist())
     return found
 
 

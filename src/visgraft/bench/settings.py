@@ -129,6 +129,6 @@ def configured(method: str, values: Mapping[str, Any], epochs: int | None) -> tu
         VisgraftError: an option that neither the method nor training has.
     """
     config, recipe = configure(method, values)
-    if epochs is None or "epochs" in values or get_method(method).head_only(config):
+    if epochs is None or "epochs" in values or config.head_only:
         return config, recipe
     return configure(method, {**values, "epochs": epochs})

@@ -239,7 +239,9 @@ def _rows(results: Sequence["Result"]) -> tuple[RecipeRow, ...]:
         row = found.setdefault((trial.method, trial.recipe, result.epochs), {})
         if place in row:
             differ = ", ".join(_differing(asdict(row[place].trial), asdict(trial))) or "nothing"
-            raise VisgraftError(f"{trial.name} has two results, which differ in {differ}; give each its own --out")
+            raise VisgraftError(
+                f"{trial.name} has two results, which differ in {differ}; run each with an --out of its own"
+            )
         row[place] = result
     own = next((name for name in OWN_RECIPES if any(recipe == name for _, recipe, _ in found)), None)
     rows = [

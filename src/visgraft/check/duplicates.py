@@ -176,8 +176,8 @@ def _near_findings(pictures: Sequence[DatasetImage], sets: Sets, drawn: bool) ->
                 "near_conflict",
                 "warning",
                 f"{counted(len(conflicts), 'picture')} with near copies under another class",
-                "look at them: either a label is wrong, or the difference that counts is very small (then a larger "
-                "--image-size may help)",
+                "look at them: either a label is wrong, or the difference that counts is very small (then train "
+                "with a larger --image-size)",
                 conflicts,
             )
         )

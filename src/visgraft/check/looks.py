@@ -1,20 +1,57 @@
 """What the files and pictures are like: sizes, shapes, formats and colours that deserve a look."""
 
+import contextlib
+import io
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from visgraft.check.facts import Facts
 from visgraft.check.findings import DatasetImage, FigureTable, Finding, Severity, counted
+from visgraft.data.dataset import Example
 
 TYPICAL_INPUT = 224  # pixels, the side of what most backbones take
 SMALL = TYPICAL_INPUT // 2
-LONGISH = 2.5  # longer to shorter side
+LONGISH = 1.3  # longer to shorter side, from which on a square loses or distorts what can matter
 BLANK = 2.0  # standard deviation of brightness, of 255
+LOOKED_AT = 200  # images whose headers a warning before training rests on
+MANY = 0.1  # of these, from which on it warns
 MIXED_SIZES = 3  # times as long a shorter side: the 95th of 100 images, beside the 5th
+
+
+def cut_off(ratio: float) -> float:
+    """Return which share of a picture of this ratio of its sides lies outside the square in its middle."""
+    return 1 - 1 / max(ratio, 1 / ratio)
+
+
+def shape_warning(examples: Sequence[Example], crop_mode: str) -> list[str]:
+    """Return one line where making pictures square loses part of many, judged by the headers of some of them.
+
+    Args:
+        examples: the images that are trained on; evenly spaced ones are looked at, without decoding them.
+        crop_mode: timm's: `center` cuts, `squash` distorts, and `border` does neither.
+    """
+    if crop_mode == "border":
+        return []
+    ratios = []
+    for example in examples[:: max(1, len(examples) // LOOKED_AT)]:
+        with contextlib.suppress(Exception):  # what does not open is named when it is decoded
+            source = example.path if example.content is None else io.BytesIO(example.content())
+            with Image.open(source) as picture:  # reads the header only
+                ratios.append(max(picture.size) / min(picture.size))
+    long = [ratio for ratio in ratios if ratio >= LONGISH]
+    if len(long) < MANY * len(ratios) or not long:
+        return []
+    middle = float(np.median(long))
+    loses = f"cuts off {cut_off(middle):.0%} of" if crop_mode != "squash" else "distorts"
+    return [
+        f"{len(long) / len(ratios):.0%} of the pictures are at least {LONGISH} times as long as wide; making them "
+        f"square {loses} one of {middle:.2g} to 1; train with --crop-mode border, which shows all of it, padded"
+    ]
 
 
 def size_table(facts: Sequence[Facts]) -> FigureTable:
@@ -63,14 +100,15 @@ LOOKS = (
         "note",
         lambda f: min(f.width, f.height) < SMALL and f"{f.width} × {f.height}",
         f"with a side under {SMALL} pixels, half of what most backbones take ({TYPICAL_INPUT})",
-        "they are enlarged and show no more for it; a smaller --image-size trains faster",
+        "they are enlarged and show no more for it; train with a smaller --image-size to be faster",
     ),
     _Look(
         "long",
-        "note",
-        lambda f: max(f.width, f.height) > LONGISH * min(f.width, f.height) and f"{f.width} × {f.height}",
-        f"more than {LONGISH} times as long as wide",
-        "their ends are cut off when they are made square; cut them into pieces if the ends matter",
+        "warning",
+        lambda f: max(f.width, f.height) >= LONGISH * min(f.width, f.height) and f"{f.width} × {f.height}",
+        f"at least {LONGISH} times as long as wide",
+        f"most models are shown the square in the middle, so {cut_off(LONGISH):.0%} or more of each is cut off; train "
+        "with --crop-mode border, which shows all of it, padded",
     ),
     _Look(
         "turned",

@@ -30,6 +30,7 @@ def check_data(dataset: Dataset, *, on_progress: OnStage | None = None) -> Repor
         *class_findings(dataset),
         *part_findings(dataset),
         *look_findings(shown, facts),
+        *passed_over_findings(dataset),
     ]
     tables = {"classes": class_table(dataset)}
     if any(picture.example.group is not None for picture in everything):
@@ -53,6 +54,12 @@ def unreadable_findings(everything: Sequence[DatasetImage], outcome: Sequence[Fa
         return []
     remedy = "replace or remove them, or train with --skip-broken, which leaves them out"
     return [Finding("unreadable", "error", f"{counted(len(broken), 'image')} cannot be read", remedy, broken)]
+
+
+def passed_over_findings(dataset: Dataset) -> list[Finding]:
+    """Say what lies beside the images and is not read."""
+    remedy = "see that no image is among them"
+    return [Finding("passed_over", "note", note, remedy) for note in dataset.notes]
 
 
 def _shortcuts(

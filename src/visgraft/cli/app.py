@@ -1,16 +1,17 @@
 """The verbs of the command line; each is thin and calls a function of another room."""
 
-import io
 import os
+import re
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
+import visgraft
 from visgraft.cli.arguments import (
     AdapterFolder,
     Background,
@@ -29,8 +30,26 @@ from visgraft.cli.check import check
 from visgraft.cli.compare import compare
 from visgraft.cli.predict import predict
 from visgraft.cli.report import report
+from visgraft.cli.streams import prepare_streams
+from visgraft.cli.text import visible
 from visgraft.cli.train import train
 from visgraft.errors import Interrupted, VisgraftError
+
+ROAD = """\
+visgraft adapts a frozen, pretrained vision backbone to your images. From a folder to a model in use:
+
+  visgraft check photos                             what is wrong with the images? (photos/CLASS/*.jpg, or a .csv)
+  visgraft compare photos                           which method suits them, within a time?
+  visgraft train photos --out my-adapter            train; the adapter takes a few hundred KB
+  visgraft eval my-adapter photos                   how good is it on images kept apart?
+  visgraft report my-adapter --data photos --out report.html     where does it err, and why?
+  visgraft predict my-adapter new-photos            name the classes of new images
+  visgraft merge my-adapter --out my-model          fold it into one plain timm model
+
+Nothing at hand? visgraft demo --quick takes a minute. All verbs: visgraft --help
+"""
+
+LINE_FEEDS = re.compile(r"\s*[\n\r]\s*")
 
 
 def eval_(
@@ -46,7 +65,8 @@ def eval_(
     json: Json = False,
 ) -> None:
     """Measure an adapter on the test images of a folder, a table or a data set."""
-    from visgraft.cli.show import emit, print_figures
+    from visgraft.cli.show import emit, print_figures, warn
+    from visgraft.data.dataset import listed
     from visgraft.data.images import Loading
     from visgraft.measure.measuring import eval_adapter
 
@@ -54,6 +74,10 @@ def eval_(
         raise VisgraftError(f"--split is {split!r}, but must be test, val, train or all")
     loading = Loading(cache, skip_broken, background)
     figures = eval_adapter(adapter, source(data, csv), weights=weights, part=split, loading=loading)
+    if figures["classes_missing"]:
+        names = listed(figures["classes_missing"])
+        which = "" if split == "all" else f"{split} "
+        warn(f"there are no {which}images of {names}; the figures say nothing about them")
     emit(figures, json, lambda: print_figures(figures))
 
 
@@ -64,14 +88,18 @@ def merge(
         str | None, typer.Option(help="folder, .csv file or hf:NAME to measure on; none: seeded noise")
     ] = None,
     weights: Weights = None,
+    cache: Cache = "auto",
+    background: Background = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Fold an adapter into its backbone and certify the plain timm model."""
     from visgraft.cli.show import emit, result_console
+    from visgraft.data.images import Loading
     from visgraft.export.plain import merge_adapter
 
-    result = merge_adapter(adapter, out, data=data, weights=weights)
+    loading = Loading(cache, background=background)
+    result = merge_adapter(adapter, out, data=data, weights=weights, loading=loading)
 
     def text() -> None:
         result_console.print(
@@ -131,7 +159,7 @@ def methods(
         for row in rows:
             if row.get("refused") or row["why_not_merged"]:
                 told = row.get("refused") or f"not merged: {row['name']} {row['why_not_merged']}"
-                result_console.print(told, highlight=False)
+                result_console.print(told)
 
     emit(rows, json, text)
 
@@ -139,41 +167,56 @@ def methods(
 def demo(
     out: Annotated[Path, typer.Option(help="folder for data, adapters and picture")] = Path("demo-out"),
     epochs: Annotated[int | None, typer.Option(help="epochs of sct and alore; none: the demo's", min=1)] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="one adapter and a page on it, in a minute")] = False,
+    full: Annotated[bool, typer.Option("--full", help="all of it, however long this machine takes")] = False,
     json: Json = False,
 ) -> None:
     """Draw gauges, train linear, sct and alore on a real pretrained ViT, merge, and paint a picture."""
-    from visgraft.cli.demo import print_demo, run_demo
+    from visgraft.cli.demo import print_demo, print_quick, run_demo, run_quick
     from visgraft.cli.show import emit
 
-    result = run_demo(out, epochs)
+    if quick and (full or epochs):
+        raise VisgraftError("--quick does not go with --full or --epochs; leave one out")
+    if quick:
+        found = run_quick(out)
+        emit(found, json, lambda: print_quick(found))
+        return
+    result = run_demo(out, epochs, full)
     emit(result, json, lambda: print_demo(result))
 
 
-def _train_verb() -> Callable[..., None]:
-    """Return `train` with the options of all methods, or, while a word of another verb is completed, its name alone."""
-    words = os.environ.get("_TYPER_COMPLETE_ARGS") or os.environ.get("COMP_WORDS") or ""
-    if "_VISGRAFT_COMPLETE" in os.environ and "train" not in words.split():
+def _train_verb(words: Sequence[str]) -> Callable[..., None]:
+    """Return `train` with the options of all methods, or, where the words are of another verb, its name alone."""
+    if "train" in words:
+        from visgraft.cli.options import with_flags
 
-        def name_only() -> None:
-            """Train a method on labelled images and write a small adapter."""
+        return with_flags(train)
 
-        return name_only
-    from visgraft.cli.options import with_flags
+    def name_only() -> None: ...
 
-    return with_flags(train)
+    name_only.__doc__ = train.__doc__
+    return name_only
 
 
-def build() -> typer.Typer:
-    """Return the app; the options of `train` are generated from the registered methods."""
-    app = typer.Typer(
-        name="visgraft",
-        help="Adapt a frozen, pretrained vision backbone with well under 1 % extra parameters.",
-        add_completion=True,
-        pretty_exceptions_enable=False,
-    )
-    verbs: dict[str, Callable[..., None]] = {"check": check, "compare": compare, "train": _train_verb(), "eval": eval_}
-    verbs |= {"report": report, "predict": predict, "merge": merge, "info": info, "methods": methods, "demo": demo}
-    for name, verb in verbs.items():
+def _road(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="print the version and leave")] = False,
+) -> None:
+    """Adapt a frozen, pretrained vision backbone with well under 1 % extra parameters."""
+    if version:
+        typer.echo(f"visgraft {visgraft.__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(ROAD)
+
+
+def build(words: Sequence[str]) -> typer.Typer:
+    """Return the app for a command of these words; the options of `train` are generated from the registered methods."""
+    app = typer.Typer(name="visgraft", add_completion=True, pretty_exceptions_enable=False)
+    app.callback(invoke_without_command=True)(_road)
+    verbs: dict[str, Callable[..., None]] = {"check": check, "compare": compare, "train": _train_verb(words)}
+    verbs |= {"eval": eval_, "report": report, "predict": predict, "merge": merge, "info": info, "methods": methods}
+    for name, verb in (verbs | {"demo": demo}).items():
         app.command(name)(verb)
     app.add_typer(build_bench(), name="bench")
     return app
@@ -183,14 +226,10 @@ def main() -> None:
     """Run the command line; errors made on purpose, and wrong usage, are one line on standard error."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit keeps what Ctrl-C keeps
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if not sys.stderr.isatty() else "0")
+    prepare_streams()
+    completing = os.environ.get("_TYPER_COMPLETE_ARGS") or os.environ.get("COMP_WORDS") or ""
     try:
-        if len(sys.argv) == 1:
-            sys.argv.append("--help")
-        code = build()(standalone_mode=False)
+        code = build([*sys.argv[1:], *completing.split()])(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except Interrupted as error:
         _fail(str(error), 130)
@@ -207,5 +246,5 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {visible(LINE_FEEDS.sub(' ', message))}", file=sys.stderr)
     sys.exit(code)

@@ -26,6 +26,10 @@ Background = Annotated[
 Cache = Annotated[
     str, typer.Option(help="where decoded images are kept: auto, ram, disk (later runs share it) or none")
 ]
+CropMode = Annotated[
+    str | None,
+    typer.Option(help="center (the middle of each picture), squash or border (all of it, padded); none: the model's"),
+]
 Part = Annotated[str, typer.Option("--split", help="test, val, train or all")]
 
 

@@ -67,6 +67,7 @@ def check(
 ) -> None:
     """Check the images of a protocol: layout, counts, labels, and that no image is in two parts."""
     from visgraft.cli.show import emit, result_console
+    from visgraft.cli.text import styled
     from visgraft.protocols.opening import check_root
 
     rows, folder = _protocol(protocol, root, shots, shifted)
@@ -77,7 +78,8 @@ def check(
 
     def show() -> None:
         for one in found:
-            result_console.print(f"[{'green]ok' if one.ok else 'red]no'}[/]  {one.task}: {one.text}", highlight=False)
+            mark = ("ok", "green") if one.ok else ("no", "red")
+            result_console.print(styled(mark, f"  {one.task}: {one.text}"))
 
     emit([dataclasses.asdict(one) for one in found], json, show)
     wrong = sum(not one.ok for one in found)
@@ -158,10 +160,12 @@ def _sweep(request: "Request", cells: Sequence[Any], place: "TrialSources", file
 def _conclude(state: "State", file: Path, json: bool) -> None:
     """Say what there is now, and fail where a trial did."""
     from visgraft.cli.show import emit, result_console
+    from visgraft.cli.text import command_line, path_argument
 
     facts = {"results": str(file), "trials": state.total, "left": state.left, "failed": list(state.failed.values())}
     done = f"{state.total - state.left} of {state.total} trials are done"
-    read = f": {file}\nread them with: visgraft bench table {file.parent}" if file.is_file() else ""
+    command = command_line("visgraft", "bench", "table", path_argument(file.parent))
+    read = f": {file}\nread them with: {command}" if file.is_file() else ""
     emit(facts, json, lambda: result_console.print(f"{done}{read}"))
     if state.failed:
         first = next(iter(state.failed.values()))

@@ -59,20 +59,23 @@ def progress_table(state: "State", methods: Sequence[str], workers: int) -> Any:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
+    from visgraft.cli.text import styled
+
     grid = Table(
         box=SIMPLE_HEAD, title=f"{state.total - state.left} of {state.total} trials{_time_left(state, workers)}"
     )
     grid.add_column("task")
     for method in methods:
         grid.add_column(method, justify="right")
-    by_task: dict[str, dict[str, str]] = {}
+    by_task: dict[str, dict[str, Any]] = {}
     running: Mapping[tuple[str, str], str] = {
-        (trial.task, trial.method): f" [cyan]{epoch}/{epochs}[/]" for trial, epoch, epochs in state.running.values()
+        (trial.task, trial.method): f" {epoch}/{epochs}" for trial, epoch, epochs in state.running.values()
     }
     for cell in state.cells:
         finished = cell.total - cell.left(state.done)
         colour = "green" if finished == cell.total else "default"
-        text = f"[{colour}]{finished}/{cell.total}[/]{running.get((cell.task, cell.method), '')}"
+        now = running.get((cell.task, cell.method), "")
+        text = styled((f"{finished}/{cell.total}", colour), (now, "cyan"))
         by_task.setdefault(cell.task, {})[cell.method] = text
     for task, cells in by_task.items():
         grid.add_row(task, *(cells.get(method, "") for method in methods))

@@ -64,7 +64,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
     from visgraft.cli.show import progress_console
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=progress_console, transient=True, disable=not progress_console.is_terminal) as bar:
         tasks = {}
 
@@ -85,28 +85,27 @@ def print_report(report: "Report", html: Path | None = None) -> None:
             rows = [["–" if value is None else value for value in row] for row in table.rows[:CLASSES]]
             print_table(table.title, table.columns, rows)
         if len(table.rows) > CLASSES:
-            result_console.print(f"and {len(table.rows) - CLASSES} more\n", markup=False)
+            result_console.print(f"and {len(table.rows) - CLASSES} more\n")
     for finding in report.findings:
         _print_finding(finding, report.root)
     if html:
-        result_console.print(f"pictures: {html}", markup=False)
-    result_console.print(report.closing, markup=False)
+        result_console.print(f"pictures: {html}")
+    result_console.print(report.closing)
 
 
 def _print_finding(finding: "Finding", root: Path) -> None:
-    from rich.text import Text
-
     from visgraft.check.page import below
     from visgraft.cli.show import result_console
+    from visgraft.cli.text import styled
 
     indent = " " * 9
-    result_console.print(Text.assemble((f"{finding.severity:<9}", COLOURS[finding.severity]), (finding.title, "bold")))
-    result_console.print(f"{indent}{finding.remedy}", markup=False)
+    result_console.print(styled((f"{finding.severity:<9}", COLOURS[finding.severity]), (finding.title, "bold")))
+    result_console.print(f"{indent}{finding.remedy}")
     shown = len(finding.sets) if finding.kind == "unreadable" else SETS
     for together in finding.sets[:shown]:
         names = [below(picture, root) + (f" ({picture.detail})" if picture.detail else "") for picture in together]
         more = f" and {len(names) - PICTURES} more" if len(names) > PICTURES else ""
-        result_console.print(Text(f"{indent}  {', '.join(names[:PICTURES])}{more}", "dim"))
+        result_console.print(styled((f"{indent}  {', '.join(names[:PICTURES])}{more}", "dim")))
     if len(finding.sets) > shown:
-        result_console.print(Text(f"{indent}  and {len(finding.sets) - shown:,} more", "dim"))
+        result_console.print(f"{indent}  and {len(finding.sets) - shown:,} more", style="dim")
     result_console.print()

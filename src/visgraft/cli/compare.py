@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visgraft.cli.arguments import Background, Cache, Csv, Data, Json, Quiet, SkipBroken, source
+from visgraft.cli.arguments import Background, Cache, CropMode, Csv, Data, Json, Quiet, SkipBroken, source
 from visgraft.cli.train import BACKBONE, WEIGHTS
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def compare(
     backbone: Name = BACKBONE,
     weights: WeightsFrom = WEIGHTS,
     image_size: ImageSize = None,
+    crop_mode: CropMode = None,
     val_fraction: ValFraction = 0.15,
     test_fraction: TestFraction = 0.2,
     seed: Seed = 0,
@@ -76,7 +77,7 @@ def compare(
     from visgraft.search import parse_budget
 
     _check_targets(out, train_best)
-    origin = Backbone(backbone, weights, image_size, seed)
+    origin = Backbone(backbone, weights, image_size, seed, crop_mode=crop_mode)
     if weights == "none":
         warn("--weights none: the backbone is random, so the comparison says little")
     split, loading = Split(val_fraction, test_fraction, seed), Loading(cache, skip_broken, background)
@@ -91,14 +92,14 @@ def compare(
         )  # fmt: skip
     result = found.to_dict() | {
         "data": str(source(data, csv)),
-        "command": _command(found, data, csv, split, train_best),
+        "command": _command(found, data, csv, weights, split, train_best),
     }
     if out is not None:
         _write(out, result)
     print_skipped(result["skipped"])
     if not json:
         print_comparison(found, None if train_best else result["command"])
-    trained = _train(found, source(data, csv), train_best, **options) if train_best else None
+    trained = _train(found, source(data, csv), train_best, result["command"], **options) if train_best else None
     emit(result | {"adapter": trained}, json, lambda: None)
 
 
@@ -107,24 +108,29 @@ def _check_targets(out: Path | None, train_best: Path | None) -> None:
     from visgraft.adapters.directory import CONFIG
     from visgraft.files import check_target
 
-    for folder, marker in ((out, FILE), (train_best, CONFIG)):
+    for option, folder, marker in (("--out", out, FILE), ("--train-best", train_best, CONFIG)):
         if folder is not None:
-            check_target(folder, marker)
+            check_target(folder, marker, option)
 
 
-def _command(found: "Comparison", data: str | None, csv: Path | None, split: Any, out: Path | None) -> str:
+def _command(
+    found: "Comparison", data: str | None, csv: Path | None, weights: str, split: Any, out: Path | None
+) -> str:
     """The command that trains the recommended setting with all epochs of its recipe, on the same parts of the data."""
+    from visgraft.cli.text import command_line, path_argument
     from visgraft.search.verdict import written
 
     backbone = found.backbone
-    parts = ["visgraft train", *([data] if data else []), *([f"--csv {csv}"] if csv else [])]
-    parts += [f"--method {found.recommended}", *written(found.best.setting), f"--backbone {backbone['name']}"]
-    parts += [f"--weights {backbone.get('file', backbone['weights'])}"]
-    parts += [f"--image-size {backbone['image_size']}"] if backbone["image_size"] else []
+    words: list[object] = ["visgraft", "train", *([path_argument(data)] if data else [])]
+    words += ["--csv", csv] if csv else []
+    words += ["--method", found.recommended, *written(found.best.setting)]
+    words += ["--backbone", backbone["name"], "--weights", weights]
+    words += ["--image-size", backbone["image_size"]] if backbone["image_size"] else []
+    words += ["--crop-mode", backbone["crop_mode"]] if backbone.get("crop_mode") else []
     shares = {"val_fraction": split.val_fraction, "test_fraction": split.test_fraction, "seed": found.seed}
     default = {field.name: field.default for field in fields(split)}
-    parts += written({name: value for name, value in shares.items() if value != default[name]})
-    return " ".join([*parts, f"--out {out or found.recommended}"])
+    words += written({name: value for name, value in shares.items() if value != default[name]})
+    return command_line(*words, "--out", out or found.recommended)
 
 
 def _write(out: Path, result: dict[str, Any]) -> None:
@@ -134,7 +140,7 @@ def _write(out: Path, result: dict[str, Any]) -> None:
         write_json(folder / FILE, result)
 
 
-def _train(found: "Comparison", data: Any, out: Path, **options: Any) -> dict[str, Any]:
+def _train(found: "Comparison", data: Any, out: Path, command: str, **options: Any) -> dict[str, Any]:
     """Train the recommended setting with all epochs of its recipe."""
     from visgraft.cli.show import progress_console, training_progress
     from visgraft.training.run import Watch, train_folder
@@ -142,13 +148,15 @@ def _train(found: "Comparison", data: Any, out: Path, **options: Any) -> dict[st
     method, config = found.best_config()
     progress_console.print(f"training {found.recommended} for {config.epochs} epochs into {out}")
     with training_progress(config.epochs) as show:
-        return train_folder(data, out, method_config=method, train_config=config, watch=Watch(show), **options)
+        watch = Watch(show, again=f"to train on: {command} --resume")
+        return train_folder(data, out, method_config=method, train_config=config, watch=watch, **options)
 
 
 @contextmanager
 def comparison_progress() -> Iterator[Callable[["Progress"], None]]:
     """Yield a callback for `compare`: a line for every trial, and one that moves, or comes now and then, meanwhile."""
     from visgraft.cli.show import progress_console
+    from visgraft.cli.text import styled
 
     last = time.monotonic()
     status = progress_console.status("starting") if progress_console.is_terminal else None
@@ -162,7 +170,7 @@ def comparison_progress() -> Iterator[Callable[["Progress"], None]]:
             last = now
             progress_console.print(describe(progress))
         elif status is not None:
-            status.update(describe(progress))
+            status.update(styled(describe(progress)))
 
     try:
         yield show
@@ -193,12 +201,13 @@ def describe(progress: "Progress") -> str:
 def _options(row: Any) -> str:
     from visgraft.search.verdict import written
 
-    return " ".join([*written(row.setting), f"--epochs {row.epochs}"])
+    return " ".join([*written(row.setting), "--epochs", str(row.epochs)])
 
 
 def print_comparison(found: "Comparison", command: str | None) -> None:
     """Print the table, the sentence, and what the figures do not say."""
     from visgraft.cli.show import percent, print_table, result_console
+    from visgraft.cli.text import styled
 
     main = "mean AP" if found.measure == "mean_average_precision" else "top-1"
     columns = ["method", main, "95 %", "gain", "macro-F1", "trained", "s/epoch", "trials"]
@@ -222,9 +231,9 @@ def print_comparison(found: "Comparison", command: str | None) -> None:
     )
     print_table(f"{how}; gain over {found.reference}; trials (of them pruned)", columns, rows)
     print_table("best settings", ["method", "options"], [[row.method, _options(row)] for row in found.results])
-    result_console.print(f"[bold]{found.sentence}[/]")
+    result_console.print(found.sentence, style="bold")
     for text in found.warnings:
-        result_console.print(f"[yellow]warning:[/] {text}")
+        result_console.print(styled(("warning:", "yellow"), f" {text}"))
     for text in found.notes:
         result_console.print(text)
     diverged = [f"{row.method} {row.diverged}" for row in found.results if row.diverged]

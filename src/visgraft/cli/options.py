@@ -8,7 +8,6 @@ from typing import Any
 
 import typer
 
-import visgraft.methods  # noqa: F401  (registers them, also where `visgraft` itself imports nothing)
 from visgraft.core.configure import with_values
 from visgraft.core.registry import get_method, method_names
 from visgraft.errors import VisgraftError, nearest

@@ -112,6 +112,7 @@ def _report(
 ) -> None:
     """List what was left out, and sum up what was written to a file."""
     from visgraft.cli.show import emit, print_skipped
+    from visgraft.cli.text import visible
 
     skipped = [{"image": _written(path), "reason": reason} for path, reason in broken]
     print_skipped(skipped)
@@ -125,7 +126,7 @@ def _report(
             "images_per_second": progress.done / progress.seconds,
         }
         kinds = f" × {len(adapters)} adapters" if len(adapters) > 1 else ""
-        emit(figures, json, lambda: print(f"{out}: {images:,} images{kinds}, {progress.rate}"))
+        emit(figures, json, lambda: print(visible(f"{out}: {images:,} images{kinds}, {progress.rate}")))
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -160,6 +161,8 @@ def find_images(arguments: Sequence[str]) -> tuple[Iterator[str], int | None]:
 
 def _matching(argument: str) -> list[str]:
     """Return the images that an argument names: a file as it is, those below a folder, those that match a pattern."""
+    from visgraft.data.decode import is_image
+
     if os.path.isdir(argument):
         found = list(_images_below(argument))
         if not found:
@@ -170,34 +173,30 @@ def _matching(argument: str) -> list[str]:
     if not glob.has_magic(argument):
         raise DataError(f"{argument}: No such file or folder; pass images, a folder, a quoted pattern, or -")
     matches = sorted(glob.glob(argument, recursive=True))
-    found = [path for path in matches if _is_image(path) and not os.path.isdir(path)]
+    found = [path for path in matches if not os.path.isdir(path) and is_image(path)]
     if not found:
         ignored = f" ({len(matches)} others do)" if matches else ""
         raise DataError(f"no images match {argument}{ignored}; check the pattern")
     return found
 
 
-def _is_image(name: str) -> bool:
-    from visgraft.data.decode import image_extensions
-
-    return os.path.splitext(name)[1].lower() in image_extensions()
-
-
 def _images_below(folder: str, above: frozenset[str] = frozenset()) -> Iterator[str]:
     """Yield the images at any depth, sorted by name, through links too; as text, which for a million is far smaller."""
+    from visgraft.data.decode import is_hidden, is_image
+
     here = os.path.realpath(folder)
     if here in above:
         raise DataError(f"{folder} is a link to a folder above it; remove the link")
     try:
         with os.scandir(folder) as entries:
-            visible = sorted((e.name, e.is_dir()) for e in entries if e.name[0] != "." and e.name != "__MACOSX")
+            shown = sorted((entry.name, entry.is_dir()) for entry in entries if not is_hidden(entry.name))
     except OSError as error:
         raise DataError(f"{error.filename} cannot be read ({error.strerror}); repair or remove it") from error
-    for name, is_folder in visible:
+    for name, is_folder in shown:
         path = os.path.join(folder, name)
         if is_folder:
             yield from _images_below(path, above | {here})
-        elif _is_image(name):
+        elif is_image(path):
             yield path
 
 
@@ -209,6 +208,8 @@ def _written(path: Path) -> str:
 @contextmanager
 def _printed(adapters: int, json: bool, streamed: bool) -> Iterator[Write]:
     """Yield a writer to standard output; unless `streamed`, nothing appears there before all has gone well."""
+    from visgraft.cli.text import visible
+
     with tempfile.SpooledTemporaryFile(HELD_IN_MEMORY, "w+", encoding="utf-8") as held:
         file: Any = sys.stdout if streamed else held
         between = "["
@@ -223,7 +224,8 @@ def _printed(adapters: int, json: bool, streamed: bool) -> Iterator[Write]:
         def write_line(found: "Prediction") -> None:
             named = ", ".join(f"{name} {100 * p:.1f} %" for name, p in found.classes) or "–"
             prefix = f"{found.adapter}: " if adapters > 1 else ""
-            file.write(f"{prefix}{_written(found.image)}: {named}\n")
+            line = visible(f"{prefix}{_written(found.image)}: {named}").replace("\n", "\\n")
+            file.write(f"{line}\n")
 
         yield write_json if json else write_line
         if json:
@@ -340,7 +342,7 @@ class StreamProgress:
 
         self.console, self.begin, self.last = progress_console, time.perf_counter(), 0.0
         if self.console.is_terminal and not self.hidden:
-            columns = (BarColumn(bar_width=10), TextColumn("{task.description}"))
+            columns = (BarColumn(bar_width=10), TextColumn("{task.description}", markup=False))
             self.bar = Bar(*columns, console=self.console, redirect_stdout=False)
             self.task = self.bar.add_task("starting", total=self.total)
             self.bar.start()

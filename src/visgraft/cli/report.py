@@ -16,7 +16,7 @@ def report(
     ] = None,
     csv: Csv = None,
     weights: Weights = None,
-    split: Annotated[str, typer.Option(help="val, or test for a last look")] = "val",
+    split: Annotated[str, typer.Option(help="val, test for a last look, or all where it learned none")] = "val",
     cache: Cache = "auto",
     skip_broken: SkipBroken = False,
     background: Background = None,
@@ -36,7 +36,7 @@ def report(
         weights=weights,
         part=split,
         loading=Loading(cache, skip_broken, background),
-        on_step=lambda text: progress_console.print(text, markup=False),
+        on_step=progress_console.print,
     )
     write_page(out, render(found))
     size = out.stat().st_size
@@ -46,7 +46,7 @@ def report(
     }  # fmt: skip
 
     def text() -> None:
-        result_console.print(found.verdict, markup=False)
-        result_console.print(f"{out}, {size / 1e6:.1f} MB", markup=False)
+        result_console.print(found.verdict)
+        result_console.print(f"{out}, {size / 1e6:.1f} MB")
 
     emit(result, json, text)

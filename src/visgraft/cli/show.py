@@ -11,15 +11,28 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
+from visgraft.cli.text import styled, visible
 from visgraft.training.resume import Epoch
 
-progress_console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+class TextConsole(Console):
+    """A console that takes text: nothing in a user's names is markup, an emoji's name or a command to the terminal."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, soft_wrap=True, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Return what is printed for a text, in cells of tables and in titles too."""
+        return super().render_str(visible(text), **options)
+
+
+progress_console = TextConsole(stderr=True)
 PLAIN_LINES = 30
-result_console = Console(highlight=False, soft_wrap=True)
+result_console = TextConsole()
 
 
 def emit(value: Any, as_json: bool, text: Callable[[], None]) -> None:
@@ -62,7 +75,7 @@ def training_progress(epochs: int, title: str = "") -> Iterator[Callable[[Epoch]
 
         yield tell
         return
-    columns = (BarColumn(bar_width=10), TextColumn("{task.description}"))
+    columns = (BarColumn(bar_width=10), TextColumn("{task.description}", markup=False))
     with Progress(*columns, console=progress_console, transient=False) as bar:
         task = bar.add_task("starting", total=epochs)
         last: Epoch | None = None
@@ -97,7 +110,7 @@ def loading_progress() -> Iterator[Callable[[int, int], None]]:
 
 def warn(text: str) -> None:
     """Print a warning on standard error."""
-    progress_console.print(f"[yellow]warning:[/] {escape(text)}")
+    progress_console.print(styled(("warning:", "yellow"), f" {text}"))
 
 
 def percent(value: float | None) -> str:
@@ -176,9 +189,9 @@ def _seconds(seconds: float) -> str:
 def print_skipped(skipped: Sequence[Mapping[str, str]]) -> None:
     """List the images that were left out, on standard error."""
     if skipped:
-        progress_console.print(f"[yellow]left out {len(skipped)} images that do not decode:[/]")
+        progress_console.print(f"left out {len(skipped)} images that do not decode:", style="yellow")
     for row in skipped:
-        progress_console.print(f"  {escape(row['reason'])}")
+        progress_console.print(f"  {row['reason']}")
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

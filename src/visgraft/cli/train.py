@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from visgraft.cli.arguments import Background, Cache, Csv, Data, Json, Quiet, SkipBroken, source
+from visgraft.cli.arguments import Background, Cache, CropMode, Csv, Data, Json, Quiet, SkipBroken, source
 from visgraft.errors import VisgraftError
 
 METHOD, BACKBONE, WEIGHTS = "alore", "vit_base_patch16_224.augreg_in21k", "hub"
@@ -15,7 +15,6 @@ METHOD, BACKBONE, WEIGHTS = "alore", "vit_base_patch16_224.augreg_in21k", "hub"
 
 def _method_names(incomplete: str) -> list[str]:
     """The names that complete a word after --method."""
-    import visgraft.methods  # noqa: F401  (registers them)
     from visgraft.core.registry import method_names
 
     return [name for name in method_names() if name.startswith(incomplete)]
@@ -47,6 +46,7 @@ def train(
     backbone: BackboneName = None,
     weights: WeightsSource = None,
     image_size: Annotated[int | None, typer.Option(help="pixels; none: the model's own")] = None,
+    crop_mode: CropMode = None,
     val_fraction: Annotated[float, typer.Option(help="share of validation images drawn from the data")] = 0.15,
     test_fraction: Annotated[float, typer.Option(help="share of test images drawn where no part is given")] = 0.2,
     init_from: Annotated[Path | None, typer.Option(help="adapter to start from; gives method and backbone")] = None,
@@ -72,6 +72,7 @@ def train(
     if dry_run:
         _check_dry_run({"--resume": resume, "--folds": folds, "--log": log})
     origin, config = _start(init_from, method, backbone, weights, image_size, values)
+    origin = origin if crop_mode is None else dataclasses.replace(origin, crop_mode=crop_mode)
     recipe = train_config(config.method, values)
     origin = dataclasses.replace(origin, seed=recipe.seed)  # the seed of the new head
     if origin.weights == "none":
@@ -89,6 +90,12 @@ def train(
     if folds:
         figures["cross_validation"] = _cross_validate(read_data(images, split), folds, repeats, setting)
     emit(figures, json, lambda: print_figures(figures))
+    if figures["unlabelled"] and not json:
+        from visgraft.cli.show import result_console
+        from visgraft.cli.text import command_line, path_argument
+
+        command = command_line("visgraft", "predict", path_argument(out), path_argument(figures["unlabelled"]))
+        result_console.print(f"name the images without classes:\n  {command}")
 
 
 def _train(images: Any, out: Path, whole: Mapping[str, Any], resume: bool, log: str | None) -> dict[str, Any]:

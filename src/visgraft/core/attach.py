@@ -11,7 +11,7 @@ from visgraft.backbones.heads import head_paths
 from visgraft.backbones.wrappers import refuse_wrapped, unwrapped
 from visgraft.core.attached import AdoptHook, Attached, find_attached, get_attached
 from visgraft.core.dryrun import prove_sites
-from visgraft.core.method import Batches, FrozenLayer, Method, Position
+from visgraft.core.method import Batches, FrozenLayer, Method, Position, ReadsLayer, TokenMethod
 from visgraft.core.placing import find_positions, first_block, own_from_block
 from visgraft.core.registry import get_method
 from visgraft.core.sites import Site
@@ -80,7 +80,7 @@ def assemble(
     attached.where = {position.key: position for position in positions}
     attached.positions.update(dict(zip(attached.where, modules, strict=True)))
     attached.to(like.dtype)
-    if method.reads_layer:
+    if issubclass(method, ReadsLayer):
         _show_layers(model, attached)
     if calibrate is not None:
         calibrate(method, modules)
@@ -119,7 +119,7 @@ def _hook(model: nn.Module, attached: Attached) -> None:
         reads, adds_to = attached.sites.at(position)
         for path in {site.separate_bias for site in (reads, adds_to) if site.separate_bias}:
             attached.set(path, "qkv_bias_separate", True)
-        if attached.method.inserts:
+        if isinstance(module, TokenMethod):
             taps.put(model, reads, Insert(module))
             taps.put(model, adds_to, Remove(module))
             _count_tokens(attached, position, module.tokens())

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -104,9 +104,11 @@ class Method(nn.Module):
     """Base of every method; one instance stands at each position of the backbone.
 
     A subclass sets `Config` and `recipe`, says its `placements`, and computes `delta`. It knows nothing of timm,
-    files or the command line. Methods that only unfreeze existing parameters list them in `unfrozen` instead; those
-    that insert tokens set `inserts` and define `insert` and `remove`. Every tensor that a method sees is
-    [B, N, C], however the backbone lays its features out.
+    files or the command line. What follows from its options alone, such as whether it is affine, its config answers.
+    Methods that only unfreeze existing parameters list them in `unfrozen` instead; `TokenMethod` is the base of those
+    that insert tokens. Further abilities are protocols, met by defining their functions: `ReadsLayer`,
+    `ChoosesChannels`, `MadeOfParts`. Every tensor that a method sees is [B, N, C], however the backbone lays its
+    features out.
     """
 
     name: ClassVar[str]
@@ -115,23 +117,16 @@ class Method(nn.Module):
     recipe: ClassVar[TrainConfig]
     knobs: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     """What a search may change: a field of `Config` or of the recipe -> the values to try, the default among them."""
-    part_name: ClassVar[str] = "part"
-    inserts: ClassVar[bool] = False
-    """Whether it inserts tokens at `reads` and removes them at `adds_to`, instead of adding to those there are."""
-    reads_layer: ClassVar[bool] = False
-    """Whether it needs the frozen layer whose output is at `adds_to`: `attach` then hands it to `beside`."""
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
         if "Config" in cls.__dict__:  # the options must know it before a model is there
             cls.Config.has_places = cls.placements.__func__ is not Method.placements.__func__  # type: ignore[attr-defined]
+            unfreezes = cls.unfrozen.__func__ is not Method.unfrozen.__func__  # type: ignore[attr-defined]
+            cls.Config.head_only = not (cls.Config.has_places or unfreezes)
 
     def __init__(self, config: Any, position: Position, shared: Mapping[str, nn.Module]) -> None:
         super().__init__()
-
-    def beside(self, layer: FrozenLayer) -> None:
-        """Take the frozen layer whose output this module adds to; called once, before any forward."""
-        raise TypeError(f"{type(self).__name__} must define beside(layer)")
 
     @classmethod
     def placements(cls, config: Any) -> tuple[tuple[Place, ...], ...]:
@@ -159,67 +154,8 @@ class Method(nn.Module):
         return []
 
     @classmethod
-    def head_only(cls, config: Any) -> bool:
-        """Whether nothing but the head trains, so that the backbone's features never change."""
-        return not cls.placements(config) and cls.unfrozen.__func__ is Method.unfrozen.__func__  # type: ignore[attr-defined]
-
-    @classmethod
-    def affine(cls, config: Any) -> bool:
-        """Whether `delta` is an affine map of each token, so that it may fold into a neighbouring linear layer."""
-        return False
-
-    @classmethod
-    def shifts(cls, config: Any) -> bool:
-        """Whether that map has a constant term, for which a neighbour needs a bias to take it over."""
-        return False
-
-    @classmethod
-    def diagonal(cls, config: Any) -> bool:
-        """Whether that map treats every channel apart, so that even a normalisation layer can take it over."""
-        return False
-
-    @classmethod
-    def starts_as_identity(cls, config: Any) -> bool:
-        """Whether the model answers exactly as before right after `attach`."""
-        return True
-
-    @classmethod
     def calibrate(cls, config: Any, model: nn.Module, modules: Sequence[Any], batches: Batches | None) -> None:
         """Set what the modules take from the task's data; called once by `attach`, on the plain frozen model."""
-
-    @classmethod
-    def channel_score(cls, config: Any) -> str | None:
-        """Return the salience score that chose the channels which the modules work on; None: they work on all."""
-        return None
-
-    def chosen_channels(self) -> tuple[str, Tensor]:
-        """Return the site where this module's channels were scored, and the chosen ones: int64 [K]."""
-        raise TypeError(f"{type(self).__name__} must define chosen_channels()")
-
-    @classmethod
-    def parts(cls, config: Any) -> int:
-        """Return of how many parts, each called a `part_name`, `delta` is the sum; 0: it is not made of parts."""
-        return 0
-
-    def part_delta(self, x: Tensor, index: int) -> Tensor:
-        """Return what one part adds, like `delta`; the sum over all parts is `delta` in eval mode."""
-        raise TypeError(f"{type(self).__name__} must define part_delta(x, index)")
-
-    def keep_parts(self, kept: Collection[int]) -> None:
-        """Set the parameters in place so that all parts but those in `kept` add nothing."""
-        raise TypeError(f"{type(self).__name__} must define keep_parts(kept)")
-
-    def tokens(self) -> int:
-        """Return how many tokens `insert` inserts."""
-        raise TypeError(f"{type(self).__name__} must define tokens()")
-
-    def insert(self, x: Tensor, grid: Grid) -> Tensor:
-        """Return `x` [B, N, C] with `tokens()` further ones behind its `grid.prefix_tokens`: [B, N + T, C]."""
-        raise TypeError(f"{type(self).__name__} must define insert(x, grid)")
-
-    def remove(self, x: Tensor, grid: Grid) -> Tensor:
-        """Return `x` [B, N + T, C] without the tokens that `insert` inserted: [B, N, C]."""
-        raise TypeError(f"{type(self).__name__} must define remove(x, grid)")
 
     def delta(self, x: Tensor, grid: Grid) -> Tensor:
         """Return what is added at `adds_to` for the tensor `x` [B, N, reads_width] read: [B, N, adds_width]."""
@@ -235,3 +171,63 @@ class Method(nn.Module):
     def forward(self, x: Tensor, onto: Tensor, grid: Grid) -> Tensor:
         """Return `onto` [B, N, adds_width] plus `delta(x)`; override where a cheaper way to add exists."""
         return onto + self.delta(x, grid).to(onto.dtype)
+
+
+class TokenMethod(Method):
+    """Base of methods that insert tokens at `reads` and take them out again at `adds_to`."""
+
+    def tokens(self) -> int:
+        """Return how many tokens `insert` inserts."""
+        raise TypeError(f"{type(self).__name__} must define tokens()")
+
+    def insert(self, x: Tensor, grid: Grid) -> Tensor:
+        """Return `x` [B, N, C] with `tokens()` further ones behind its `grid.prefix_tokens`: [B, N + T, C]."""
+        raise TypeError(f"{type(self).__name__} must define insert(x, grid)")
+
+    def remove(self, x: Tensor, grid: Grid) -> Tensor:
+        """Return `x` [B, N + T, C] without the tokens that `insert` inserted: [B, N, C]."""
+        raise TypeError(f"{type(self).__name__} must define remove(x, grid)")
+
+
+@runtime_checkable
+class ReadsLayer(Protocol):
+    """A method whose modules need the frozen layer that makes what they add to."""
+
+    def beside(self, layer: FrozenLayer) -> None:
+        """Take the layer; called once by `attach`, before any forward."""
+
+
+class ChosenChannels(NamedTuple):
+    """The `channels` a module works on, int64 [K], chosen by the salience `score` of a tensor at `site`."""
+
+    site: str
+    channels: Tensor
+    score: str
+
+
+@runtime_checkable
+class ChoosesChannels(Protocol):
+    """A method whose modules work on chosen channels only, which reports and results then show."""
+
+    def chosen_channels(self) -> ChosenChannels:
+        """Return this module's choice."""
+        ...
+
+
+@runtime_checkable
+class MadeOfParts(Protocol):
+    """A method whose `delta` is a sum of `parts` parts, each called a `part_name`, which reports then show."""
+
+    part_name: ClassVar[str]
+
+    @property
+    def parts(self) -> int:
+        """Of how many parts `delta` is the sum."""
+        ...
+
+    def part_delta(self, x: Tensor, index: int) -> Tensor:
+        """Return what one part adds, like `delta`; the sum over all parts is `delta` in eval mode."""
+        ...
+
+    def keep_parts(self, kept: Collection[int]) -> None:
+        """Set the parameters in place so that all parts but those in `kept` add nothing."""

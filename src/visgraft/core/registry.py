@@ -1,5 +1,6 @@
 """Name -> method. Registering is all it takes: flags, counts, storage, docs and the conformance tests follow."""
 
+import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -36,6 +37,7 @@ def register(name: str, *, paper: str) -> "Callable[[type[M]], type[M]]":
 
 def list_methods() -> dict[str, type["Method"]]:
     """Return all methods by name, in order of registration; `.Config`, `.recipe` and `.paper` tell about each."""
+    importlib.import_module("visgraft.methods")  # the methods know this file, which knows none of them by name
     return dict(METHODS)
 
 

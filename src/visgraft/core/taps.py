@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from visgraft.core.low_rank import LowRank, add_low_rank, add_product, compute_dtype, hidden_features
-from visgraft.core.method import Grid, Method
+from visgraft.core.method import Grid, Method, TokenMethod
 from visgraft.core.sites import Site
 
 Act = Callable[[Tensor, Tensor, Grid], Tensor]
@@ -254,7 +254,7 @@ class Add:
 class Insert:
     """Act that lets a method insert tokens."""
 
-    def __init__(self, method: Method) -> None:
+    def __init__(self, method: TokenMethod) -> None:
         self.method = method
 
     def __call__(self, value: Tensor, onto: Tensor, grid: Grid) -> Tensor:
@@ -264,7 +264,7 @@ class Insert:
 class Remove:
     """Act that lets a method take its tokens out again."""
 
-    def __init__(self, method: Method) -> None:
+    def __init__(self, method: TokenMethod) -> None:
         self.method = method
 
     def __call__(self, value: Tensor, onto: Tensor, grid: Grid) -> Tensor:

@@ -2,8 +2,8 @@
 
 - `ram`: one tensor in memory;
 - `disk`: one file in the user's cache folder, mapped into memory; every later run and every method that wants the same
-  images in the same size reads it, whatever it trains. The name is a hash of the files' paths, sizes and times of
-  change and of the preprocessing, so a changed image is decoded anew;
+  images in the same size reads it, whatever it trains. The name is a hash of the files' paths and contents and of the
+  preprocessing, so a changed image is decoded anew, even where size and time stayed as they were;
 - `none`: decoded again whenever they are asked for;
 - `auto`: `ram` where the images take at most a quarter of the free memory, `disk` beyond.
 
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from visgraft.data.dataset import Example
+from visgraft.data.identity import content_digests
 from visgraft.errors import DataError, VisgraftError, nearest
 from visgraft.files import cache_folder, new_file, write_json
 
@@ -173,13 +174,9 @@ def _on_disk(
 def _facts_file(examples: Sequence[Example], decode: Decode) -> Path:
     """Return the file beside that of these pixels; its name hashes all that decides them, the libraries included."""
     digest = hashlib.sha256(json.dumps([dict(decode.facts), version("pillow"), version("torchvision")]).encode())
-    for path, _, _, content in examples:
-        if content is None:
-            facts = path.stat()
-            words = f"{path.absolute()}\0{facts.st_size}\0{facts.st_mtime_ns}\n"
-            digest.update(words.encode("utf-8", "surrogateescape"))
-        else:
-            digest.update(content())
+    for example, content in zip(examples, content_digests(examples), strict=True):
+        place = example.path.absolute() if example.content is None else ""
+        digest.update(f"{place}\0{content}\n".encode("utf-8", "surrogateescape"))
     return cache_folder() / "images" / f"{digest.hexdigest()[:32]}.json"
 
 

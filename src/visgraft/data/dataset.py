@@ -63,7 +63,8 @@ class Dataset:
     `root` is the folder, table or data set they come from. `layout` is "split" where the source says which image is in
     which part, "flat" where the parts were drawn; `split` says how parts were drawn, None where none was.
     `fingerprint` is a SHA-256 of the images' names and sizes, and of the labels where a table holds them. With
-    `multi_label`, an image may have several classes or none.
+    `multi_label`, an image may have several classes or none. `notes` say in one line each what was passed over, and
+    `unlabelled` is a folder of images without classes that lies beside the parts.
     """
 
     root: Path
@@ -75,6 +76,8 @@ class Dataset:
     fingerprint: str
     split: Split | None
     multi_label: bool = False
+    notes: tuple[str, ...] = ()
+    unlabelled: Path | None = None
 
     @property
     def all(self) -> tuple[Example, ...]:
@@ -219,6 +222,22 @@ def _known_shares(labels: np.ndarray, folds: int) -> np.ndarray:
     counts = Counter(labels.tolist())
     rare = min(counts)
     return np.array([label if counts[label] >= folds else rare for label in labels.tolist()])
+
+
+def match_classes(found: Iterable[str], known: Sequence[str], where: str) -> tuple[str, ...]:
+    """Return the known classes, by which images are labelled that a model with these is measured on.
+
+    Raises:
+        DataError: images have a class that is not known.
+    """
+    extra = sorted(set(found) - set(known))
+    if extra:
+        hint = nearest(extra[0], known, 1) if len(extra) == 1 else ""
+        raise DataError(
+            f"{where} has classes that the adapter does not know: {listed(extra)} (it knows {listed(known)}); leave "
+            f"them out, or train on these with train --init-from{hint}"
+        )
+    return tuple(known)
 
 
 def check_classes(classes: Iterable[str], where: str) -> None:

@@ -2,7 +2,9 @@
 
 import contextlib
 import io
+import os
 import re
+import stat
 import warnings
 from functools import cache
 from pathlib import Path
@@ -24,6 +26,7 @@ UNDECODED_FORMATS = {"BUFR", "GRIB", "HDF5", "MPEG"}
 # Images even where nothing that decodes them is installed: refused with a remedy, rather than overlooked.
 HEIF_EXTENSIONS = frozenset({".heic", ".heif", ".hif", ".avif"})
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
+LONGEST_RATIO = 500  # of the sides; making a longer picture square would take gigabytes
 PHOTOMETRIC, WHITE_IS_ZERO, ORIENTATION = 262, 0, 274  # tags of TIFF and EXIF
 
 # Pillow warns from MAX_IMAGE_PIXELS on and refuses at twice that; only the refusal is of use here.
@@ -43,7 +46,8 @@ def open_image(source: str | Path | Example, background: str = "white") -> Image
     257, and floating-point grey levels from 0 to 1 by multiplying by 255; nothing is stretched picture by picture.
 
     Raises:
-        DataError: the file does not decode to a whole image or has too many pixels, or there is no such colour.
+        DataError: the file does not decode to a whole image, has too many pixels or is a mere line, or there is no
+            such colour.
     """
     colour = _colour(background)
     name = source.path if isinstance(source, Example) else source
@@ -53,6 +57,7 @@ def open_image(source: str | Path | Example, background: str = "white") -> Image
             start = file.read(16)
             file.seek(0)
             with Image.open(file) as stored:
+                _check_ratio(stored.size, str(name))
                 inverted = getattr(stored, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO
                 image = _upright(stored)
         if image.mode == "F" or image.mode.startswith("I"):
@@ -73,6 +78,15 @@ def open_image(source: str | Path | Example, background: str = "white") -> Image
         raise DataError(
             f"{name} is not a readable image ({reason or type(error).__name__}); remove it or replace it"
         ) from error
+
+
+def _check_ratio(size: tuple[int, int], name: str) -> None:
+    """Raise a DataError where a picture is a mere line; only its header has been read."""
+    if max(size) > LONGEST_RATIO * min(size):
+        raise DataError(
+            f"{name} is {size[0]:,} × {size[1]:,} pixels, more than {LONGEST_RATIO} times as long as wide; cut it into "
+            "pieces, or leave it out"
+        )
 
 
 @cache
@@ -141,3 +155,22 @@ def image_extensions() -> frozenset[str]:
     openable = (Image.OPEN.keys() | {"MPO"}) - UNDECODED_FORMATS
     known = frozenset(extension.lower() for extension, kind in extensions.items() if kind in openable)
     return known | HEIF_EXTENSIONS
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is none of the user's own: hidden, or left behind by an operating system."""
+    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
+
+
+def is_image(path: str) -> bool:
+    """Whether a file is an image by its extension or, where it has none, by its content."""
+    extension = os.path.splitext(path)[1].lower()
+    if extension:
+        return extension in image_extensions()
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # reading from a pipe would wait for ever
+            return False
+        with Image.open(path) as stored:  # reads the header only
+            return stored.format not in UNDECODED_FORMATS
+    except Exception:  # of what is no image, Pillow's readers raise nearly every kind of exception
+        return False

@@ -3,19 +3,32 @@
 Two layouts are read. "split" is `ROOT/{train,val,test}/<class>/*`, where `val` may also be called `valid` or
 `validation`, and only `train` is required; "flat" is `ROOT/<class>/*`, from which all three parts are drawn.
 
-Images are found at any depth below a class folder, by extension: files with any other extension are ignored, and a
-file with an image extension that does not decode is an error of `open_image`. Names with a leading dot and `__MACOSX`
-are skipped. The parts are drawn class by class, so that rare classes are in each part too. The draw depends on the
-seed and the sorted names below ROOT, not on where ROOT is.
+Images are found at any depth below a class folder, by extension, and by content where a name has none. Files with any
+other extension are passed over, which `Dataset.notes` says; a file with an image extension that does not decode is an
+error of `open_image`. Names with a leading dot, `__MACOSX` and what Windows leaves in folders are skipped. A `val` or
+`test` folder that holds images but no class folders is left to `predict`. The parts are drawn class by class, so that
+rare classes are in each part too. The draw depends on the seed and the sorted names below ROOT, not on where ROOT is.
 """
 
 import os
 import stat
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from visgraft.data.dataset import SPLIT_NAMES, Dataset, Example, Split, check_classes, fill_parts, fingerprint, listed
-from visgraft.data.decode import image_extensions
+from visgraft.data.dataset import (
+    SPLIT_NAMES,
+    Dataset,
+    Example,
+    Split,
+    check_classes,
+    fill_parts,
+    fingerprint,
+    listed,
+    match_classes,
+)
+from visgraft.data.decode import image_extensions, is_hidden, is_image
 from visgraft.errors import DataError, nearest
 
 
@@ -32,11 +45,22 @@ Files = dict[str, list[Found]]  # the images of each class
 UNREAD_SPLIT_NAMES = {"training", "testing", "tests", "validate", "eval", "evaluation", "dev"}
 
 
-def read_folder(root: str | Path, *, val_fraction: float = 0.15, test_fraction: float = 0.2, seed: int = 0) -> Dataset:
+def read_folder(
+    root: str | Path,
+    *,
+    val_fraction: float = 0.15,
+    test_fraction: float = 0.2,
+    seed: int = 0,
+    known: Sequence[str] | None = None,
+) -> Dataset:
     """Find the classes and images below `root` and divide the images into training, validation and test.
 
     A flat folder is divided by both fractions. In the split layout, a missing validation part is drawn from the
     training images by `val_fraction`, and a missing test part stays empty. A fraction of 0 leaves its part empty.
+
+    Args:
+        known: the classes of the model that is to be measured, in its order: images may then be of one of them or of
+            some, and a folder may hold a test part alone.
 
     Raises:
         DataError: the folder cannot be used, or a fraction or the seed is out of range.
@@ -45,20 +69,40 @@ def read_folder(root: str | Path, *, val_fraction: float = 0.15, test_fraction: 
     split = Split(val_fraction, test_fraction, seed)
     try:
         check_folder(root, "one folder of images per class")
-        parts = _part_folders(root)
-        folders = parts or {"train": root}
-        files = {part: _class_images(folder) for part, folder in folders.items()}
+        parts = _part_folders(root, known is not None)
+        unlabelled = _unlabelled(parts)
+        folders = {part: folder for part, folder in parts.items() if part != unlabelled} or {"train": root}
+        found = {part: _class_images(folder) for part, folder in folders.items()}
     except OSError as error:
         raise DataError(f"{error.filename} cannot be read ({error.strerror}); repair or remove it") from error
+    files = {part: images for part, (images, _) in found.items()}
     below = len(inside(root, ""))
     images = (image for of_part in files.values() for found in of_part.values() for image in found)
     mark = fingerprint((image.path[below:].replace(os.sep, "/"), image.size) for image in images)
-    classes = _checked_classes(folders, files)
-    found = {part: _examples(of_part, classes) for part, of_part in files.items()}
-    found, drawn_by = fill_parts(found, classes, split, not parts, str(folders["train"]))
+    classes = _checked_classes(folders, files, known)
+    examples = {part: _examples(of_part, classes) for part, of_part in files.items()}
+    drawn, drawn_by = fill_parts(examples, classes, split, not parts, str(next(iter(folders.values()))))
+    beside = parts[unlabelled] if unlabelled else None
     return Dataset(
-        root, classes, found["train"], found["val"], found["test"], "split" if parts else "flat", mark, drawn_by
-    )
+        root, classes, drawn["train"], drawn["val"], drawn["test"], "split" if parts else "flat", mark, drawn_by,
+        notes=_notes([name for _, others in found.values() for name in others], beside), unlabelled=beside,
+    )  # fmt: skip
+
+
+def passed_over(names: Sequence[str]) -> str:
+    """Return one line on files that are no images by their names, counted by extension."""
+    kinds = Counter(os.path.splitext(name)[1].lower() or "no extension" for name in names)
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(5))
+    more = f" and {len(kinds) - 5} other kinds" if len(kinds) > 5 else ""
+    files = "file whose name is no image's" if len(names) == 1 else "files whose names are no images'"
+    return f"passed over {len(names):,} {files}: {counts}{more}"
+
+
+def _notes(others: Sequence[str], unlabelled: Path | None) -> tuple[str, ...]:
+    notes = [passed_over(others)] if others else []
+    if unlabelled is not None:
+        notes.append(f"{unlabelled} has no class folders, so nothing is measured on its images; predict can name them")
+    return tuple(notes)
 
 
 def check_folder(folder: Path, contents: str) -> None:
@@ -77,11 +121,16 @@ def _examples(files: Files, classes: tuple[str, ...]) -> tuple[Example, ...]:
     )
 
 
-def _part_folders(root: Path) -> dict[str, Path]:
-    """Return the folder of each part in the split layout, or nothing for a flat folder."""
-    inner, images = _contents(root)
+def _part_folders(root: Path, measured: bool) -> dict[str, Path]:
+    """Return the folder of each part in the split layout, or nothing for a flat folder.
+
+    Where images are only measured on, no part need be `train`.
+    """
+    inner, images, _ = _contents(root)
     folders = [Path(folder) for folder in inner]
     names = {folder.name.casefold(): folder.name for folder in folders}
+    if measured and names and names.keys() <= SPLIT_NAMES.keys():
+        return {SPLIT_NAMES[folder.name.casefold()]: folder for folder in folders}
     if "train" not in names:
         if names and names.keys() <= SPLIT_NAMES.keys() | UNREAD_SPLIT_NAMES:
             raise DataError(f"{root} has {listed(names.values())} but no train; name the folders train, val and test")
@@ -97,19 +146,36 @@ def _part_folders(root: Path) -> dict[str, Path]:
     return parts
 
 
-def _class_images(folder: Path) -> Files:
-    """Return the images of each class folder in `folder`, sorted by their path."""
-    classes, loose = _contents(folder)
+def _unlabelled(parts: dict[str, Path]) -> str | None:
+    """Return the part that holds images but no class folders, as competitions hand out what is to be named."""
+    for part, folder in parts.items():
+        if part != "train":
+            folders, images, _ = _contents(folder)
+            if images and not folders:
+                return part
+    return None
+
+
+def _class_images(folder: Path) -> tuple[Files, list[str]]:
+    """Return the images of each class folder in `folder`, sorted by their path, and the other files' names."""
+    classes, loose, _ = _contents(folder)
     _check_no_loose_images(folder, loose, folder)
-    files = {os.path.basename(inner): sorted(_images_below(inner)) for inner in classes}
+    files, others = Files(), list[str]()
+    for inner in classes:
+        images, passed = _images_below(inner)
+        files[os.path.basename(inner)] = sorted(images)
+        others += passed
     if not any(files.values()):
         common = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".gif")
         extensions = f"{' '.join(common)} or {len(image_extensions() - set(common))} others that Pillow opens"
-        raise DataError(f"{folder} holds no images; put them in {folder}/<class>/, with an extension of {extensions}")
+        told = f" ({passed_over(others)})" if others else ""
+        raise DataError(
+            f"{folder} holds no images{told}; put them in {folder}/<class>/, with an extension of {extensions}"
+        )
     empty = listed(name for name, images in files.items() if not images)
     if empty:
         raise DataError(f"{folder} has class folders without images: {empty}; fill or remove them")
-    return files
+    return files, others
 
 
 def _check_no_loose_images(folder: Path, images: list[Found], parent: Path) -> None:
@@ -118,33 +184,37 @@ def _check_no_loose_images(folder: Path, images: list[Found], parent: Path) -> N
         raise DataError(f"{folder} has images outside of class folders: {loose}; put each in {parent}/<class>/")
 
 
-def _images_below(folder: str, above: frozenset[str] = frozenset()) -> list[Found]:
-    """Return the images at any depth below a class folder, through links too."""
+def _images_below(folder: str, above: frozenset[str] = frozenset()) -> tuple[list[Found], list[str]]:
+    """Return the images at any depth below a class folder, through links too, and the names of all other files."""
     here = os.path.realpath(folder)
     if any(os.path.join(other, "").startswith(os.path.join(here, "")) for other in above):
         raise DataError(f"{folder} is a link to a folder above it; remove the link")
-    folders, images = _contents(folder)
+    folders, images, others = _contents(folder)
     for inner in folders:
-        images += _images_below(inner, above | {here})
-    return images
+        more, passed = _images_below(inner, above | {here})
+        images += more
+        others += passed
+    return images, others
 
 
-def _contents(folder: str | Path) -> tuple[list[str], list[Found]]:
-    """Return the folders and the images directly in a folder, without hidden ones; the folders sorted by name."""
-    extensions, folders, images = image_extensions(), list[str](), list[Found]()
+def _contents(folder: str | Path) -> tuple[list[str], list[Found], list[str]]:
+    """Return the folders (sorted), the images and the other files' names in a folder, without hidden ones."""
+    folders, images, others = list[str](), list[Found](), list[str]()
     with os.scandir(folder) as entries:  # tells folders from files without a look at each
         for entry in entries:
-            if entry.name.startswith(".") or entry.name == "__MACOSX":
+            if is_hidden(entry.name):
                 continue
             path = inside(folder, entry.name)
             if entry.is_dir():
                 folders.append(path)
-            elif os.path.splitext(entry.name)[1].lower() in extensions:
+            elif is_image(path):
                 facts = entry.stat()
                 if not stat.S_ISREG(facts.st_mode):
                     raise DataError(f"{path} is neither a file nor a folder; remove it")
                 images.append(Found(path, facts.st_size))
-    return sorted(folders), images
+            else:
+                others.append(entry.name)
+    return sorted(folders), images, others
 
 
 def inside(folder: str | Path, name: str) -> str:
@@ -152,7 +222,10 @@ def inside(folder: str | Path, name: str) -> str:
     return name if str(folder) == "." else os.path.join(folder, name)
 
 
-def _checked_classes(folders: dict[str, Path], files: dict[str, Files]) -> tuple[str, ...]:
+def _checked_classes(folders: dict[str, Path], files: dict[str, Files], known: Sequence[str] | None) -> tuple[str, ...]:
+    if known is not None:
+        found = {name for of_part in files.values() for name in of_part}
+        return match_classes(found, known, ", ".join(map(str, folders.values())))
     train, classes = folders["train"], tuple(sorted(files["train"]))
     if len(classes) == 1:
         remedy = f"add a second class folder, or, if {classes[0]} itself holds the class folders, move them up"

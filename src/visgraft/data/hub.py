@@ -4,12 +4,22 @@ import contextlib
 import os
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from visgraft.data.dataset import SPLIT_NAMES, Dataset, Example, Split, check_train, fill_parts, fingerprint, listed
+from visgraft.data.dataset import (
+    SPLIT_NAMES,
+    Dataset,
+    Example,
+    Split,
+    check_train,
+    fill_parts,
+    fingerprint,
+    listed,
+    match_classes,
+)
 from visgraft.errors import DataError, nearest
 
 HUB_PREFIX = "hf:"
@@ -38,27 +48,30 @@ class Content:
         return stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes()
 
 
-def read_hub(location: str | Path, split: Split = _DEFAULT_SPLIT) -> Dataset:
+def read_hub(location: str | Path, split: Split = _DEFAULT_SPLIT, known: Sequence[str] | None = None) -> Dataset:
     """Read a data set of the `datasets` library: `hf:NAME`, `hf:NAME:CONFIG` or `hf:PATH`.
 
     PATH is a folder that `save_to_disk` wrote or that `load_dataset` reads, or a .parquet file. It needs one column of
     images and one of labels: ClassLabel (or a list of them, in a multi-label data set), or text or whole numbers
     called label. Splits called train, validation and test are taken as they are; a missing validation part is drawn
     from the training images. Splits of other names, and parts without labels, are not read. Where there is only one
-    split, all parts are drawn from it.
+    split, all parts are drawn from it. Where a model is measured, the classes are the `known` ones, in its order, and
+    the images may be of one of them or of some.
 
     Raises:
         DataError: the library is missing, or the data set cannot be loaded or used.
     """
     where = HUB_PREFIX + str(location).removeprefix(HUB_PREFIX)
-    splits = _splits(_load(where), where)
-    features = splits["train"].features
+    splits = _splits(_load(where), where, known is not None)
+    features = next(iter(splits.values())).features
     image, label = _image_column(features, where), _label_column(features, where)
     labels = {part: _labels(rows, label) for part, rows in splits.items()}
     labels = {part: found for part, found in labels.items() if part == "train" or any(n is not None for n in found)}
     used = {name for found in labels.values() for names in found for name in names or ()}
     classes = tuple(name for name in _order(features[label], used) if name in used)
-    if len(classes) < 2:
+    if known is not None:
+        classes = match_classes(used, known, where)
+    elif len(classes) < 2:
         found = f"only one class, {classes[0]}" if classes else "no class at all"
         raise DataError(f"{where} has {found}, in its column {label}; at least two are needed")
     multi_label = _is_list(features[label])
@@ -70,9 +83,11 @@ def read_hub(location: str | Path, split: Split = _DEFAULT_SPLIT) -> Dataset:
     marks = (";".join(names or ()) for found in labels.values() for names in found)
     mark = fingerprint(sizes, marks)
     flat = len(splits) == 1
-    check_train(examples["train"], classes, where)
+    if known is None:
+        check_train(examples["train"], classes, where)
     parts, drawn_by = fill_parts(examples, classes, split, flat, where)
-    check_train(parts["train"], classes, where)
+    if known is None:
+        check_train(parts["train"], classes, where)
     layout: Literal["split", "flat"] = "flat" if flat else "split"
     return Dataset(
         Path(where), classes, parts["train"], parts["val"], parts["test"], layout, mark, drawn_by, multi_label
@@ -130,8 +145,11 @@ def _quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _splits(loaded: Any, where: str) -> dict[str, Any]:
-    """Return the splits that are a part, by the part's name; a single split is called train, whatever its name was."""
+def _splits(loaded: Any, where: str, measured: bool) -> dict[str, Any]:
+    """Return the splits that are a part, by the part's name; a single split is called train, whatever its name was.
+
+    Where images are only measured on, none need be `train`.
+    """
     if not isinstance(loaded, Mapping):
         return {"train": loaded}
     if len(loaded) == 1 and _part(next(iter(loaded))) not in ("val", "test"):
@@ -142,7 +160,7 @@ def _splits(loaded: Any, where: str) -> dict[str, Any]:
             raise DataError(f"{where} has two splits for {_part(name)} among {listed(loaded)}; keep one")
         if _part(name):
             found[_part(name)] = rows
-    if "train" not in found:
+    if "train" not in found and not (measured and found):
         raise DataError(f"{where} has the splits {listed(loaded)} but no train; name them train, validation and test")
     return found
 

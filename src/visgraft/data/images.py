@@ -152,8 +152,15 @@ class _Read:
 
     def __call__(self, example: Example) -> Tensor:
         picture: Any = open_image(example, self.colour)
-        for step in self.steps:
-            picture = step(picture)
+        width, height = picture.size
+        try:
+            for step in self.steps:
+                picture = step(picture)
+        except (ValueError, RuntimeError, MemoryError) as error:  # of a side that would shrink to nothing
+            raise DataError(
+                f"{example.path}, {width:,} × {height:,} pixels, cannot be brought to the model's size ({error}); cut "
+                "it into pieces, or leave it out"
+            ) from error
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 

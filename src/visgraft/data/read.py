@@ -1,5 +1,6 @@
 """One way to read labelled images, whatever holds them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +32,11 @@ AnySource = Source | str | Path
 _DEFAULT_SPLIT = Split()
 
 
-def read_data(source: AnySource, split: Split = _DEFAULT_SPLIT) -> Dataset:
+def read_data(source: AnySource, split: Split = _DEFAULT_SPLIT, known: Sequence[str] | None = None) -> Dataset:
     """Read a folder (see `read_folder`), a table (`read_table`) or a Hugging Face data set (`read_hub`).
+
+    With the classes that a model is `known` to have, images to measure it on are read: their labels are numbered as
+    its outputs, by name, and they may be of one class or of some.
 
     Raises:
         DataError: it cannot be used, or nothing was given.
@@ -42,11 +46,12 @@ def read_data(source: AnySource, split: Split = _DEFAULT_SPLIT) -> Dataset:
     if source.table is not None:
         if location.startswith(HUB_PREFIX):
             raise DataError(f"{location} and the table {source.table} were both given; give one of them")
-        return read_table(source.table, location or None, split)
+        return read_table(source.table, location or None, split, known)
     if not location:
         raise DataError("no data was given; give a folder of class folders, a .csv table or hf:NAME_OR_PATH")
     if location.startswith(HUB_PREFIX):
-        return read_hub(location, split)
+        return read_hub(location, split, known)
     if Path(location).suffix.lower() in TABLE_EXTENSIONS and not Path(location).is_dir():
-        return read_table(location, None, split)
-    return read_folder(location, val_fraction=split.val_fraction, test_fraction=split.test_fraction, seed=split.seed)
+        return read_table(location, None, split, known)
+    shares = {"val_fraction": split.val_fraction, "test_fraction": split.test_fraction}
+    return read_folder(location, **shares, seed=split.seed, known=known)

@@ -3,7 +3,9 @@
 import csv
 import difflib
 import os
+import re
 import stat
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from visgraft.data.dataset import (
     check_train,
     fill_parts,
     fingerprint,
+    match_classes,
 )
 from visgraft.data.folders import check_folder, inside
 from visgraft.errors import DataError, nearest
@@ -43,14 +46,21 @@ class TableRow:
     group: str | None
 
 
-def read_table(table: str | Path, folder: str | Path | None = None, split: Split = _DEFAULT_SPLIT) -> Dataset:
+def read_table(
+    table: str | Path,
+    folder: str | Path | None = None,
+    split: Split = _DEFAULT_SPLIT,
+    known: Sequence[str] | None = None,
+) -> Dataset:
     """Read images from a table with the columns image_path and label, and optionally split and group.
 
-    A column labels instead of label makes a multi-label data set: names separated by ";", or nothing. The delimiter
-    (comma, semicolon or tab) follows from the header, whose names may be in upper or lower case; other columns are not
-    read. Relative paths start at `folder`, or else at the table's own. With a column split, a missing validation part
-    is drawn from the training images and a missing test part stays empty; without one, all parts are drawn. Images of
-    one group stay in one part. Classes are ordered by name.
+    A column labels instead of label makes a multi-label data set: names separated by ";" (or by "|", where no cell has
+    a ";"), or nothing. The delimiter (comma, semicolon or tab) follows from the header, whose names may be in upper or
+    lower case; other columns are not read. Relative paths start at `folder`, or else at the table's own; a name with
+    accents is found however Unicode writes them. With a column split, a missing validation part is drawn from the
+    training images and a missing test part stays empty; without one, all parts are drawn. Images of one group stay in
+    one part. Classes are ordered by name; where a model is measured, they are the `known` ones, in its order, and the
+    images may be of one of them or of some.
 
     Raises:
         DataError: the table cannot be used; the message names the line.
@@ -62,7 +72,7 @@ def read_table(table: str | Path, folder: str | Path | None = None, split: Split
     header, records = _records(table)
     rows = _rows(table, base, header, records)
     multi_label = LABELS in header
-    classes = _classes(table, rows, multi_label)
+    classes = _classes(table, rows, multi_label) if known is None else _match(table, rows, known)
     number = {name: index for index, name in enumerate(classes)}
     # Sorted, so that the draw does not depend on the order of the lines.
     rows.sort(key=lambda row: (tuple(number[name] for name in row.labels), row.name))
@@ -71,13 +81,15 @@ def read_table(table: str | Path, folder: str | Path | None = None, split: Split
         label = tuple(number[name] for name in row.labels)
         parts.setdefault(row.part, []).append(Example(Path(row.path), label if multi_label else label[0], row.group))
     flat = None in parts
-    if not flat and "train" not in parts:
+    if not flat and "train" not in parts and known is None:
         raise DataError(f"{table} has no row whose {SPLIT} is train; mark the images to learn from")
     given = {"train": parts[None]} if flat else {part or "": examples for part, examples in parts.items()}
-    check_train(given["train"], classes, str(table))
     where = str(table) if flat else f"the train part of {table}"
+    if known is None:
+        check_train(given["train"], classes, str(table))
     found, drawn_by = fill_parts(given, classes, split, flat, where)
-    check_train(found["train"], classes, str(table))
+    if known is None:
+        check_train(found["train"], classes, str(table))
     layout: Literal["split", "flat"] = "flat" if flat else "split"
     mark = _fingerprint(rows)
     return Dataset(table, classes, found["train"], found["val"], found["test"], layout, mark, drawn_by, multi_label)
@@ -128,8 +140,9 @@ def _check_header(table: Path, header: Sequence[str]) -> None:
             )
 
 
-def _rows(table: Path, base: Path, header: Sequence[str], records: Iterable[tuple[int, list[str]]]) -> list[TableRow]:
+def _rows(table: Path, base: Path, header: Sequence[str], records: Sequence[tuple[int, list[str]]]) -> list[TableRow]:
     rows, seen, missing, without_split = list[TableRow](), dict[str, int](), list[tuple[int, str]](), list[int]()
+    separator, folders = _separator(header, records), dict[str, dict[str, str]]()
     for line, fields in records:
         where = f"{table}, line {line}"
         if len(fields) != len(header):
@@ -139,7 +152,7 @@ def _rows(table: Path, base: Path, header: Sequence[str], records: Iterable[tupl
         if not values[PATH]:
             raise DataError(f"{where} has no {PATH}; fill it in, or remove the line")
         name = os.path.normpath(values[PATH])
-        path = inside(base, name)
+        path = _as_stored(inside(base, name), folders)
         other = seen.setdefault(path, line)
         if other != line:
             raise DataError(f"{table} names {values[PATH]} twice, in lines {other} and {line}; remove one")
@@ -149,14 +162,53 @@ def _rows(table: Path, base: Path, header: Sequence[str], records: Iterable[tupl
         part = _part(where, values.get(SPLIT))
         if part is None:
             without_split.append(line)
-        labels = _labels(where, values)
+        labels = _labels(where, values, separator)
         rows.append(TableRow(line, name.replace(os.sep, "/"), path, size or 0, labels, part, values.get(GROUP) or None))
     if missing:
         _refuse_missing(table, missing, len(rows))
     if without_split and len(without_split) < len(rows):
         raise DataError(f"{table}, line {without_split[0]} has no {SPLIT}, but others have; give all rows one, or none")
     _check_groups(table, rows)
+    if LABEL in header:
+        _ask_about_several(table, rows)
     return rows
+
+
+def _as_stored(path: str, folders: dict[str, dict[str, str]]) -> str:
+    """Return a path as the disk writes it, where Unicode can write its accents in another way; else as it is.
+
+    `folders` keeps, for each folder looked into, its names by their composed form.
+    """
+    if path.isascii() or os.path.lexists(path):
+        return path
+    parent, name = os.path.split(path)
+    parent = _as_stored(parent, folders) if parent and parent != path else parent
+    if parent not in folders:
+        try:
+            folders[parent] = {unicodedata.normalize("NFC", other): other for other in os.listdir(parent or ".")}
+        except (OSError, ValueError):
+            folders[parent] = {}
+    return os.path.join(parent, folders[parent].get(unicodedata.normalize("NFC", name), name))
+
+
+def _ask_about_several(table: Path, rows: Sequence[TableRow]) -> None:
+    """Refuse labels such as a|b beside a or b: an image with two classes would be learned as one of a third."""
+    alone = {row.labels[0] for row in rows}
+    for row in rows:
+        pieces = [piece.strip() for piece in re.split(r"[|;]", row.labels[0])]
+        known = [piece for piece in pieces if piece in alone]
+        if len(pieces) > 1 and known:
+            raise DataError(
+                f"{table}, line {row.line} has the {LABEL} {row.labels[0]}, and {known[0]} is one by itself; call the "
+                f"column {LABELS} if an image may have several classes, or rename this one"
+            )
+
+
+def _separator(header: Sequence[str], records: Sequence[tuple[int, list[str]]]) -> str:
+    """Return what separates the names in a column of several."""
+    column = header.index(LABELS) if LABELS in header else None
+    cells = [fields[column] for _, fields in records if column is not None and column < len(fields)]
+    return "|" if any("|" in cell for cell in cells) and not any(";" in cell for cell in cells) else ";"
 
 
 def _size(path: str, where: str) -> int | None:
@@ -189,10 +241,10 @@ def _part(where: str, value: str | None) -> str | None:
     return SPLIT_NAMES[value.casefold()]
 
 
-def _labels(where: str, values: dict[str, str]) -> tuple[str, ...]:
+def _labels(where: str, values: dict[str, str], separator: str) -> tuple[str, ...]:
     """Return the names of an image's classes, sorted."""
     if LABELS in values:
-        return tuple(sorted({name.strip() for name in values[LABELS].split(";")} - {""}))
+        return tuple(sorted({name.strip() for name in values[LABELS].split(separator)} - {""}))
     if not values[LABEL]:
         raise DataError(f"{where} has no {LABEL}; fill it in, or remove the line")
     return (values[LABEL],)
@@ -217,6 +269,10 @@ def _classes(table: Path, rows: Iterable[TableRow], multi_label: bool) -> tuple[
         remedy = f"; for images with and without it, name both classes in a column {LABEL}" if multi_label else ""
         raise DataError(f"{table} has {found}; at least two are needed{remedy}")
     return classes
+
+
+def _match(table: Path, rows: Iterable[TableRow], known: Sequence[str]) -> tuple[str, ...]:
+    return match_classes({name for row in rows for name in row.labels}, known, str(table))
 
 
 def _fingerprint(rows: Iterable[TableRow]) -> str:

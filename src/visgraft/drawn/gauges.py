@@ -8,6 +8,7 @@ has radius 1, y grows downwards. Point arrays have shape (count,); angles are in
 """
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -70,12 +71,20 @@ class _Pen:
 
 
 def draw_gauges(
-    root: str | Path, *, train: int = 592, val: int = 160, test: int = 496, size: int = 128, seed: int = 0
+    root: str | Path,
+    *,
+    train: int = 592,
+    val: int = 160,
+    test: int = 496,
+    size: int = 128,
+    seed: int = 0,
+    positions: Sequence[int] = tuple(range(POSITIONS)),
 ) -> Path:
     """Draw the image folder `root/{train,val,test}/position_NN/NNNNN.png` and return `root`.
 
-    Picture number i of a split has class i modulo 16 and depends on `seed`, the split and i alone. Only the folders
-    of classes that have pictures are made. `size` is the side of a picture in pixels.
+    Picture number i of a split has class i modulo 16, or the i-th of fewer `positions` in turn, and depends on `seed`,
+    the split and i alone. Only the folders of classes that have pictures are made. `size` is the side of a picture in
+    pixels.
 
     Raises:
         DataError: `root` exists and is not an empty folder, a count or `seed` is negative, or `size` is too small.
@@ -93,10 +102,11 @@ def draw_gauges(
         drawn.mkdir()
         for split_number, (split, count) in enumerate([("train", train), ("val", val), ("test", test)]):
             for index in range(count):
-                folder = drawn / split / f"position_{index % POSITIONS:02d}"
+                position = positions[index % len(positions)]
+                folder = drawn / split / f"position_{position:02d}"
                 folder.mkdir(parents=True, exist_ok=True)
                 rng = np.random.default_rng([seed, split_number, index])
-                draw_gauge(index % POSITIONS, rng, size).save(folder / f"{index:05d}.png", compress_level=3)
+                draw_gauge(position, rng, size).save(folder / f"{index:05d}.png", compress_level=3)
         if target.exists():
             target.rmdir()
         drawn.rename(target)

@@ -12,7 +12,7 @@ from visgraft.backbones.wrappers import unwrapped
 from visgraft.core.attach import strip
 from visgraft.core.attached import get_attached
 from visgraft.core.dryrun import meta_copy
-from visgraft.core.method import Position
+from visgraft.core.method import Position, TokenMethod
 from visgraft.core.placing import find_positions
 from visgraft.core.registry import get_method
 from visgraft.core.sites import Sites
@@ -38,16 +38,16 @@ def _refusal(
 ) -> str | None:
     """`why_not_merged` where positions and sites are known."""
     method = get_method(config.method)
-    if method.inserts:
+    if issubclass(method, TokenMethod):
         return "inserts tokens, which no weight can take over"
     for position in positions:
         target = fold_target(*sites.at(position))
         if target is None:
             return f"changes {position.place.adds_to}, which no linear layer alone produces or reads"
-        if not method.affine(config):
+        if not config.affine:
             return "is not linear"
         taking = _with_biases(model, target) if allow_new_bias else model
-        reason = refusal(taking, target, method.shifts(config), method.diagonal(config))
+        reason = refusal(taking, target, config.shifts, config.diagonal)
         if reason:
             return reason
     return None
@@ -97,7 +97,7 @@ def _fold_all(model: nn.Module, plain: nn.Module, allow_new_bias: bool) -> None:
         target = fold_target(reads, adds_to)
         assert target is not None
         module: Any = attached.positions[key]
-        affine = probe(module, position, reads.grid, attached.shared, attached.method.diagonal(attached.config))
+        affine = probe(module, position, reads.grid, attached.shared, attached.config.diagonal)
         if allow_new_bias and bool(affine.shift.any()):
             add_missing_biases(plain, target)
         fold(plain, target, affine)

@@ -70,10 +70,10 @@ def merge_adapter(
     images = None
     if data is not None:
         dataset, _ = adapter_data(adapter, data)
-        examples = (dataset.val or dataset.train)[:CERTIFICATE_IMAGES]
+        examples = (dataset.val or dataset.train or dataset.test)[:CERTIFICATE_IMAGES]
         images = load_as_trained(examples, record, len(dataset.classes), loading).batches()
     adapted = load(adapter, weights=weights)
     plain, certificate = merge(adapted.model, images)
     save_plain(plain, out, adapted.classes, record.data_config, certificate)
-    reopen = f'timm.create_model("local-dir:{out}", pretrained=True)'
+    reopen = f"timm.create_model({f'local-dir:{out}'!r}, pretrained=True)"
     return {"out": str(out), "method": record.method.method, **dataclasses.asdict(certificate), "open_with": reopen}

@@ -24,7 +24,8 @@ class Evaluation:
     """What a model reaches on a set of images.
 
     All rates lie between 0 and 1. `top1_ci95` is Wilson's 95 % interval of top-1 (over images, not seeds),
-    `balanced_accuracy` the mean over the classes of the share of their images that is right. `probabilities` is
+    `balanced_accuracy` the mean over the classes of the share of their images that is right; it and `macro_f1` are
+    taken over the classes of which there are images. `probabilities` is
     [N, classes] and `labels` int64 [N].
 
     Where an image may have several classes, `probabilities` are those of each class alone, `labels` float32
@@ -88,8 +89,9 @@ def score(probabilities: Tensor, labels: Tensor, seconds: float = 0.0) -> Evalua
     predicted, truth = probabilities.argmax(-1).numpy(), labels.numpy()
     right = int((predicted == truth).sum())
     interval = binomtest(right, len(truth)).proportion_ci(0.95, method="wilson")
-    macro = float(f1_score(truth, predicted, average="macro", zero_division=0))
-    balanced = float(recall_score(truth, predicted, labels=np.unique(truth), average="macro", zero_division=0))
+    there = np.unique(truth)
+    macro = float(f1_score(truth, predicted, labels=there, average="macro", zero_division=0))
+    balanced = float(recall_score(truth, predicted, labels=there, average="macro", zero_division=0))
     limits = (float(interval.low), float(interval.high))
     return Evaluation(right / len(truth), limits, macro, balanced, None, len(truth), seconds, probabilities, labels)
 

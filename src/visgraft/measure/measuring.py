@@ -10,13 +10,14 @@ from torch import nn
 from visgraft.adapters.directory import Adapted, load, read_record
 from visgraft.adapters.record import AdapterRecord
 from visgraft.core.attach import count_parameters
-from visgraft.data.dataset import Dataset, Example, Split
+from visgraft.data.dataset import PARTS, Dataset, Example, Split
 from visgraft.data.images import Images, Loading, load_images
 from visgraft.data.read import AnySource, read_data
 from visgraft.errors import AdapterError, DataError
 from visgraft.measure.evaluation import Evaluation, evaluate, peak_memory_bytes
 
 _DEFAULT_LOADING = Loading()
+UNDIVIDED = Split(0.0, 0.0)
 
 
 def adapter_bytes(path: Path) -> int:
@@ -54,29 +55,30 @@ def skipped_of(images: Images) -> list[dict[str, str]]:
 def adapter_data(adapter: Path, data: AnySource) -> tuple[Dataset, bool]:
     """Return data divided as they were for this adapter, and whether they are those that it was trained on.
 
+    Classes are matched by name and numbered as the adapter's outputs; the data may lack some.
+
     Raises:
-        AdapterError: the classes of adapter and data differ.
-        DataError: the data cannot be used.
+        AdapterError: the adapter does not name its classes, or has several per image and the data one, or vice versa.
+        DataError: the data cannot be used, or have a class that the adapter does not know.
     """
     record = read_record(adapter)
-    dataset = read_data(data, record.split or Split())
+    if not record.classes:
+        raise AdapterError(f"{adapter} does not name its classes; save it with classes=, in the order of its outputs")
+    dataset = read_data(data, UNDIVIDED, record.classes)
     if dataset.multi_label != record.multi_label:
         kind = {True: "several classes per image", False: "one class per image"}
         raise AdapterError(
             f"{data} has {kind[dataset.multi_label]}, but {adapter} was trained on {kind[not dataset.multi_label]}"
         )
-    if tuple(dataset.classes) != record.classes:
-        new, missing = set(dataset.classes) - set(record.classes), set(record.classes) - set(dataset.classes)
-        differ = "; ".join(
-            f"{word} {', '.join(sorted(names)[:5])}"
-            for word, names in (("unknown:", new), ("missing:", missing))
-            if names
-        )
-        raise AdapterError(
-            f"the classes of {data} are not those of {adapter} ({differ}); use the data it was made for, or train on "
-            "these with --init-from"
-        )
-    return dataset, record.fingerprint == dataset.fingerprint
+    same = record.fingerprint == dataset.fingerprint
+    return (read_data(data, record.split, record.classes) if same and record.split else dataset), same
+
+
+def classes_without(examples: Sequence[Example], classes: Sequence[str]) -> list[str]:
+    """Return the classes of which there is no image."""
+    labels = (example.label if isinstance(example.label, tuple) else (example.label,) for example in examples)
+    there = {label for several in labels for label in several}
+    return [name for number, name in enumerate(classes) if number not in there]
 
 
 def _examples(dataset: Dataset, same: bool, part: str, adapter: Path) -> tuple[Example, ...]:
@@ -93,6 +95,10 @@ def _examples(dataset: Dataset, same: bool, part: str, adapter: Path) -> tuple[E
             f"{dataset.root} is not, or no longer, what {adapter} was trained on, so its {part} images cannot be "
             "told from those it may have learned; pass --split all if it learned none of them"
         )
+    there = {name: len(dataset.part(name)) for name in PARTS if getattr(dataset, name)}
+    if part in PARTS and part not in there:
+        counts = ", ".join(f"{name} with {count:,}" for name, count in there.items())
+        raise DataError(f"{dataset.root} has no {part} images; choose another part with --split: {counts}, or all")
     return dataset.part(part)
 
 
@@ -135,6 +141,7 @@ def measure_adapter(
         "backbone": record.backbone.name,
         "split": part,
         **figures_of(evaluation),
+        "classes_missing": classes_without(examples, record.classes),
         "skipped": skipped_of(images),
         "precision": record.precision,
         **sizes_of(adapted.model, adapter),

@@ -35,10 +35,20 @@ class AdapterConfig(MethodConfig):
     )
     norms: bool = option(False, "also train the backbone's normalisation layers")
 
+    shifts = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("bottleneck", "scale", "init_std")
         self.check_rates("dropout")
+
+    @property
+    def affine(self) -> bool:
+        return self.activation == "none"
+
+    @property
+    def starts_as_identity(self) -> bool:
+        return self.init_std is None
 
 
 @register("adapter", paper="arXiv:1902.00751")
@@ -76,18 +86,6 @@ class Adapter(Method):
     @classmethod
     def unfrozen(cls, config: AdapterConfig, tensors: Sequence[OwnTensor]) -> list[str]:
         return [tensor.name for tensor in tensors if tensor.norm] if config.norms else []
-
-    @classmethod
-    def affine(cls, config: AdapterConfig) -> bool:
-        return config.activation == "none"
-
-    @classmethod
-    def shifts(cls, config: AdapterConfig) -> bool:
-        return True
-
-    @classmethod
-    def starts_as_identity(cls, config: AdapterConfig) -> bool:
-        return config.init_std is None
 
     def delta(self, x: Tensor, grid: Grid) -> Tensor:
         """Return s (act(x W_d + b_d) W_u + b_u): [B, N, C] -> [B, N, C]."""

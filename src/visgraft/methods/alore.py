@@ -32,6 +32,8 @@ class ALoREConfig(MethodConfig):
     bank: str = option("one", "W_s: one bank for the whole model, or one per place", ("one", "per_place"))
     init: str = option("xavier", "how W_s starts: xavier uniform, or normal with std 0.01", ("xavier", "normal"))
 
+    affine = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("rank", "experts", "scale")
@@ -62,7 +64,7 @@ class ALoRE(Method):
     Config = ALoREConfig
     recipe = TrainConfig()
     knobs: ClassVar = {"lr": (5e-4, 1e-3, 2e-3, 5e-3), "scale": (0.1, 0.5, 1.0, 5.0, 10.0)}
-    part_name = "expert"
+    part_name: ClassVar = "expert"
 
     def __init__(self, config: ALoREConfig, position: Position, shared: Mapping[str, nn.Module]) -> None:
         super().__init__(config, position, shared)
@@ -91,10 +93,6 @@ class ALoRE(Method):
         names = dict.fromkeys(_bank_name(config, position) for position in positions)
         return {name: Bank(config.experts, config.init) for name in names}
 
-    @classmethod
-    def affine(cls, config: ALoREConfig) -> bool:
-        return True
-
     @property
     def bank(self) -> Tensor:
         """W_s [n, n, n], shared with all other positions (or with those at the same place)."""
@@ -117,16 +115,16 @@ class ALoRE(Method):
         down, up = self.down.permute(1, 0, 2).reshape(inner, n * rank), self.up.view(n * rank, inner)
         return LowRank(down, up, mix, scale=self.scale, dropout=self.dropout.p if self.training else 0.0)
 
-    @classmethod
-    def parts(cls, config: ALoREConfig) -> int:
-        return config.experts
+    @property
+    def parts(self) -> int:
+        return len(self.up)
 
     def part_delta(self, x: Tensor, index: int) -> Tensor:
         return self.expert(x, index)
 
     def keep_parts(self, kept: Collection[int]) -> None:
         with torch.no_grad():
-            for index in set(range(len(self.up))) - set(kept):
+            for index in set(range(self.parts)) - set(kept):
                 self.up[index] = 0  # W_s, the other factor, may be shared with other places
 
     def expert(self, x: Tensor, index: int) -> Tensor:

@@ -33,10 +33,20 @@ class ARCConfig(MethodConfig):
         ("mixed", "xavier", "zero"),
     )
 
+    affine = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("bottleneck")
         self.check_rates("dropout")
+
+    @property
+    def shifts(self) -> bool:
+        return self.bias
+
+    @property
+    def starts_as_identity(self) -> bool:
+        return not any(_starts_at_random(self, site) for site in self.places or SITES)
 
 
 class Projection(nn.Module):
@@ -82,18 +92,6 @@ class ARC(Method):
     def shared(cls, config: ARCConfig, positions: Sequence[Position]) -> dict[str, nn.Module]:
         widths = {_projection_name(position): position.reads_width for position in positions}
         return {name: Projection(width, config.bottleneck) for name, width in widths.items()}
-
-    @classmethod
-    def affine(cls, config: ARCConfig) -> bool:
-        return True
-
-    @classmethod
-    def shifts(cls, config: ARCConfig) -> bool:
-        return config.bias
-
-    @classmethod
-    def starts_as_identity(cls, config: ARCConfig) -> bool:
-        return not any(_starts_at_random(config, site) for site in config.places or SITES)
 
     def delta(self, x: Tensor, grid: Grid) -> Tensor:
         """Return x (U ∘ c) Uᵀ + b: [..., C] -> [..., C]."""

@@ -25,6 +25,8 @@ class DoRAConfig(MethodConfig):
     )
     scale: float = option(5.0, "fixed factor of each branch, alpha / r in LoRA's paper")
 
+    affine = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("rank", "scale")
@@ -44,7 +46,6 @@ class DoRA(Method):
     Config = DoRAConfig
     recipe = TrainConfig()
     knobs: ClassVar = {"lr": (5e-4, 1e-3, 2e-3, 5e-3), "scale": (1.0, 5.0), "rank": (2, 4, 8, 16)}
-    reads_layer = True
 
     def __init__(self, config: DoRAConfig, position: Position, shared: Mapping[str, nn.Module]) -> None:
         super().__init__(config, position, shared)
@@ -60,10 +61,6 @@ class DoRA(Method):
     @classmethod
     def placements(cls, config: DoRAConfig) -> tuple[tuple[Place, ...], ...]:
         return places_of(config.targets)
-
-    @classmethod
-    def affine(cls, config: DoRAConfig) -> bool:
-        return True
 
     def delta(self, x: Tensor, grid: Grid) -> Tensor:
         """Return x (W' - W)ᵀ: [..., R] -> [..., D]."""

@@ -55,6 +55,8 @@ class FacTConfig(MethodConfig):
         "context", "what proj's increment reads: what enters proj, or what enters attention", ("context", "input")
     )
 
+    affine = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("rank", "scale")
@@ -123,10 +125,6 @@ class FacT(Method):
         for position in positions:
             of_width.setdefault(_squares(position)[0], []).append(position)
         return {_factors_name(width): Factors(config, width, those) for width, those in of_width.items()}
-
-    @classmethod
-    def affine(cls, config: FacTConfig) -> bool:
-        return True
 
     @property
     def cores(self) -> Tensor:

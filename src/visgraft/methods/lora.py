@@ -47,6 +47,8 @@ class LoRAConfig(MethodConfig):
     scale: float = option(5.0, "fixed factor of each branch, alpha / r in the paper")
     dropout: float = option(0.0, "dropout on what each branch reads while training")
 
+    affine = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("rank", "scale")
@@ -72,10 +74,6 @@ class LoRA(Method):
     @classmethod
     def placements(cls, config: LoRAConfig) -> tuple[tuple[Place, ...], ...]:
         return places_of(config.targets)
-
-    @classmethod
-    def affine(cls, config: LoRAConfig) -> bool:
-        return True
 
     def delta(self, x: Tensor, grid: Grid) -> Tensor:
         """Return (x A) (s B): [..., R] -> [..., D]."""

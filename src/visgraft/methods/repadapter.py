@@ -32,12 +32,18 @@ class RepAdapterConfig(MethodConfig):
     scale: float = option(5.0, "fixed factor s of the adapter: x + s x up(down(x))")
     dropout: float = option(0.1, "dropout on the hidden features while training")
 
+    affine = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("bottleneck", "groups", "scale")
         self.check_rates("dropout")
         if self.bottleneck % self.groups:
             raise VisgraftError(f"groups is {self.groups}, which does not divide bottleneck {self.bottleneck}")
+
+    @property
+    def shifts(self) -> bool:
+        return self.bias
 
 
 @register("repadapter", paper="arXiv:2302.08106")
@@ -72,14 +78,6 @@ class RepAdapter(Method):
         if config.places:
             return (Place.at(*config.places),)
         return Place.at("attn.in", "mlp.in"), Place.at("mlp.in", "mlp.out")
-
-    @classmethod
-    def affine(cls, config: RepAdapterConfig) -> bool:
-        return True
-
-    @classmethod
-    def shifts(cls, config: RepAdapterConfig) -> bool:
-        return config.bias
 
     def delta(self, x: Tensor, grid: Grid) -> Tensor:
         """Return s ((x W_d + b_d) W_u + b_u): [B, N, C] -> [B, N, C]."""

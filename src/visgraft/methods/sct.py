@@ -7,7 +7,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from visgraft.core.method import Batches, Grid, Method, Place, Position
+from visgraft.core.method import Batches, ChosenChannels, Grid, Method, Place, Position
 from visgraft.core.registry import register
 from visgraft.errors import VisgraftError
 from visgraft.methods.salience import SCORES, salient_channels_at
@@ -39,6 +39,9 @@ class SCTConfig(MethodConfig):
     )
     score: str = option("class_aware", "how channels are chosen", SCORES)
     init_std: float = option(0.02, "standard deviation of the truncated normal that W starts from")
+
+    affine = shifts = True
+    starts_as_identity = False  # W starts at random, as in the reference
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,8 +78,8 @@ class SCT(Method):
     def __init__(self, config: SCTConfig, position: Position, shared: Mapping[str, nn.Module]) -> None:
         super().__init__(config, position, shared)
         channels = config.channels or position.adds_width // 8
-        self.form, self.scale, self.site = config.form, config.scale, position.place.adds_to
-        self.block = position.block
+        self.form, self.scale, self.score = config.form, config.scale, config.score
+        self.site, self.block = position.place.adds_to, position.block
         self.linear = nn.Linear(channels, channels)
         nn.init.trunc_normal_(self.linear.weight, std=config.init_std)
         nn.init.zeros_(self.linear.bias)
@@ -96,18 +99,6 @@ class SCT(Method):
         return every[stages.index(3) - (third + 1) // 2 :]
 
     @classmethod
-    def affine(cls, config: SCTConfig) -> bool:
-        return True
-
-    @classmethod
-    def shifts(cls, config: SCTConfig) -> bool:
-        return True
-
-    @classmethod
-    def starts_as_identity(cls, config: SCTConfig) -> bool:
-        return False  # W starts at random, as in the reference
-
-    @classmethod
     def calibrate(cls, config: SCTConfig, model: nn.Module, modules: Sequence["SCT"], batches: Batches | None) -> None:
         sites = dict.fromkeys(SCORED_AT[module.site] for module in modules)
         blocks = {module.block for module in modules if module.block is not None}
@@ -116,12 +107,8 @@ class SCT(Method):
             assert module.block is not None
             module.index.copy_(chosen[SCORED_AT[module.site]][module.block])
 
-    @classmethod
-    def channel_score(cls, config: SCTConfig) -> str | None:
-        return config.score
-
-    def chosen_channels(self) -> tuple[str, Tensor]:
-        return SCORED_AT[self.site], self.index
+    def chosen_channels(self) -> ChosenChannels:
+        return ChosenChannels(SCORED_AT[self.site], self.index, self.score)
 
     def delta(self, x: Tensor, grid: Grid) -> Tensor:
         """Return the dense form of what is added: zero outside the chosen channels; [B, N, C] -> [B, N, C]."""

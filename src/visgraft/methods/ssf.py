@@ -40,6 +40,16 @@ class SSFConfig(MethodConfig):
     operations: tuple[str, ...] | None = option(None, "operations to scale and shift behind; none: all", tuple(SITES))
     init: str = option("identity", "start: scale 1 and shift 0, or around them with std 0.02", ("identity", "normal"))
 
+    affine = diagonal = True
+
+    @property
+    def shifts(self) -> bool:
+        return self.terms != "scale"
+
+    @property
+    def starts_as_identity(self) -> bool:
+        return self.init == "identity"
+
 
 @register("ssf", paper="arXiv:2210.08823")
 class SSF(Method):
@@ -71,22 +81,6 @@ class SSF(Method):
             choices = [SITES[name] for name in SITES if name in config.operations]
         # The product counts its last factor up first, so the first set that a backbone has is best in every factor.
         return tuple(Place.at(*itertools.chain(*sites)) for sites in itertools.product(*choices))
-
-    @classmethod
-    def affine(cls, config: SSFConfig) -> bool:
-        return True
-
-    @classmethod
-    def shifts(cls, config: SSFConfig) -> bool:
-        return config.terms != "scale"
-
-    @classmethod
-    def diagonal(cls, config: SSFConfig) -> bool:
-        return True
-
-    @classmethod
-    def starts_as_identity(cls, config: SSFConfig) -> bool:
-        return config.init == "identity"
 
     def delta(self, x: Tensor, grid: Grid) -> Tensor:
         """Return (γ - 1) ⊙ x + β: [B, N, C] -> [B, N, C]."""

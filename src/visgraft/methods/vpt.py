@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from visgraft.core.method import Grid, Method, Place, Position
+from visgraft.core.method import Grid, Place, Position, TokenMethod
 from visgraft.core.registry import register
 from visgraft.options import MethodConfig, TrainConfig, option
 
@@ -17,6 +17,8 @@ from visgraft.options import MethodConfig, TrainConfig, option
 class _PromptConfig(MethodConfig):
     prompts: int = option(10, "number of prompt tokens (p), in VPT-deep for each block")
     dropout: float = option(0.1, "dropout on the prompts while training")
+
+    starts_as_identity = False  # the image's tokens attend to the prompts, whatever those are
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -34,14 +36,12 @@ class VPTDeepConfig(_PromptConfig):
     """Options of VPT-deep. The authors chose the number of prompts task by task, from 1 to 200."""
 
 
-class _Prompts(Method):
+class _Prompts(TokenMethod):
     """Prompts P [p, C] inserted behind the prefix tokens (class token, registers) and removed again.
 
     They start uniform within ±√(3 / C). The authors' bound, √(6 / (3 s² + C)) for patches of s × s, is Xavier's for
     the patch embedding; a method knows no patch size, and for the 16 × 16 of ViT-B both are equal, 3 · 16² being 768.
     """
-
-    inserts = True
 
     def __init__(self, config: _PromptConfig, position: Position, shared: Mapping[str, nn.Module]) -> None:
         super().__init__(config, position, shared)
@@ -53,10 +53,6 @@ class _Prompts(Method):
     @classmethod
     def placements(cls, config: _PromptConfig) -> tuple[tuple[Place, ...], ...]:
         return ((Place("tokens.in", "tokens.out"),),)
-
-    @classmethod
-    def starts_as_identity(cls, config: _PromptConfig) -> bool:
-        return False  # the image's tokens attend to the prompts, whatever those are
 
     def tokens(self) -> int:
         return len(self.prompts)

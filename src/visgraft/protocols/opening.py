@@ -49,8 +49,8 @@ def problems(parts: Parts, task: Task, *, any_size: bool = False) -> list[str]:
         found.append(f"there are {len(parts.classes)} classes instead of {task.classes}; complete or remove some")
     if not any_size:
         found += [
-            f"there are {len(wanted[name]):,} {name} images instead of {count:,}; complete them, or pass --any-size, "
-            "and the results will say so"
+            f"there are {len(wanted[name]):,} {name} images instead of {count:,}; complete them, or run with "
+            "--any-size, and the results will say so"
             for name, count in task.images.items()
             if wanted[name] and len(wanted[name]) != count
         ]

@@ -15,7 +15,7 @@ from visgraft.adapters.record import AdapterRecord
 from visgraft.backbones.creation import create_backbone
 from visgraft.core.attach import assemble
 from visgraft.core.attached import get_attached
-from visgraft.core.method import Batches
+from visgraft.core.method import Batches, ChoosesChannels
 from visgraft.core.registry import get_method
 from visgraft.core.tensors import CHILD
 from visgraft.errors import AdapterError
@@ -27,9 +27,10 @@ Marks = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Choice:
-    """The channels chosen at one site: `marks` [blocks, channels], and the site's `blocks` by number from 0."""
+    """The channels chosen by `score` at one site: `marks` [blocks, channels], and its `blocks` by number from 0."""
 
     site: str
+    score: str
     blocks: tuple[int, ...]
     marks: Marks
 
@@ -43,6 +44,7 @@ class ChannelMap:
     """
 
     site: str
+    score: str
     chosen: int
     width: int
     blocks: int
@@ -58,20 +60,18 @@ def choices(model: nn.Module) -> list[Choice]:
     Empty where it works on all channels.
     """
     attached = get_attached(model)
-    if attached.method.channel_score(attached.config) is None:
-        return []
-    found: dict[tuple[str, int], list[tuple[int, torch.Tensor]]] = {}
+    found: dict[tuple[str, str, int], list[tuple[int, torch.Tensor]]] = {}
     for key, position in attached.where.items():
-        module: Any = attached.positions[key]
-        site, index = module.chosen_channels()
-        assert position.block is not None
-        found.setdefault((site, position.adds_width), []).append((position.block, index))
+        module = attached.positions[key]
+        if isinstance(module, ChoosesChannels) and position.block is not None:
+            site, index, score = module.chosen_channels()
+            found.setdefault((site, score, position.adds_width), []).append((position.block, index))
     result = []
-    for (site, width), rows in found.items():
+    for (site, score, width), rows in found.items():
         marks = np.zeros((len(rows), width), dtype=bool)
         for row, (_, index) in zip(marks, rows, strict=True):
             row[index.cpu().numpy()] = True
-        result.append(Choice(site, tuple(block for block, _ in rows), marks))
+        result.append(Choice(site, score, tuple(block for block, _ in rows), marks))
     return result
 
 
@@ -82,7 +82,7 @@ def stored_choices(adapter: Path, record: AdapterRecord) -> list[Choice]:
         AdapterError: its tensors are missing, damaged, or not those of its configuration.
         VisgraftError: the backbone's architecture is not known here.
     """
-    if get_method(record.method.method).channel_score(record.method) is None:
+    if not issubclass(get_method(record.method.method), ChoosesChannels):
         return []
     tensors = read_tensors(adapter / TENSORS)
     with torch.device("meta"):
@@ -98,13 +98,13 @@ def stored_choices(adapter: Path, record: AdapterRecord) -> list[Choice]:
     return choices(model)
 
 
-def channel_scores(model: nn.Module, batches: Batches, choice: Choice, score: str) -> Values:
+def channel_scores(model: nn.Module, batches: Batches, choice: Choice) -> Values:
     """Return the salience [blocks, channels] by which the choice was made, on the plain frozen backbone.
 
     Where channels were drawn at random, or the lowest taken, it is the class-aware score all the same.
     """
     squares = channel_squares(model, batches, choice.site)
-    formula = SCORE_FUNCTIONS["class_agnostic" if score == "class_agnostic" else "class_aware"]
+    formula = SCORE_FUNCTIONS["class_agnostic" if choice.score == "class_agnostic" else "class_aware"]
     return np.stack([formula(squares[block]).cpu().numpy() for block in choice.blocks])
 
 
@@ -130,7 +130,7 @@ def channel_map(choice: Choice, scores: Values | None) -> ChannelMap:
     order = channel_order(marks, scores)
     picture = _draw(choice, None if scores is None else scores[:, order], marks[:, order], held, alt)
     return ChannelMap(
-        choice.site, chosen, width, blocks, int((often == blocks).sum()), int((often == 0).sum()),
+        choice.site, choice.score, chosen, width, blocks, int((often == blocks).sum()), int((often == 0).sum()),
         None if held is None else float(held.mean()), picture,
     )  # fmt: skip
 

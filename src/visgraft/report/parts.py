@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -11,9 +11,9 @@ from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
 from visgraft.core.attached import get_attached
-from visgraft.core.method import Grid
+from visgraft.core.method import Grid, MadeOfParts
 from visgraft.data.images import Images
-from visgraft.export.merge import merge, mergeable
+from visgraft.export.merge import folded, mergeable
 from visgraft.measure.evaluation import evaluate
 from visgraft.pictures import Picture, Values, colour_grid, heat_map, photograph
 from visgraft.report.mistakes import picture_of
@@ -74,22 +74,39 @@ class PartsShown:
     merged: bool
 
 
+class Shown(NamedTuple):
+    """The module whose parts the page shows, its block counted from 0, and the site it reads."""
+
+    module: MadeOfParts
+    block: int
+    site: str
+
+
+def made_of_parts(model: nn.Module) -> Shown | None:
+    """Return the module whose parts are shown, the first of a late block; None: it is not made of parts."""
+    attached = get_attached(model)
+    late = max(len(attached.sites.blocks) - 2, 0)  # in the last block only the class token goes on: patches are idle
+    inside = {key: position.block for key, position in attached.where.items() if position.block is not None}
+    late = min(late, max(inside.values(), default=0))
+    for key, block in inside.items():
+        module = attached.positions[key]
+        if block >= late and isinstance(module, MadeOfParts):
+            return Shown(module, block, attached.where[key].place.reads)
+    return None
+
+
 def show_parts(model: nn.Module, images: Images, precision: str) -> PartsShown | None:
     """Return what the parts of the attached method do on these images; None where it is not made of parts."""
-    attached = get_attached(model)
-    count = attached.method.parts(attached.config)
-    if not count or not attached.where:
+    made = made_of_parts(model)
+    if made is None:
         return None
-    with_parts = count_alone(model, images, count, precision, attached.method.part_name)
-    blocks = len(attached.sites.blocks)
-    late = max(blocks - 2, 0)  # in the last block only the class token goes on, so patches no longer matter there
-    inside = {k: p.block for k, p in attached.where.items() if p.block is not None}
-    late = min(late, max(inside.values()))
-    key = next(k for k, block in inside.items() if block >= late)
-    position = attached.where[key]
-    module: Any = attached.positions[key]
+    module, blocks = made.module, len(get_attached(model).sites.blocks)
+    count, name = module.parts, module.part_name
+    with_parts = count_alone(model, images, count, precision, name)
     chosen = np.linspace(0, len(images) - 1, min(PICTURES, len(images))).round().astype(int)
-    x, grid = entering(model, module, images.normalised(torch.stack([images.pixels[int(i)] for i in chosen])))
+    x, grid = entering(
+        model, cast(nn.Module, module), images.normalised(torch.stack([images.pixels[int(i)] for i in chosen]))
+    )
     with torch.no_grad():
         patches = x[:, grid.prefix_tokens :]
         added = [module.part_delta(patches, part).float().cpu() for part in range(count)]
@@ -97,12 +114,10 @@ def show_parts(model: nn.Module, images: Images, precision: str) -> PartsShown |
     size = patches.norm(dim=-1).mean().item()
     strength = [100 * part.norm(dim=-1).mean().item() / max(size, 1e-12) for part in added]
     shown = sorted(sorted(range(count), key=lambda i: -strength[i])[:MOST_PARTS])
-    rows = _rows(
-        images, chosen.tolist(), patches, [added[i] for i in shown], shown, grid[:2], attached.method.part_name
-    )
+    rows = _rows(images, chosen.tolist(), patches, [added[i] for i in shown], shown, grid[:2], name)
     return PartsShown(
-        attached.method.part_name, tuple(i + 1 for i in shown), tuple(strength[i] for i in shown), inside[key] + 1,
-        blocks, position.place.reads, rows, *with_parts,
+        name, tuple(i + 1 for i in shown), tuple(strength[i] for i in shown), made.block + 1, blocks,
+        made.site, rows, *with_parts,
     )  # fmt: skip
 
 
@@ -176,7 +191,7 @@ def count_alone(
 
     def figure(kept: Collection[int]) -> float:
         changed = keep_parts(model, kept)
-        return evaluate(merge(changed)[0] if folds else changed, images, precision).figure
+        return evaluate(folded(changed) if folds else changed, images, precision).figure
 
     rows = tuple(
         Alone(f"{name} {i + 1}", figure((i,)), figure([other for other in everything if other != i]))
@@ -189,5 +204,6 @@ def keep_parts(model: nn.Module, kept: Collection[int]) -> nn.Module:
     """Return a copy of an adapted model in which only the parts in `kept` add anything."""
     changed = copy.deepcopy(model)
     for module in get_attached(changed).positions.values():
-        module.keep_parts(kept)  # type: ignore[operator]
+        assert isinstance(module, MadeOfParts)
+        module.keep_parts(kept)
     return changed

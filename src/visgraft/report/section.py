@@ -10,7 +10,6 @@ import numpy as np
 from visgraft.adapters.directory import Adapted
 from visgraft.adapters.record import AdapterRecord
 from visgraft.core.attach import detach
-from visgraft.core.registry import get_method
 from visgraft.data.images import Images, Loading
 from visgraft.data.read import AnySource
 from visgraft.measure.calibration import Calibration, calibration
@@ -21,9 +20,9 @@ from visgraft.pictures import Picture
 from visgraft.report import compare, figures, tables
 from visgraft.report.channels import ChannelMap, channel_map, channel_scores, choices, stored_choices
 from visgraft.report.mistakes import Mistake, count_mistakes, find_mistakes
-from visgraft.report.parts import PartsShown, show_parts
+from visgraft.report.parts import PartsShown, made_of_parts, show_parts
 
-PART_NAMES = {"val": "validation", "test": "test"}
+PART_NAMES = {"val": "validation", "test": "test", "all": "measured"}
 NAMED_CLASSES = 25
 SCORED_IMAGES = 1000
 Say = Callable[[str], None]
@@ -56,6 +55,7 @@ class MeasuredRun:
     paths: tuple[Path, ...]
     members: Any
     skipped: int
+    missing: list[str]
     multi_label: bool
     counts: list[list[int]]
     confusion: Picture | None
@@ -93,15 +93,17 @@ def make_section(
         maps = [channel_map(choice, None) for choice in stored_choices(run.path, record)]
     else:
         say(f"{run.name}: answers on the {PART_NAMES[part]} images")
-        _, evaluation, images, adapted = measure_adapter(run.path, data, weights=weights, part=part, loading=loading)
-        measured = _measure(run, evaluation, images, adapted, say)
+        found, evaluation, images, adapted = measure_adapter(
+            run.path, data, weights=weights, part=part, loading=loading
+        )
+        measured = _measure(run, evaluation, images, adapted, found["classes_missing"], say)
         maps, scored = _salience(run, adapted, data, loading, say)
     measured_figures = (measured.evaluation, measured.members) if measured else (None, np.arange(0))
     return RunSection(
         compare.make_row(run.name, anchor, run.path, record, *measured_figures),
         record,
         figures.curves(record.history, record.facts.get("kept_epoch")),
-        get_method(record.method.method).channel_score(record.method),
+        maps[0].score if maps else None,
         maps,
         scored,
         measured,
@@ -109,22 +111,25 @@ def make_section(
     )
 
 
-def _measure(run: ReportedRun, evaluation: Evaluation, images: Images, adapted: Adapted, say: Say) -> MeasuredRun:
+def _measure(
+    run: ReportedRun, evaluation: Evaluation, images: Images, adapted: Adapted, missing: list[str], say: Say
+) -> MeasuredRun:
     """Make the tables and pictures of a measured run."""
     multi_label, names = tables.is_multi_label(evaluation), run.classes
     counts = None if multi_label else confusion(evaluation, len(names))
     found = calibration(evaluation)
     say(f"{run.name}: mistakes, and what the answers depend on")
     mistakes = find_mistakes(adapted.model, images, evaluation, names)
-    method = get_method(run.record.method.method)
-    if method.parts(run.record.method):
-        say(f"{run.name}: each {method.part_name} alone")
+    made = made_of_parts(adapted.model)
+    if made:
+        say(f"{run.name}: each {made.module.part_name} alone")
     parts = show_parts(adapted.model, images, run.record.precision)
     return MeasuredRun(
         evaluation=evaluation,
         paths=images.paths,
         members=clusters(images.groups, len(images)),
         skipped=len(images.skipped),
+        missing=missing,
         multi_label=multi_label,
         counts=[] if counts is None else counts.tolist(),
         confusion=None if counts is None or len(names) <= NAMED_CLASSES else figures.large_confusion(counts),
@@ -149,14 +154,14 @@ def _salience(
 
     Of many training images, evenly spaced ones are taken, so that a report does not take as long as a training.
     """
-    found, score = choices(adapted.model), get_method(run.record.method.method).channel_score(run.record.method)
-    if not found or score is None:
+    found = choices(adapted.model)
+    if not found:
         return [], ""
     say(f"{run.name}: salience of the channels")
     examples = adapter_data(run.path, data)[0].part("train")
     some = examples[:: -(-len(examples) // SCORED_IMAGES)]
     images = load_as_trained(some, run.record, len(run.classes), loading)
     plain = detach(adapted.model)
-    maps = [channel_map(choice, channel_scores(plain, images.batches(), choice, score)) for choice in found]
+    maps = [channel_map(choice, channel_scores(plain, images.batches(), choice)) for choice in found]
     of = f" (of {len(examples):,})" if len(some) < len(examples) else ""
     return maps, f"{len(images):,} training images{of}"

@@ -27,7 +27,7 @@ class Candidate:
     @property
     def flags(self) -> str:
         """The options of `visgraft train` that repeat this setting."""
-        return " ".join([f"--method {self.method}", *written(self.setting)])
+        return " ".join(["--method", self.method, *written(self.setting)])
 
     @property
     def called(self) -> str:
@@ -36,9 +36,12 @@ class Candidate:
 
 
 def written(setting: Mapping[str, Any]) -> list[str]:
-    """Return a setting as options of the command line; what is None stays out."""
-    return [f"--{name.replace('_', '-')} {value:g}" if isinstance(value, float) else
-            f"--{name.replace('_', '-')} {value}" for name, value in setting.items() if value is not None]  # fmt: skip
+    """Return a setting as words of the command line; what is None stays out."""
+    words = []
+    for name, value in setting.items():
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value)]
+    return words
 
 
 def difference(first: Predictions, second: Predictions) -> Difference:

@@ -286,7 +286,7 @@ def _validate(model: nn.Module, task: Objective, compute: Compute, batch_size: i
 def _diverged(epoch: int, config: TrainConfig) -> TrainingDiverged:
     return TrainingDiverged(
         f"the loss is no longer finite in epoch {epoch}; the state after epoch {epoch - 1} is kept; "
-        f"lower --lr (it was {config.lr})",
+        f"train with a lower --lr (it was {config.lr})",
         epoch - 1,
     )
 

@@ -16,6 +16,8 @@ from visgraft.errors import VisgraftError
 from visgraft.files import new_file
 
 SUFFIX = ".resume.safetensors"
+FILES = "files"
+"""Where a run keeps a digest of every image by its name, under "data"."""
 Tensors = dict[str, Tensor]
 
 
@@ -151,13 +153,20 @@ def read_state(path: Path, run: Mapping[str, Any]) -> TrainState:
 
 
 def check_same_run(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise a VisgraftError that names the first thing in which two runs differ."""
+    """Raise a VisgraftError that names the first thing, or the first image, in which two runs differ."""
     flat_before, flat_now = _flat(before), _flat(json.loads(json.dumps(now)))
+    if FILES not in before.get("data", {}):  # of an earlier version, which did not look into the files
+        flat_now = {name: value for name, value in flat_now.items() if not name.startswith(f"data.{FILES}.")}
     for name in sorted(flat_before.keys() | flat_now.keys()):
-        if flat_before.get(name) != flat_now.get(name):
+        was, is_ = flat_before.get(name), flat_now.get(name)
+        if was != is_:
+            differs = f"is of a run with {name} {was}, now it is {is_}"
+            if name.startswith(f"data.{FILES}."):
+                image = name.removeprefix(f"data.{FILES}.")
+                how = "was not there" if was is None else "was there" if is_ is None else "had another content"
+                differs = f"is of a run in which the image {image} {how}"
             raise VisgraftError(
-                f"{path} is of a run with {name} {flat_before.get(name)}, now it is {flat_now.get(name)}; give the "
-                "same options and data as then, or leave out --resume to start anew"
+                f"{path} {differs}; give the same options and data as then, or leave out --resume to start anew"
             )
 
 

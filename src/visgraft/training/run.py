@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,10 +16,12 @@ from torch import nn
 from visgraft.adapters.directory import CONFIG, save
 from visgraft.adapters.warm_start import start_from
 from visgraft.backbones.creation import Backbone, create_backbone, model_data_config
+from visgraft.check.looks import shape_warning
 from visgraft.check.quick import quick_check
 from visgraft.core.attach import assemble, attach, count_parameters
 from visgraft.core.method import Batches
 from visgraft.data.dataset import Dataset, Split
+from visgraft.data.identity import content_digests
 from visgraft.data.images import Images, Loading, load_images
 from visgraft.data.read import AnySource, read_data
 from visgraft.errors import Interrupted, TrainingDiverged, VisgraftError
@@ -29,7 +32,7 @@ from visgraft.measure.precision import resolve_precision
 from visgraft.options import MethodConfig, TrainConfig
 from visgraft.training.fit import Fitted, fit
 from visgraft.training.loop import restore
-from visgraft.training.resume import Epoch, TrainState, read_state, state_file, write_state
+from visgraft.training.resume import FILES, Epoch, TrainState, read_state, state_file, write_state
 
 _DEFAULT_SPLIT, _DEFAULT_LOADING = Split(), Loading()
 STATE_SECONDS = 10.0
@@ -38,11 +41,15 @@ STATE_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Watch:
-    """Who is told what during a run: epochs, images read (done, in all), and warnings in one line each."""
+    """Who is told what during a run: epochs, images read (done, in all), and warnings in one line each.
+
+    `again` is what an error tells the user to do where the run stopped.
+    """
 
     epoch: Callable[[Epoch], None] | None = None
     loading: Callable[[int, int], None] | None = None
     warning: Callable[[str], None] = lambda text: None
+    again: str = "give the same command with --resume to go on"
 
 
 @dataclass
@@ -87,6 +94,9 @@ def train_folder(
     state = _find_state(out, run, resume, watch)
     model = create_backbone(backbone, len(dataset.classes), train_config.drop_path)
     counts = count_parameters(model)
+    if backbone.crop_mode is None:  # otherwise the choice was made
+        for line in shape_warning(dataset.train, model_data_config(model)["crop_mode"]):
+            watch.warning(line)
     images, val = _load(dataset, model, loading, watch)
 
     def start() -> None:
@@ -107,16 +117,19 @@ def train_folder(
     assert fitted.training is not None
     costs = {**dataclasses.asdict(fitted.training), "seconds": fitted.seconds}
     figures = figures_of(None if val is None else evaluate(model, val, train_config.precision))
-    _finish(out, partial(write, metrics={f"val_{name}": value for name, value in figures.items()}, **costs))
+    _finish(
+        out, watch.again, partial(write, metrics={f"val_{name}": value for name, value in figures.items()}, **costs)
+    )
     told = {"method": method_config.method, "backbone": backbone.name, "split": "val" if val else None, **figures}
     sizes = {**sizes_of(model, out), "params_backbone": counts.total - counts.head}
     skipped = [row for part in (images, val) if part for row in skipped_of(part)]
     kept = {name: value for name, value in costs.items() if name != "history"}
     how = {name: getattr(train_config, name) for name in ("precision", "epochs")}
-    return {"adapter": str(out), **told, **sizes, "skipped": skipped, **kept, **how}
+    beside = None if dataset.unlabelled is None else str(dataset.unlabelled)
+    return {"adapter": str(out), **told, **sizes, "skipped": skipped, **kept, **how, "unlabelled": beside}
 
 
-def _finish(out: Path, write: Callable[[], None]) -> None:
+def _finish(out: Path, again: str, write: Callable[[], None]) -> None:
     """Write the adapter and remove the state; where the disk is full, say that the state is still there."""
     file = state_file(out)
     try:
@@ -124,7 +137,7 @@ def _finish(out: Path, write: Callable[[], None]) -> None:
     except VisgraftError as error:
         if not file.is_file():
             raise
-        raise VisgraftError(f"{error}; make room, and give the same command with --resume: {file} is kept") from error
+        raise VisgraftError(f"{error}; make room, and {again}: {file} is kept") from error
     file.unlink(missing_ok=True)
 
 
@@ -132,13 +145,15 @@ def _facts(
     dataset: Dataset, backbone: Backbone, method: MethodConfig, config: TrainConfig, split: Split, loading: Loading
 ) -> dict[str, Any]:
     """What must be the same for a run to be the same."""
+    digests = zip(dataset.all, content_digests(dataset.all), strict=True)
     data = {"fingerprint": dataset.fingerprint, **dataclasses.asdict(split), **dataclasses.asdict(loading)}
+    files = {str(example.path).removeprefix(f"{dataset.root}{os.sep}"): digest for example, digest in digests}
     return {
         "method": method.method,
         "options": method.to_dict(),
         "backbone": backbone.to_dict(),
         "train": config.to_dict(),
-        "data": data,
+        "data": data | {FILES: files},
     }
 
 
@@ -157,7 +172,7 @@ def _record(dataset: Dataset, split: Split, config: TrainConfig, background: str
 def read_and_check(data: AnySource, split: Split, watch: Watch) -> Dataset:
     """Read labelled images' names and labels, and warn of what can be seen without decoding one."""
     dataset = read_data(data, split)
-    for line in quick_check(dataset):
+    for line in (*dataset.notes, *quick_check(dataset)):
         watch.warning(line)
     return dataset
 
@@ -191,7 +206,7 @@ def _find_state(out: Path, run: dict[str, Any], resume: bool, watch: Watch) -> T
         return None
     if resume:
         return read_state(file, run)
-    watch.warning(f"{file} of an interrupted run will be replaced; pass --resume to go on from it instead")
+    watch.warning(f"{file} of an interrupted run will be replaced; to keep it, {watch.again}")
     return None
 
 
@@ -231,7 +246,7 @@ def _train(
     except TrainingDiverged as error:
         raise _keep_last_good(error, file, write, out) from None
     except KeyboardInterrupt:
-        raise _interrupted(model, kept.state, run, out, write, epochs) from None
+        raise _interrupted(model, kept.state, run, out, write, epochs, watch.again) from None
 
 
 def _keep_last_good(error: TrainingDiverged, file: Path, write: Callable[..., None], out: Path) -> TrainingDiverged:
@@ -244,7 +259,13 @@ def _keep_last_good(error: TrainingDiverged, file: Path, write: Callable[..., No
 
 
 def _interrupted(
-    model: nn.Module, state: TrainState | None, run: dict[str, Any], out: Path, write: Callable[..., None], epochs: int
+    model: nn.Module,
+    state: TrainState | None,
+    run: dict[str, Any],
+    out: Path,
+    write: Callable[..., None],
+    epochs: int,
+    again: str,
 ) -> Interrupted:
     """Write the state, and the adapter unless there is one already; return the error that says how to go on."""
     if state is None or not state.epoch:
@@ -256,6 +277,4 @@ def _interrupted(
         with contextlib.suppress(VisgraftError):
             write(interrupted_after_epoch=state.epoch)
             usable = f"; the adapter so far is in {out}"
-    return Interrupted(
-        f"interrupted after epoch {state.epoch} of {epochs}{usable}; give the same command with --resume to go on"
-    )
+    return Interrupted(f"interrupted after epoch {state.epoch} of {epochs}{usable}; {again}")
