@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,7 +24,6 @@ from visgraft.adapters.directory import TENSORS
 from visgraft.cli import main, show
 from visgraft.cli.show import describe
 from visgraft.data.decode import open_image
-from visgraft.drawn.gauges import draw_gauges
 
 PROGRAM = Path(sys.executable).parent / "visgraft"
 SMALL = ["--backbone", "test_vit", "--weights", "none", "--image-size", "32"]
@@ -242,31 +240,6 @@ def test_on_a_terminal_the_last_validation_accuracy_stays_in_sight(monkeypatch: 
     last = written.getvalue().splitlines()[-2]  # the last line only shows the cursor again
     assert "epoch  8/30 loss  2.500 train  25.0% val  12.5%   52 images/s 2 min left" in last
     assert not describe(during, 30).count("val")
-
-
-def test_the_demo_runs_from_drawing_to_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("visgraft.cli.demo.draw_gauges", partial(draw_gauges, train=32, val=16, test=32))
-    out = tmp_path / "demo"
-    code, told, err = run("demo", "--out", out, "--epochs", 1)
-    assert code == 0 and "73,792" in told and f"picture: {out}/demo.png" in told, err
-    result = json.loads((out / "demo.json").read_text(encoding="utf-8"))
-    rows = {row["method"]: row for row in result["methods"]}
-    assert {name: row["params_adapter"] for name, row in rows.items()} == {"linear": 0, "sct": 28224, "alore": 73792}
-    assert all((row["images"], row["split"]) == (32, "test") for row in rows.values())
-    assert result["certificate"]["merged_error"] <= result["certificate"]["error_tolerance"]
-    assert (result["certificate"]["images"], result["reopened_top1_agreement"]) == (16, 1.0)
-    assert result["certificate"]["verdict"] in told
-    with Image.open(result["picture"]) as picture:
-        assert picture.format == "PNG" and min(picture.size) > 1000
-
-
-@pytest.mark.long
-def test_the_demo_runs_again_in_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("visgraft.cli.demo.draw_gauges", partial(draw_gauges, train=32, val=16, test=32))
-    out = tmp_path / "demo"
-    for _ in range(2):
-        result = succeed("demo", "--out", out, "--epochs", 1)
-        assert json.loads((out / "demo.json").read_text(encoding="utf-8")) == result
 
 
 def test_sct_in_mode_mlp_merges_and_in_mode_attn_names_that_remedy(flat: Path, tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ from visgraft.core.configure import configure
 from visgraft.data.images import Images
 from visgraft.errors import TrainingDiverged
 from visgraft.search import parse_budget
-from visgraft.search.budget import MIN_TRIALS, Clock, Cost, OutOfTime, Plan, Size, duration, make_plan
+from visgraft.search.budget import MIN_TRIALS, Clock, Cost, OutOfTime, Plan, Size, make_plan
 from visgraft.search.race import Race
 from visgraft.search.settings import Search, TuningTask, default_setting
 from visgraft.training.crossval import Bench, Fit
+from visgraft.training.pace import duration
 
 BACKBONE = Backbone("test_vit", "none", 32)
 

@@ -319,3 +319,81 @@ def test_objects_in_an_archive_of_arrays_are_refused_and_never_made(tmp_path: Pa
     np.savez(tmp_path / "w.npz", **state)
     assert "allow_pickle=False" in refusal(SMALL["ViT-B_16.npz"].make(OUTPUTS), tmp_path / "w.npz")
     assert not marker.exists()
+
+
+PLAIN_VIT = small_vit("vit_base_patch16_224")
+
+
+def wrapped(state: dict[str, Tensor]) -> dict[str, tuple[Any, str]]:
+    """The same tensors as training programs write them, and what is said of the choice."""
+    other = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+
+    def inside(prefix: str) -> dict[str, Tensor]:
+        return {prefix + name: tensor for name, tensor in state.items()}
+
+    return {
+        "model": ({"model": state, "optimizer": {}, "epoch": 3}, "took model"),
+        "model_state_dict": ({"model_state_dict": state, "epoch": 3}, "took model_state_dict"),
+        "state_dict": ({"state_dict": state, "arch": "vit"}, "took state_dict"),
+        "averaged": ({"state_dict": other, "state_dict_ema": state}, "took state_dict_ema (beside it: state_dict)"),
+        "teacher": ({"student": other, "teacher": state}, "took teacher (beside it: student)"),
+        "student": ({"student": state}, "took student"),
+        "nested": ({"state_dict": {"model": state}}, "took state_dict, took model"),
+        "module": (inside("module."), "took what begins with module."),
+        "compiled": ({"model": inside("_orig_mod.")}, "took model, took what begins with _orig_mod."),
+        "backbone": (
+            {**inside("backbone."), "head.last.weight": torch.zeros(2, 2)},
+            "took what begins with backbone. (left out: head.last.weight)",
+        ),
+        "encoder": (
+            {"state_dict": {**inside("module.encoder."), "module.predictor.0.weight": torch.zeros(2)}},
+            "took state_dict, took what begins with module., "
+            "took what begins with encoder. (left out: predictor.0.weight)",
+        ),
+        "dino": (
+            {
+                "teacher": {**inside("module.backbone."), "module.head.mlp.0.weight": torch.zeros(2, 2)},
+                "student": other,
+            },
+            "took teacher (beside it: student), took what begins with module., took what begins with backbone.",
+        ),
+    }
+
+
+@pytest.mark.parametrize("kind", wrapped({}))
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_what_training_programs_wrap_around_weights_is_opened(
+    kind: str, suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "visgraft")
+    state = live(PLAIN_VIT(0)).state_dict()
+    content_, told = wrapped(state)[kind]
+    path = tmp_path / f"weights.{suffix}"
+    if suffix == "safetensors":
+        if any(isinstance(value, dict) for value in content_.values()):
+            pytest.skip("safetensors hold no dictionaries")
+        safetensors.torch.save_file(content_, path)
+    else:
+        torch.save(content_, path)
+    model = PLAIN_VIT(3)
+    load_weights(model, path)
+    own = model.state_dict()
+    assert all(torch.equal(own[name], tensor) for name, tensor in state.items())
+    (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("visgraft")]
+    assert line.startswith(f"{path}: {told}")
+
+
+def test_a_bare_file_is_taken_without_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "visgraft")
+    torch.save(live(PLAIN_VIT(0)).state_dict(), tmp_path / "w.pth")
+    load_weights(PLAIN_VIT(3), tmp_path / "w.pth")
+    assert not [record for record in caplog.records if record.name.startswith("visgraft")]
+
+
+def test_what_does_not_fit_is_named_on_both_sides(tmp_path: Path) -> None:
+    state = live(PLAIN_VIT(0)).state_dict()
+    state["extra.weight"] = state.pop("norm.weight")
+    state["norm.bias"] = torch.zeros(5)
+    torch.save({"model": state}, tmp_path / "w.pth")
+    line = refusal(PLAIN_VIT(3), tmp_path / "w.pth")
+    assert "it lacks norm.weight; it has besides extra.weight; it has in another shape norm.bias" in line

@@ -86,7 +86,7 @@ def create_backbone(backbone: Backbone, num_classes: int = 0, drop_path: float =
         VisgraftError: unknown model, or an image size on which it does not run.
         WeightsError: the weights are missing, or do not fit the model.
     """
-    sizing, size_bound = _fit_image_size(backbone)
+    sizing, size_bound = fit_image_size(backbone)
     arguments = {**backbone.arguments, **sizing}
     if drop_path:
         arguments["drop_path_rate"] = drop_path
@@ -176,7 +176,7 @@ def _from_hub(name: str, num_classes: int, arguments: dict[str, Any]) -> Any:
         logging.getLogger("timm").setLevel(level)
 
 
-def _fit_image_size(backbone: Backbone) -> tuple[dict[str, Any], list[str]]:
+def fit_image_size(backbone: Backbone) -> tuple[dict[str, Any], list[str]]:
     """Return the constructor's argument for the image size, and the tensors that weights of another size do not fill.
 
     Raises:

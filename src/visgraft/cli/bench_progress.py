@@ -38,7 +38,7 @@ def sweep_progress(
 
 
 def _time_left(state: "State", workers: int) -> str:
-    from visgraft.search.budget import duration
+    from visgraft.training.pace import duration
 
     seconds = state.seconds_left(workers)
     return "" if seconds is None or not state.left else f", about {duration(seconds)}"

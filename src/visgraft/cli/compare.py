@@ -182,8 +182,8 @@ def comparison_progress() -> Iterator[Callable[["Progress"], None]]:
 def describe(progress: "Progress") -> str:
     """One line on where a comparison is."""
     from visgraft.cli.show import percent
-    from visgraft.search.budget import duration
     from visgraft.search.verdict import written
+    from visgraft.training.pace import duration
 
     kind = "trial" if progress.stage == "search" else "cross-validation, training"
     text = f"{progress.method} {kind} {progress.number}"

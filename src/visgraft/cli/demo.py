@@ -21,7 +21,7 @@ from visgraft.files import write_json
 from visgraft.measure.measuring import measure_adapter
 from visgraft.report.page import build_report, write_page
 from visgraft.report.picture import PaintedRun, paint
-from visgraft.search.budget import duration
+from visgraft.training.pace import duration
 from visgraft.training.run import Watch, train_folder
 
 IMAGE_SIZE = 98

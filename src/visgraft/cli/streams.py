@@ -24,6 +24,14 @@ class _Told(logging.Handler):
             progress_console.print(text)
 
 
+def _show_warning(
+    message: Warning | str, category: object, filename: str, lineno: int, file: object = None, line: str | None = None
+) -> None:
+    from visgraft.cli.show import warn
+
+    warn(str(message))
+
+
 def prepare_streams() -> None:
     """Let any name be printed and our own log be shown, and keep back what other libraries tell programmers.
 
@@ -38,6 +46,8 @@ def prepare_streams() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", module="visgraft")
+        warnings.showwarning = _show_warning
         os.environ.setdefault("PYTHONWARNINGS", "ignore")  # in the processes of a benchmark too
     if logging.lastResort:
         logging.lastResort.setLevel(logging.ERROR)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from visgraft.errors import VisgraftError
+from visgraft.training.pace import duration
 
 _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 MIN_EPOCHS = 5
@@ -40,14 +41,6 @@ def parse_budget(text: str) -> float:
     if not seconds:
         raise VisgraftError(f"budget {text!r} is no length of time; write it like 30m, 2h, 90s or 1h30m")
     return seconds
-
-
-def duration(seconds: float) -> str:
-    """Write a length of time in the way `parse_budget` reads, in whole seconds, or minutes from 100 seconds on."""
-    if seconds < 100:
-        return f"{math.ceil(seconds)}s"
-    hours, minutes = divmod(math.ceil(seconds / 60), 60)
-    return "".join(f"{number}{unit}" for number, unit in ((hours, "h"), (minutes, "m")) if number)
 
 
 class Clock:

@@ -1,5 +1,6 @@
 """How long the parts of a training take, measured on its first steps."""
 
+import math
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing
@@ -119,3 +120,11 @@ def _not_run(task: Objective, images: Images, val: Images | None, config: TrainC
     shape = tuple(images.pixels.shape)
     seen = replace(images, pixels=View(augment, shape, images.distinct, 1)) if augment else images
     return repeats * seconds_per_image(task.network, seen, make_compute(config.precision))
+
+
+def duration(seconds: float) -> str:
+    """Write a length of time in the way `parse_budget` reads, in whole seconds, or minutes from 100 seconds on."""
+    if seconds < 100:
+        return f"{math.ceil(seconds)}s"
+    hours, minutes = divmod(math.ceil(seconds / 60), 60)
+    return "".join(f"{number}{unit}" for number, unit in ((hours, "h"), (minutes, "m")) if number)

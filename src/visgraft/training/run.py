@@ -33,6 +33,7 @@ from visgraft.options import MethodConfig, TrainConfig
 from visgraft.training.fit import Fitted, fit
 from visgraft.training.loop import restore
 from visgraft.training.resume import FILES, Epoch, TrainState, read_state, state_file, write_state
+from visgraft.training.slow import LongRun, faster_options
 
 _DEFAULT_SPLIT, _DEFAULT_LOADING = Split(), Loading()
 STATE_SECONDS = 10.0
@@ -110,8 +111,17 @@ def train_folder(
     def write(**more: Any) -> None:
         save(model, out, classes=dataset.classes, record={**record, **more})
 
+    slow = LongRun(
+        watch.warning, lambda: faster_options(model, backbone, method_config, train_config, init_from is None)
+    )
+
+    def show(epoch: Epoch) -> None:
+        slow(epoch)
+        if watch.epoch:
+            watch.epoch(epoch)
+
     def learn(**told: Any) -> Fitted:
-        return fit(model, method_config, train_config, images, val, start=start, on_progress=watch.epoch, **told)
+        return fit(model, method_config, train_config, images, val, start=start, on_progress=show, **told)
 
     fitted = _train(model, learn, train_config.epochs, out, run, state, write, watch)
     assert fitted.training is not None
