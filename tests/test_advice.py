@@ -38,6 +38,7 @@ REACHED = {
     "training/objective": ("train",),
     "training/resume": ("train",),
     "training/run": ("train",),
+    "training/slow": ("train",),
     "cli/app": ("visgraft", "demo", *MEASURING),
     "cli/arguments": (*TRAINING[:2], "eval", "report", "check"),
     "cli/bench": ("bench run", "bench check", "bench table"),
