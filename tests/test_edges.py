@@ -88,15 +88,14 @@ def test_padding_keeps_all_of_a_picture(tmp_path: Path) -> None:
     code, _, err = run("train", data, "--method", "full", "--epochs", 1, "--out", tmp_path / "a", *SMALL)
     assert code == 0 and "cuts off 60% of one of 2.5 to 1; train with --crop-mode border" in err
     assert "--crop-mode border" in run("check", data)[1]
-    found = {}
-    for mode in ("center", "border"):
-        options = ("--method", "full", "--lr", 1e-3, "--epochs", 12, "--batch-size", 8, "--crop-mode", mode)
-        code, _, err = run("train", data, *options, "--out", tmp_path / mode, *SMALL)
-        assert code == 0 and "cuts off" not in err, "the choice was made"
-        found[mode] = succeed("eval", tmp_path / mode, data, "--split", "all")["top1"]
-    assert found["border"] == 1.0 > found["center"]
+    options = ("--method", "full", "--lr", 1e-3, "--epochs", 12, "--batch-size", 8, "--crop-mode", "border")
+    code, _, err = run("train", data, *options, "--out", tmp_path / "border", *SMALL)
+    assert code == 0 and "cuts off" not in err, "the choice was made"
+    assert succeed("eval", tmp_path / "border", data, "--split", "all")["top1"] > 0.9
     adapted = load(tmp_path / "border")
     x = adapted.transform(open_image(data / "0" / "0.png"))
     assert adapted.record.data_config["crop_mode"] == "border" and x.shape == (3, 32, 32)
-    assert x[0, 16, 0] > x[0, 16, 16] and x[0, 0].std() < 1e-6, "the red end is shown, and the padding is even"
+    assert x[0, 16, 0] > x[0, 16, 16] + 0.5 and x[0, 0].std() < 1e-6, "the red end is shown, and the padding is even"
+    middle = load(tmp_path / "a").transform(open_image(data / "0" / "0.png"))
+    assert abs(middle[0, 16, 0] - middle[0, 16, 16]) < 0.5, "it is cut off"
     assert predict(adapted, [data / "0" / "0.png"])[0][0][0] == "0"
