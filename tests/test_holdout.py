@@ -34,7 +34,7 @@ def numbered(photos: Path) -> Path:
     """An adapter whose outputs are in another order than the names'."""
     first = photos.parent / "first"
     succeed(
-        "train", photos, "--method", "full", "--lr", 1e-3, "--epochs", 12, "--batch-size", 8, "--out", first, *SMALL
+        "train", photos, "--method", "full", "--lr", 5e-4, "--epochs", 30, "--batch-size", 4, "--out", first, *SMALL
     )
     adapted = load(first)
     head = adapted.model.get_classifier()
@@ -47,7 +47,7 @@ def test_classes_match_by_name_in_any_order(photos: Path, numbered: Path) -> Non
     assert isinstance(load(numbered), Adapted) and load(numbered).classes == NAMES
     found = succeed("eval", numbered, photos, "--split", "all")
     first = succeed("eval", photos.parent / "first", photos, "--split", "all")
-    assert found["top1"] == first["top1"] > 0.6 and found["classes_missing"] == []
+    assert found["top1"] == first["top1"] > 0.9 and found["classes_missing"] == []
     merged = succeed("merge", numbered, "--data", photos, "--out", photos.parent / "merged")
     assert merged["images"] > 0
     page = succeed("report", numbered, "--data", photos, "--split", "all", "--out", photos.parent / "page.html")
@@ -59,7 +59,7 @@ def test_a_holdout_may_lack_classes_and_may_hold_one(photos: Path, numbered: Pat
     code, _, err = run("eval", numbered, tmp_path / "one", "--split", "all")
     assert code == 0 and "no images of 1, 2" in err and "Traceback" not in err
     found = succeed("eval", numbered, tmp_path / "one", "--split", "all")
-    assert found["images"] == 8 and found["top1"] > 0.5 and found["classes_missing"] == ["1", "2"]
+    assert found["images"] == 8 and found["top1"] > 0.9 and found["classes_missing"] == ["1", "2"]
     assert found["macro_f1"] == pytest.approx(2 * found["top1"] / (1 + found["top1"]))
     shutil.copytree(photos / "2", tmp_path / "test alone" / "test" / "2")
     assert succeed("eval", numbered, tmp_path / "test alone")["classes_missing"] == ["1", "10"]
