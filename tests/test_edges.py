@@ -1,14 +1,18 @@
 """The least, the most and the oddest of everything: each runs, or says in one line why not."""
 
+import pickle
+import subprocess
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from PIL import Image
-from test_cli import SMALL, fail, run, succeed
+from test_cli import PROGRAM, SMALL, fail, run, succeed
 
 from visgraft import DataError, load, predict
 from visgraft.data.decode import open_image
+from visgraft.errors import TrainingDiverged
 
 
 def draw(folder: Path, classes: int = 2, count: int = 6, size: tuple[int, int] = (40, 40), mode: str = "RGB") -> Path:
@@ -99,3 +103,59 @@ def test_padding_keeps_all_of_a_picture(tmp_path: Path) -> None:
     middle = load(tmp_path / "a").transform(open_image(data / "0" / "0.png"))
     assert abs(middle[0, 16, 0] - middle[0, 16, 16]) < 0.5, "it is cut off"
     assert predict(adapted, [data / "0" / "0.png"])[0][0][0] == "0"
+
+
+@pytest.mark.parametrize("out", [".", "", "..", "x" * 240, "x" * 300, "\udcff"])
+def test_a_target_that_cannot_be_used_is_one_line_before_any_work(
+    out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = draw(tmp_path / "photos")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with patch("visgraft.training.run.create_backbone", side_effect=AssertionError("work was done")):
+        line = fail("train", data, "--out", out, "--method", "linear", *SMALL)
+    assert "--out" in line or "another path" in line
+    for option in ("--out", "--train-best"):
+        line = fail("compare", data, option, out, "--methods", "linear", "--trials", 1, *SMALL)
+        assert option in line or "another path" in line
+    assert not any((tmp_path / "here").iterdir())
+
+
+@pytest.mark.parametrize("verb", ["eval", "info", "predict", "merge", "report", "check", "train", "bench table"])
+def test_a_name_that_no_file_can_have_is_one_line(verb: str, tmp_path: Path) -> None:
+    name = "x" * 300
+    rest = {"eval": [tmp_path], "predict": [tmp_path], "merge": ["--out", tmp_path / "m"],
+            "report": ["--out", tmp_path / "r.html"], "train": ["--out", tmp_path / "t", *SMALL]}  # fmt: skip
+    fail(*verb.split(), name, *rest.get(verb, []))
+
+
+def test_what_cannot_be_printed_is_one_line(tmp_path: Path) -> None:
+    train(draw(tmp_path / "photos"), tmp_path / "out")
+    if not Path("/dev/full").exists():
+        pytest.skip("no full device here")
+    with open("/dev/full", "w") as full:
+        command = [PROGRAM, "info", tmp_path / "out", "--json"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    read = subprocess.run(
+        f"{PROGRAM} info {tmp_path / 'out'} | head -c 1", shell=True, capture_output=True, check=False
+    )
+    assert read.stderr == b"" and read.stdout
+
+
+def test_folds_that_cannot_be_made_are_refused_before_training(tmp_path: Path) -> None:
+    data = draw(tmp_path / "photos", count=4)
+    for number, told in ((1, "are no cross-validation"), (-3, "are no cross-validation"), (9, "9 folds need 9 images")):
+        line = fail("train", data, "--folds", number, "--method", "linear", "--out", tmp_path / "out", *SMALL)
+        assert told in line and not (tmp_path / "out").exists()
+
+
+def test_padding_is_not_advised_where_nothing_would_be_seen(tmp_path: Path) -> None:
+    data = draw(tmp_path / "lines", size=(1400, 3))
+    code, _, err = run("train", data, "--method", "linear", "--epochs", 1, "--out", tmp_path / "out", *SMALL)
+    assert code == 0 and "--crop-mode" not in err
+
+
+def test_errors_can_be_handed_to_other_processes() -> None:
+    again = pickle.loads(pickle.dumps(TrainingDiverged("broken", 3)))
+    assert str(again) == "broken" and again.last_good_epoch == 3

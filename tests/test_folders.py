@@ -265,7 +265,7 @@ def test_images_outside_of_class_folders_of_a_split(tmp_path: Path) -> None:
     assert_says(message(tmp_path), tmp_path, "loose.png", f"put each in {tmp_path / 'train'}/<class>/")
     loose.unlink()
     write_image(tmp_path / "test" / "1.png")
-    assert read_folder(tmp_path).unlabelled == tmp_path / "test"
+    assert read_folder(tmp_path).unlabelled == (tmp_path / "test",)
     write_image(tmp_path / "test" / "a" / "2.png")
     assert_says(message(tmp_path), tmp_path / "test", "1.png", f"put each in {tmp_path / 'test'}/<class>/")
 

@@ -89,7 +89,7 @@ def test_a_test_folder_without_classes_does_not_block_training(photos: Path, tmp
     shutil.copytree(photos, tmp_path / "cup" / "train")
     shutil.copytree(photos / "1", tmp_path / "cup" / "test")
     dataset = read_folder(tmp_path / "cup")
-    assert dataset.unlabelled == tmp_path / "cup" / "test" and dataset.test == () and len(dataset.val) > 0
+    assert dataset.unlabelled == (tmp_path / "cup" / "test",) and dataset.test == () and len(dataset.val) > 0
     out = tmp_path / "my adapter"
     code, text, err = run("train", tmp_path / "cup", "--method", "linear", "--epochs", 1, "--out", out, *SMALL)
     assert code == 0 and "has no class folders" in err
@@ -149,3 +149,69 @@ def test_two_labels_in_a_column_for_one_are_asked_about(tmp_path: Path) -> None:
     assert {example.path.name: example.label for example in dataset.all}["2.png"] == (0, 1)
     (tmp_path / "t.csv").write_text("\n".join(("image_path,label", "0.png,x|y", "1.png,z")))
     assert read_table(tmp_path / "t.csv", split=Split(0.0, 0.0)).classes == ("x|y", "z")
+
+
+def test_two_folders_without_classes_and_nothing_else(photos: Path, numbered: Path, tmp_path: Path) -> None:
+    cup = tmp_path / "cup"
+    shutil.copytree(photos, cup / "train")
+    for part in ("val", "test"):
+        shutil.copytree(photos / "1", cup / part)
+    out = tmp_path / "out"
+    code, text, err = run("train", cup, "--method", "linear", "--epochs", 1, "--out", out, *SMALL)
+    assert code == 0 and f"visgraft predict {out} {cup / 'test'} {cup / 'val'}" in text, err
+    shutil.rmtree(cup / "train")
+    line = fail("eval", numbered, cup)
+    assert "has no labelled images; put those of test, val into folders by class" in line
+
+
+def test_other_parts_of_a_hub_data_set_are_measured(numbered: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["10", "2", "1"])})
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)) for _ in range(4)]
+
+    def write(name: str, part: str, labels: list[int]) -> str:
+        rows = datasets.Dataset.from_dict({"image": pictures, "label": labels}, features=features)
+        datasets.DatasetDict({part: rows}).save_to_disk(tmp_path / name)
+        return f"hf:{tmp_path / name}"
+
+    found = succeed("eval", numbered, write("tested", "test", [0, 1, 0, 1]))
+    assert found["images"] == 4 and found["classes_missing"] == ["1"]
+    assert succeed("eval", numbered, write("held", "validation", [2, 2, 2, 2]), "--split", "val")["images"] == 4
+    assert "has no image with a label" in fail("eval", numbered, write("none", "test", [-1] * 4))
+    line = fail("eval", numbered, f"hf:{tmp_path / 'tested'}", "--split", "val")
+    assert "has no val images; choose another part with --split: test with 4, or all" in line
+
+
+def test_accents_of_class_names_match_however_they_are_stored(tmp_path: Path) -> None:
+    names = ("café", "thé")
+    draw(tmp_path / "train", names)
+    succeed("train", tmp_path / "train", "--method", "linear", "--epochs", 1, "--out", tmp_path / "out", *SMALL)
+    draw(tmp_path / "held", tuple(unicodedata.normalize("NFD", name) for name in names))
+    assert succeed("eval", tmp_path / "out", tmp_path / "held", "--split", "all")["classes_missing"] == []
+    decomposed = unicodedata.normalize("NFD", "thé")
+    (tmp_path / "t.csv").write_text(f"image_path,label\n{tmp_path}/held/{decomposed}/0.png,{decomposed}", "utf-8")
+    found = succeed("eval", tmp_path / "out", tmp_path / "t.csv", "--split", "all")
+    assert (found["images"], found["classes_missing"]) == (1, ["café"])
+
+
+def test_every_verb_that_reads_images_says_what_it_passed_over(photos: Path, numbered: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos, tmp_path / "some")
+    (tmp_path / "some" / "1" / "0.png").rename(tmp_path / "some" / "1" / "0.JPGX")
+    data, told = tmp_path / "some", f"{tmp_path / 'some'}: passed over 1 file whose name is no image's: 1 .jpgx"
+    for words in (
+        ["check", data], ["eval", numbered, data, "--split", "all"], ["predict", numbered, data],
+        ["merge", numbered, "--data", data, "--out", tmp_path / "plain"],
+        ["report", numbered, "--data", data, "--split", "all", "--out", tmp_path / "page.html"],
+        ["compare", data, "--methods", "linear", "--trials", 1, *SMALL],
+    ):  # fmt: skip
+        _, _, err = run(*words)
+        assert err.count(told) == 1, (words[0], err)
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "x.JPGX").write_bytes(b"")
+    assert "holds no images (passed over 1 file" in fail("predict", numbered, tmp_path / "odd")
+
+
+def test_check_looks_at_what_cannot_be_divided(tmp_path: Path) -> None:
+    code, out, err = run("check", draw(tmp_path / "single", count=1))
+    assert code == 0 and "with fewer than 10 training images" in out, err

@@ -4,9 +4,11 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -60,7 +62,7 @@ def test_digests_are_of_the_content_and_unreadable_files_have_none(plain: Path) 
     assert content_digests(dataset.train)[:2] == ["", found[1]]
 
 
-def interrupted(data: Path, out: Path) -> list[object]:
+def interrupted(data: Path, out: Path, backbone: Sequence[object] = SMALL) -> list[object]:
     """Begin a run and stop it after an epoch; returns the command."""
     command: list[object] = [
         "train",
@@ -120,3 +122,42 @@ def test_resume_names_the_first_image_that_differs(tmp_path: Path) -> None:
     run_before = reached.call_args.args[1]
     old = {**run_before, "data": {name: value for name, value in run_before["data"].items() if name != "files"}}
     check_same_run(out, old, run_before)  # of a version that did not look into files
+
+
+def test_an_image_that_is_not_there_is_left_out_where_that_was_asked_for(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    rng = np.random.default_rng(0)
+    pictures: list[object] = [Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)) for _ in range(16)]
+    pictures[5] = None
+    rows = datasets.Dataset.from_dict({"image": pictures, "label": [0, 1] * 8}, features=features)
+    rows.save_to_disk(tmp_path / "rows")
+    for cache in ("ram", "disk"):
+        options = ["--skip-broken", "--cache", cache, "--method", "linear", "--out", tmp_path / cache, *SMALL]
+        assert run("train", f"hf:{tmp_path / 'rows'}", *options)[0] == 0
+    assert "1 image cannot be read" in run("check", f"hf:{tmp_path / 'rows'}")[1]
+
+
+def test_resume_sees_other_weights_and_any_spelling_of_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors.torch import save_file
+
+    from visgraft import Backbone, create_backbone
+
+    def write(seed: int) -> Path:
+        save_file(create_backbone(Backbone("test_vit", "none", 32, seed), 0).state_dict(), tmp_path / "w.safetensors")
+        return tmp_path / "w.safetensors"
+
+    data = draw(tmp_path / "photos", 8)
+    rows = [f"{path.relative_to(tmp_path)},{path.parent.name}" for path in sorted(data.rglob("*.png"))]
+    (tmp_path / "t.csv").write_text("\n".join(("image_path,label", *rows)))
+    monkeypatch.chdir(tmp_path)
+    command = interrupted(
+        Path("t.csv"), tmp_path / "out", ["--backbone", "test_vit", "--image-size", 32, "--weights", write(0)]
+    )
+    command[1] = tmp_path / "t.csv"
+    reached = patch("visgraft.training.run.create_backbone", side_effect=RuntimeError("went on"))
+    with reached, pytest.raises(RuntimeError, match="went on"):
+        run(*command, "--resume")
+    write(1)
+    code, _, err = run(*command, "--resume")
+    assert code == 1 and "is of a run with weights_digest" in err

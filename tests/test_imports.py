@@ -140,3 +140,36 @@ def test_attaching_training_storing_and_merging_need_none_of_the_other_libraries
         [sys.executable, "-c", BARE, ",".join(NOT_NEEDED)], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
+
+
+LAZY = """
+import sys, threading
+import visgraft
+assert "torch" not in sys.modules
+visgraft.attach = "mine"
+names, lacking = ("train", "Backbone", "SCTConfig", "compare", "predict", "load", "merge", "Split"), []
+def ask(name):
+    try:
+        getattr(visgraft, name)
+    except Exception as error:
+        lacking.append(f"{name}: {error}")
+threads = [threading.Thread(target=ask, args=(name,)) for name in names]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert not lacking, lacking
+assert visgraft.attach == "mine" and {"detach", "train", "LoRAConfig"} <= set(dir(visgraft))
+from visgraft import *
+assert callable(train) and not hasattr(visgraft, "no_such_name")
+print("fine")
+"""
+
+
+def test_public_names_are_gathered_once_from_any_thread_and_replace_none() -> None:
+    done = subprocess.run([sys.executable, "-c", LAZY], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "fine", done.stderr
+
+
+def test_the_registry_alone_knows_the_methods() -> None:
+    code = "from visgraft.core.registry import list_methods; print(len(list_methods()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == len(visgraft.list_methods())

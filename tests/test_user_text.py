@@ -137,7 +137,7 @@ def test_the_bench_says_how_to_read_its_results(odd: Path) -> None:
     line = next(line for line in out.splitlines() if line.startswith("read them with: "))
     (words,) = pasted(line.removeprefix("read them with: "), odd)
     code, out, err = run(*words)
-    assert code == 0 and "linear" in out, err
+    assert code == 0 and "linear" in out and not any(character in out for character in "\x1b\x07\u202e"), err
 
 
 def test_the_merged_model_opens_as_printed(odd: Path, tmp_path: Path) -> None:
@@ -168,4 +168,5 @@ def test_a_cell_of_a_table_is_named_as_it_is(cell: str, table: Callable[[str], P
 
 def test_json_holds_the_names_themselves(odd: Path) -> None:
     code, out, _ = run("predict", odd / f"{FOLDER} adapter", odd / FOLDER, "--json")
+    assert not any(character in out for character in "\x1b\x07\u202e\x9b"), "it acts on the terminal"
     assert code == 0 and {row["classes"][0]["class"] for row in json.loads(out)} <= set(CLASSES)

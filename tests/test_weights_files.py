@@ -237,7 +237,7 @@ def test_a_file_of_another_family_is_refused(tmp_path: Path) -> None:
     distilled = published.save(prepared("deit_base_distilled_patch16_224.pth")[1], tmp_path / "distilled.pth")
     assert "dist_token" in refusal(small_vit("deit_base_patch16_224")(OUTPUTS), distilled)
     convnext = published.save(prepared("convnext_base_22k_224.pth")[1], tmp_path / "convnext.pth")
-    assert "missing or unknown" in refusal(small_convnext(OUTPUTS, depths=(1, 1, 1, 1)), convnext)
+    assert "; it has besides " in refusal(small_convnext(OUTPUTS, depths=(1, 1, 1, 1)), convnext)
     google = published.save(prepared("ViT-B_16.npz")[1], tmp_path / "Mixer-B_16.npz")
     assert "timm has no reader of .npz files for MlpMixer" in refusal(small_mixer(OUTPUTS), google)
 
@@ -338,6 +338,13 @@ def wrapped(state: dict[str, Tensor]) -> dict[str, tuple[Any, str]]:
         "averaged": ({"state_dict": other, "state_dict_ema": state}, "took state_dict_ema (beside it: state_dict)"),
         "teacher": ({"student": other, "teacher": state}, "took teacher (beside it: student)"),
         "student": ({"student": state}, "took student"),
+        "empty": ({"model_ema": {}, "state_dict": state}, "took state_dict"),
+        "no tensors": ({"ema": {"decay": 0.99, "updates": 9}, "model": state}, "took model"),
+        "averaged module": (
+            {"model_ema": {"module": state, "updates": 3}, "model": other},
+            "took model_ema (beside it: model), took module",
+        ),
+        "numbers beside": ({**state, "epoch": 3}, "left out what is no tensor (epoch)"),
         "nested": ({"state_dict": {"model": state}}, "took state_dict, took model"),
         "module": (inside("module."), "took what begins with module."),
         "compiled": ({"model": inside("_orig_mod.")}, "took model, took what begins with _orig_mod."),
@@ -370,8 +377,8 @@ def test_what_training_programs_wrap_around_weights_is_opened(
     content_, told = wrapped(state)[kind]
     path = tmp_path / f"weights.{suffix}"
     if suffix == "safetensors":
-        if any(isinstance(value, dict) for value in content_.values()):
-            pytest.skip("safetensors hold no dictionaries")
+        if not all(isinstance(value, Tensor) for value in content_.values()):
+            pytest.skip("safetensors hold tensors only")
         safetensors.torch.save_file(content_, path)
     else:
         torch.save(content_, path)
@@ -397,3 +404,34 @@ def test_what_does_not_fit_is_named_on_both_sides(tmp_path: Path) -> None:
     torch.save({"model": state}, tmp_path / "w.pth")
     line = refusal(PLAIN_VIT(3), tmp_path / "w.pth")
     assert "it lacks norm.weight; it has besides extra.weight; it has in another shape norm.bias" in line
+
+
+@pytest.mark.parametrize(
+    ("content_", "told"),
+    [
+        (b"<html>not found</html>", "no file of tensors that torch wrote"),
+        (b"hello", "no file of tensors that torch wrote"),
+        ({0: torch.zeros(2)}, "holds no tensors by name: it holds 0"),
+        ({"a": 1, "b": "x"}, "holds no tensors by name: it holds a, b"),
+        ({}, "holds no tensors by name"),
+        ([torch.zeros(2)], "it holds a list"),
+    ],
+)
+def test_what_is_no_checkpoint_says_so(content_: Any, told: str, tmp_path: Path) -> None:
+    if isinstance(content_, bytes):
+        (tmp_path / "w.pth").write_bytes(content_)
+    else:
+        torch.save(content_, tmp_path / "w.pth")
+    line = refusal(PLAIN_VIT(3), tmp_path / "w.pth")
+    assert told in line and "weights_only" not in line
+
+
+def test_weights_of_another_family_are_named_on_both_sides(tmp_path: Path) -> None:
+    torch.save(live(PLAIN_VIT(0)).state_dict(), tmp_path / "w.pth")
+    line = refusal(timm.create_model("test_convnext"), tmp_path / "w.pth")
+    assert "it lacks " in line and "it has besides blocks.0." in line
+
+
+def test_the_suffix_of_safetensors_may_be_in_upper_case(tmp_path: Path) -> None:
+    safetensors.torch.save_file(live(PLAIN_VIT(0)).state_dict(), tmp_path / "W.SAFETENSORS")
+    load_weights(PLAIN_VIT(3), tmp_path / "W.SAFETENSORS")

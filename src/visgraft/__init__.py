@@ -17,8 +17,10 @@ def __getattr__(name: str) -> Any:
     """Gather the public names on the first question for one."""
     if name == "__all__":
         return [name for name in __dir__() if not name.startswith("_")]
-    if not name.startswith("__") and _gather() and name in globals():
-        return globals()[name]
+    if not name.startswith("__"):
+        _gather()
+        if name in globals():
+            return globals()[name]
     raise AttributeError(f"module 'visgraft' has no attribute {name!r}")
 
 
@@ -27,10 +29,8 @@ def __dir__() -> list[str]:
     return sorted(globals().keys() - {"TYPE_CHECKING", "Any", "importlib"})
 
 
-def _gather() -> bool:
-    """Take over the public names; whether they were not there yet."""
-    if "attach" in globals():
-        return False
-    public = importlib.import_module("visgraft.public")
-    globals().update({name: value for name, value in vars(public).items() if not name.startswith("_")})
-    return True
+def _gather() -> None:
+    """Take over the public names, but for those that somebody has put in their place."""
+    public = importlib.import_module("visgraft.public")  # other threads wait here until it is whole
+    own = globals()
+    own.update({name: value for name, value in vars(public).items() if not name.startswith("_") and name not in own})

@@ -1,6 +1,7 @@
 """Errors whose message is one line that names the cause and the remedy; the command line prints them as they are."""
 
 import difflib
+import warnings
 from collections.abc import Iterable
 
 
@@ -28,6 +29,10 @@ class DataError(VisgraftError):
     """A data folder, file or label cannot be used."""
 
 
+class CannotDivide(DataError):
+    """There are too few images, or groups, for all parts that are to be drawn."""
+
+
 class Interrupted(VisgraftError):
     """The user stopped a run; its message says what was kept and how to go on."""
 
@@ -38,6 +43,18 @@ class TrainingDiverged(VisgraftError):
     def __init__(self, message: str, last_good_epoch: int) -> None:
         super().__init__(message)
         self.last_good_epoch = last_good_epoch
+
+    def __reduce__(self) -> tuple[type["TrainingDiverged"], tuple[str, int]]:
+        return type(self), (str(self), self.last_good_epoch)
+
+
+class VisgraftWarning(UserWarning):
+    """What a user should know and may act on; the command line shows these, and no library's."""
+
+
+def warn_user(text: str) -> None:
+    """Warn where nobody asked to be told otherwise."""
+    warnings.warn(text, VisgraftWarning, stacklevel=3)
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

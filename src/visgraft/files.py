@@ -50,10 +50,18 @@ def check_target(path: Path, marker: str, option: str = "--out") -> None:
     Raises:
         VisgraftError: it cannot, or is something else.
     """
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.name in ("", ".."):
+        raise VisgraftError(f"{str(path)!r} is a folder that is there already; give {option} a name in it")
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=".visgraft.", dir=parent))  # permissions alone do not tell
+        str(path.absolute()).encode()
+    except UnicodeEncodeError as error:  # safetensors opens no such file
+        raise VisgraftError(f"the path {path} is not valid UTF-8; choose another {option}") from error
+    try:
+        parent = next(folder for folder in path.absolute().parents if folder.exists())
+        # Permissions alone do not tell; and what is made beside it has a longer name.
+        os.rmdir(tempfile.mkdtemp(prefix=f".{path.name}.visgraft.", dir=parent))
     except OSError as error:
+        parent = path.absolute().parent
         raise VisgraftError(
             f"{path} cannot be written ({parent}: {error.strerror}); choose another {option}"
         ) from error

@@ -20,6 +20,7 @@ from visgraft.adapters.record import FORMAT_VERSION, AdapterRecord
 from visgraft.backbones.creation import Backbone, create_backbone, image_transform, model_data_config, origin_of
 from visgraft.backbones.heads import head_outputs
 from visgraft.backbones.input_size import built_size, recorded_size, sides
+from visgraft.backbones.weights import read_safetensors
 from visgraft.backbones.wrappers import unwrapped
 from visgraft.core.attach import assemble, count_parameters, detach
 from visgraft.core.attached import get_attached
@@ -228,7 +229,7 @@ def load(path: str | Path, *, weights: str | None = None, backbone: nn.Module | 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
     try:
-        return safetensors.torch.load_file(file)
+        return read_safetensors(file)
     except (OSError, safetensors.SafetensorError) as error:
         raise AdapterError(f"{file} is missing or damaged ({error}); restore it or train again") from error
 

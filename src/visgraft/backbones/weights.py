@@ -26,7 +26,7 @@ from visgraft.errors import WeightsError
 LOG = logging.getLogger(__name__)
 WRAPPERS = (
     "state_dict_ema", "model_ema", "ema", "teacher", "state_dict", "model_state_dict", "model", "student",
-    "backbone", "encoder",
+    "module", "backbone", "encoder",
 )  # fmt: skip
 """Names under which checkpoints hold a state dict, the one to prefer first: averaged weights, as timm prefers them."""
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
@@ -104,8 +104,11 @@ def convert(model: nn.Module, state: dict[str, Any]) -> dict[str, Tensor]:
     # rename that. No model whose converter knows the option has such names itself.
     known = inspect.signature(converter).parameters
     options = {"adapt_layer_scale": True} if "adapt_layer_scale" in known else {}
-    with contextlib.redirect_stdout(io.StringIO()):  # DINOv3's prints about every bias that it leaves out
-        return dict(converter(state, model, **options))
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # DINOv3's prints about every bias that it leaves out
+            return dict(converter(state, model, **options))
+    except KeyError:  # of another family; which names are left over on either side is found by comparing them
+        return state
 
 
 def size_bound_tensors(own: nn.Module, sized: nn.Module) -> list[str]:
@@ -122,19 +125,30 @@ def size_bound_tensors(own: nn.Module, sized: nn.Module) -> list[str]:
 def _open(model: nn.Module, path: Path) -> dict[str, Any]:
     """Return the tensors of a checkpoint that are the backbone's, out of what training programs wrap around them."""
     content, told = _read_checkpoint(path), list[str]()
-    while wrappers := [name for name in WRAPPERS if isinstance(content.get(name), dict)]:
+    while wrappers := [name for name in WRAPPERS if _holds_tensors(content.get(name))]:
         others = f" (beside it: {', '.join(wrappers[1:])})" if wrappers[1:] else ""
         told.append(f"took {wrappers[0]}{others}")
         content = content[wrappers[0]]
+    tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    if not tensors:
+        found = f": it holds {_some([str(key) for key in content])}" if content else ""
+        raise WeightsError(f"{path} holds no tensors by name{found}; pass another file")
+    if len(tensors) < len(content):
+        told.append(f"left out what is no tensor ({_some([str(key) for key in content if key not in tensors])})")
     own = tuple(model.state_dict())
-    while prefix := next((prefix for prefix in PREFIXES if _wraps(prefix, content, own)), None):
-        inside = {key.removeprefix(prefix): value for key, value in content.items() if key.startswith(prefix)}
-        left = [key for key in content if not key.startswith(prefix)]
+    while prefix := next((prefix for prefix in PREFIXES if _wraps(prefix, tensors, own)), None):
+        inside = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        left = [key for key in tensors if not key.startswith(prefix)]
         told.append(f"took what begins with {prefix}" + (f" (left out: {_some(left)})" if left else ""))
-        content = inside
+        tensors = inside
     if told:
         LOG.info("%s: %s", path, ", ".join(told))
-    return content
+    return tensors
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Whether a dictionary holds tensors, or one that does."""
+    return isinstance(value, dict) and any(isinstance(one, Tensor) or _holds_tensors(one) for one in value.values())
 
 
 def _wraps(prefix: str, content: Mapping[str, Any], own: tuple[str, ...]) -> bool:
@@ -143,21 +157,36 @@ def _wraps(prefix: str, content: Mapping[str, Any], own: tuple[str, ...]) -> boo
     return 2 * count >= max(len(content), 1) and not any(key.startswith(prefix) for key in own)
 
 
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file, also of one whose path is not valid UTF-8, which safetensors does not open.
+
+    Raises:
+        SafetensorError, OSError: it cannot be read.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return safetensors.torch.load(path.read_bytes())
+    return safetensors.torch.load_file(path)
+
+
 def _read_checkpoint(path: Path) -> dict[str, Any]:
     """Return what a .safetensors file or torch's holds, unpickling nothing but tensors and plain containers."""
-    if path.suffix == ".safetensors":
-        return dict(safetensors.torch.load_file(path))
+    if path.suffix.lower() == ".safetensors":
+        return read_safetensors(path)
     try:
         with torch.serialization.safe_globals(SAFE_CLASSES):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         blocked = re.search(r"GLOBAL (\S+)", str(error))
         if blocked is None:  # a damaged file, or no pickle at all
-            raise
+            raise ValueError("it is damaged, or no file of tensors that torch wrote") from error
         raise WeightsError(
             f"{path} holds Python objects besides tensors ({blocked[1]}), which could run code and are never "
             "unpickled; if you trust the file, resave its tensors with safetensors.torch.save_file, and pass that file"
         ) from error
+    except (KeyError, EOFError, UnicodeDecodeError) as error:  # what torch's reader makes of other kinds of file
+        raise ValueError("it is damaged, or no file of tensors that torch wrote") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"it holds a {type(content).__name__}, not tensors by name")
     return dict(content)

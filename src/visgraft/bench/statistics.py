@@ -234,7 +234,7 @@ def _rows(results: Sequence["Result"]) -> tuple[RecipeRow, ...]:
         first = images.setdefault(place, result)
         if first.trial.split != trial.split:
             raise VisgraftError(
-                f"{first.trial.name} and {trial.name} did not use the same images; show their folders one by one"
+                f"{first.trial.name} and {trial.name} did not use the same images; run each with an --out of its own"
             )
         row = found.setdefault((trial.method, trial.recipe, result.epochs), {})
         if place in row:

@@ -81,6 +81,8 @@ def read_facts(example: Example) -> Facts | Unreadable:
         content = example.path.read_bytes() if example.content is None else example.content()
     except OSError as error:
         return Unreadable(error.strerror or str(error) or type(error).__name__)
+    except DataError as error:
+        return Unreadable(str(error))
     try:
         picture = open_image(example._replace(content=lambda: content))
     except DataError as error:

@@ -18,6 +18,7 @@ TYPICAL_INPUT = 224  # pixels, the side of what most backbones take
 SMALL = TYPICAL_INPUT // 2
 LONGISH = 1.3  # longer to shorter side, from which on a square loses or distorts what can matter
 BLANK = 2.0  # standard deviation of brightness, of 255
+MOST_PADDED = 30  # longer ones would hardly be seen, padded
 LOOKED_AT = 200  # images whose headers a warning before training rests on
 MANY = 0.1  # of these, from which on it warns
 MIXED_SIZES = 3  # times as long a shorter side: the 95th of 100 images, beside the 5th
@@ -43,7 +44,7 @@ def shape_warning(examples: Sequence[Example], crop_mode: str) -> list[str]:
             source = example.path if example.content is None else io.BytesIO(example.content())
             with Image.open(source) as picture:  # reads the header only
                 ratios.append(max(picture.size) / min(picture.size))
-    long = [ratio for ratio in ratios if ratio >= LONGISH]
+    long = [ratio for ratio in ratios if LONGISH <= ratio <= MOST_PADDED]
     if len(long) < MANY * len(ratios) or not long:
         return []
     middle = float(np.median(long))

@@ -230,7 +230,14 @@ def main() -> None:
     completing = os.environ.get("_TYPER_COMPLETE_ARGS") or os.environ.get("COMP_WORDS") or ""
     try:
         code = build([*sys.argv[1:], *completing.split()])(standalone_mode=False)
+        sys.stdout.flush()  # a full disk shows here at the latest
         sys.exit(code if isinstance(code, int) else 0)
+    except BrokenPipeError:  # whoever reads has read enough, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        where = "what was asked for" if error.filename is None else os.fsdecode(error.filename)
+        _fail(f"{where} cannot be read or written ({error.strerror or error}); give another path or make room", 1)
     except Interrupted as error:
         _fail(str(error), 130)
     except VisgraftError as error:

@@ -186,6 +186,7 @@ def table(
     """Print what was done and what came of it, with intervals."""
     from visgraft.bench import table as tables
     from visgraft.bench.ledger import read_results
+    from visgraft.cli.text import visible
     from visgraft.files import new_file
 
     if format not in ("markdown", "csv"):
@@ -198,7 +199,7 @@ def table(
     write = tables.markdown if format == "markdown" else tables.csv
     text = write(found, _order(), against)
     if out is None:
-        typer.echo(text)
+        typer.echo(visible(text))
         return
     try:
         with new_file(out) as file:

@@ -30,10 +30,15 @@ def check(
     from visgraft.check import check_data
     from visgraft.check.page import write_page
     from visgraft.cli.show import emit
+    from visgraft.data.dataset import Split
     from visgraft.data.read import Source, read_data
+    from visgraft.errors import CannotDivide
 
     report_target(html)
-    dataset = read_data(Source(data, csv))
+    try:
+        dataset = read_data(Source(data, csv))
+    except CannotDivide:  # what is there can be looked at all the same
+        dataset = read_data(Source(data, csv), Split(0.0, 0.0))
     with _progress() as show:
         report = check_data(dataset, on_progress=show)
     if html:

@@ -39,7 +39,10 @@ def _tell(*words: object) -> None:
 def _prepare(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{out} cannot be made ({error.strerror}); choose another --out") from error
 
 
 def _gauges(root: Path, **counts: Any) -> Path:

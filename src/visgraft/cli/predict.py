@@ -3,6 +3,7 @@
 import csv
 import glob
 import io
+import logging
 import os
 import shutil
 import sys
@@ -11,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from visgraft.serve.prediction import Prediction
 
 Write = Callable[["Prediction"], None]
+LOG = logging.getLogger(__name__)
 STDIN = "-"
 ROWS_AT_ONCE = 10_000  # row group of a .parquet file
 HELD_IN_MEMORY = 16 * 2**20  # bytes of results that wait in memory; more go to a temporary file
@@ -162,11 +163,19 @@ def find_images(arguments: Sequence[str]) -> tuple[Iterator[str], int | None]:
 def _matching(argument: str) -> list[str]:
     """Return the images that an argument names: a file as it is, those below a folder, those that match a pattern."""
     from visgraft.data.decode import is_image
+    from visgraft.data.folders import passed_over
 
     if os.path.isdir(argument):
-        found = list(_images_below(argument))
+        others = list[str]()
+        found = list(_images_below(argument, others))
+        told = passed_over(others) if others else ""
         if not found:
-            raise DataError(f"{argument} holds no images, and no adapter_config.json of an adapter; check the path")
+            why = f" ({told})" if told else ""
+            raise DataError(
+                f"{argument} holds no images{why}, and no adapter_config.json of an adapter; check the path"
+            )
+        if told:
+            LOG.info("%s: %s", argument, told)
         return found
     if os.path.exists(argument):
         return [argument]
@@ -180,8 +189,11 @@ def _matching(argument: str) -> list[str]:
     return found
 
 
-def _images_below(folder: str, above: frozenset[str] = frozenset()) -> Iterator[str]:
-    """Yield the images at any depth, sorted by name, through links too; as text, which for a million is far smaller."""
+def _images_below(folder: str, others: list[str], above: frozenset[str] = frozenset()) -> Iterator[str]:
+    """Yield the images at any depth, sorted by name, through links too; as text, which for a million is far smaller.
+
+    The names of all other files go to `others`.
+    """
     from visgraft.data.decode import is_hidden, is_image
 
     here = os.path.realpath(folder)
@@ -195,9 +207,11 @@ def _images_below(folder: str, above: frozenset[str] = frozenset()) -> Iterator[
     for name, is_folder in shown:
         path = os.path.join(folder, name)
         if is_folder:
-            yield from _images_below(path, above | {here})
+            yield from _images_below(path, others, above | {here})
         elif is_image(path):
             yield path
+        else:
+            others.append(name)
 
 
 def _written(path: Path) -> str:
@@ -208,7 +222,7 @@ def _written(path: Path) -> str:
 @contextmanager
 def _printed(adapters: int, json: bool, streamed: bool) -> Iterator[Write]:
     """Yield a writer to standard output; unless `streamed`, nothing appears there before all has gone well."""
-    from visgraft.cli.text import visible
+    from visgraft.cli.text import json_text, visible
 
     with tempfile.SpooledTemporaryFile(HELD_IN_MEMORY, "w+", encoding="utf-8") as held:
         file: Any = sys.stdout if streamed else held
@@ -218,7 +232,7 @@ def _printed(adapters: int, json: bool, streamed: bool) -> Iterator[Write]:
             nonlocal between
             classes = [{"class": name, "probability": p} for name, p in found.classes]
             row = {"image": _written(found.image), "adapter": found.adapter, "classes": classes}
-            file.write(between + dumps(row, ensure_ascii=False))
+            file.write(between + json_text(row))
             between = ", "
 
         def write_line(found: "Prediction") -> None:

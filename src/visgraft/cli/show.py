@@ -1,6 +1,5 @@
 """What the command line shows: progress on standard error, results as tables or as one JSON document."""
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from visgraft.cli.text import styled, visible
+from visgraft.cli.text import json_text, styled, visible
 from visgraft.training.resume import Epoch
 
 
@@ -38,7 +37,7 @@ result_console = TextConsole()
 def emit(value: Any, as_json: bool, text: Callable[[], None]) -> None:
     """Print one JSON document on standard output, or call `text` to print for people."""
     if as_json:
-        sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+        sys.stdout.write(json_text(value) + "\n")
     else:
         text()
 
@@ -118,9 +117,15 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
+def print_pairs(rows: Mapping[str, str]) -> None:
+    """Print names and values in two columns; a long value, such as a path, is never broken into lines."""
+    width = max(map(len, rows))
+    for name, text in rows.items():
+        result_console.print(f"{name:<{width}}  {text}")
+
+
 def print_figures(figures: Mapping[str, Any]) -> None:
     """Print what `train` or `eval` returned."""
-    table = Table(show_header=False, box=None, pad_edge=False)
     interval = figures["top1_ci95"]
     within = f"  (95 % interval {percent(interval[0])} to {percent(interval[1])})" if interval else ""
     several = figures["mean_average_precision"] is not None
@@ -144,16 +149,12 @@ def print_figures(figures: Mapping[str, Any]) -> None:
             f"{percent(crossed['figure'])} %  (95 % interval {low} to {high}) on {crossed['images']} images, "
             f"{crossed['folds']} folds, {crossed['repeats']} times"
         )
-    for name, text in rows.items():
-        if text != "–":
-            table.add_row(name, text)
-    result_console.print(table)
+    print_pairs({name: text for name, text in rows.items() if text != "–"})
     print_skipped(figures["skipped"])
 
 
 def print_forecast(forecast: Mapping[str, Any]) -> None:
     """Print what `forecast_folder` returned."""
-    table = Table(show_header=False, box=None, pad_edge=False)
     once = ", on features computed once" if forecast["features_once"] else ""
     steps, epochs = ceil(forecast["steps_per_epoch"]), forecast["epochs"]
     validated = ", validation included" if forecast["images_val"] else ""
@@ -171,9 +172,7 @@ def print_forecast(forecast: Mapping[str, Any]) -> None:
         "in all": f"{_seconds(forecast['seconds'])}: {epochs:,} epoch{'s' if epochs > 1 else ''}, and "
         f"{_seconds(rest)} before and after",
     }
-    for name, text in rows.items():
-        table.add_row(name, text)
-    result_console.print(table)
+    print_pairs(rows)
     progress_console.print("a forecast from the first steps; nothing was written")
 
 

@@ -6,6 +6,8 @@ import os
 import sys
 import warnings
 
+from visgraft.errors import VisgraftWarning
+
 
 class _Told(logging.Handler):
     """Prints what the library logs, such as which tensors of a weights file it took, once each."""
@@ -46,7 +48,7 @@ def prepare_streams() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-        warnings.filterwarnings("default", module="visgraft")
+        warnings.filterwarnings("always", category=VisgraftWarning)
         warnings.showwarning = _show_warning
         os.environ.setdefault("PYTHONWARNINGS", "ignore")  # in the processes of a benchmark too
     if logging.lastResort:

@@ -1,5 +1,6 @@
 """Text of the user, as a terminal can be given it: names of files and classes are shown, never obeyed."""
 
+import json
 import os
 import re
 import shlex
@@ -14,6 +15,12 @@ _NOT_IN_QUOTES = re.compile(f"[{_UNSEEN}\n\t\ud800-\udfff]")
 def visible(text: str) -> str:
     """Return text in which characters that act on a terminal are written as escapes, such as \\x1b."""
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def json_text(value: object) -> str:
+    """Return plain values as JSON on one line, in which nothing acts on a terminal."""
+    text = json.dumps(value, ensure_ascii=False)
+    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def command_line(*words: object) -> str:

@@ -63,11 +63,14 @@ def train(
     **values: Any,
 ) -> None:
     """Train a method on labelled images and write a small adapter."""
+    from visgraft.adapters.directory import CONFIG
     from visgraft.cli.options import train_config
     from visgraft.cli.show import emit, print_figures, warn
     from visgraft.data.dataset import Split
     from visgraft.data.images import Loading
     from visgraft.data.read import read_data
+    from visgraft.files import check_target
+    from visgraft.training.crossval import check_folds
 
     if dry_run:
         _check_dry_run({"--resume": resume, "--folds": folds, "--log": log})
@@ -86,6 +89,9 @@ def train(
     if dry_run:
         _forecast(images, out, whole, json)
         return
+    check_target(out, CONFIG)
+    if folds:
+        check_folds(read_data(images, split), folds, repeats, recipe.seed)
     figures = _train(images, out, whole, resume, log)
     if folds:
         figures["cross_validation"] = _cross_validate(read_data(images, split), folds, repeats, setting)
@@ -94,7 +100,8 @@ def train(
         from visgraft.cli.show import result_console
         from visgraft.cli.text import command_line, path_argument
 
-        command = command_line("visgraft", "predict", path_argument(out), path_argument(figures["unlabelled"]))
+        folders = map(path_argument, figures["unlabelled"])
+        command = command_line("visgraft", "predict", path_argument(out), *folders)
         result_console.print(f"name the images without classes:\n  {command}")
 
 

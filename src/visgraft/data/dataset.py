@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold
 
-from visgraft.errors import DataError, nearest
+from visgraft.errors import CannotDivide, DataError, nearest
 
 PARTS = ("train", "val", "test")
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -64,7 +64,7 @@ class Dataset:
     which part, "flat" where the parts were drawn; `split` says how parts were drawn, None where none was.
     `fingerprint` is a SHA-256 of the images' names and sizes, and of the labels where a table holds them. With
     `multi_label`, an image may have several classes or none. `notes` say in one line each what was passed over, and
-    `unlabelled` is a folder of images without classes that lies beside the parts.
+    `unlabelled` are folders of images without classes that lie beside the parts.
     """
 
     root: Path
@@ -77,7 +77,7 @@ class Dataset:
     split: Split | None
     multi_label: bool = False
     notes: tuple[str, ...] = ()
-    unlabelled: Path | None = None
+    unlabelled: tuple[Path, ...] = ()
 
     @property
     def all(self) -> tuple[Example, ...]:
@@ -161,7 +161,7 @@ def _draw_images(
     small = [f"{classes[i]} ({len(members)})" for i, members in strata.items() if len(members) <= len(asked)]
     if asked and small:
         remedy = f"give each at least {len(asked) + 1}, or set {' or '.join(asked)} to 0"
-        raise DataError(f"{where} has classes with too few images to divide: {listed(small)}; {remedy}")
+        raise CannotDivide(f"{where} has classes with too few images to divide: {listed(small)}; {remedy}")
     parts: dict[str, list[int]] = {part: [] for part in PARTS}
     for index, members in sorted(strata.items()):
         val, test = _counts(len(members), split.val_fraction, split.test_fraction)
@@ -199,7 +199,7 @@ def _draw_groups(
             share = fraction * len(examples) / max(len(left), 1)
             folds = min(max(2, round(1 / share)), len(np.unique(groups[left])))
             if folds < 2:
-                raise DataError(
+                raise CannotDivide(
                     f"{where} has too few groups ({len(set(groups.tolist()))}) to draw {part} images; "
                     f"add groups, or set {part}_fraction to 0"
                 )
@@ -211,7 +211,7 @@ def _draw_groups(
     parts["train"] = left.tolist()
     missing = listed(classes[i] for i in set(labels.tolist()) - set(labels[left].tolist()))
     if missing:
-        raise DataError(
+        raise CannotDivide(
             f"{where}: drawing whole groups left no training image of {missing}; add groups, or take another seed"
         )
     return parts
@@ -238,6 +238,12 @@ def match_classes(found: Iterable[str], known: Sequence[str], where: str) -> tup
             f"them out, or train on these with train --init-from{hint}"
         )
     return tuple(known)
+
+
+def known_names(known: Sequence[str] | None) -> Callable[[str], str]:
+    """Return a function that spells a class as it is known, where Unicode can write its accents in another way."""
+    spelled = {unicodedata.normalize("NFC", name): name for name in known or ()}
+    return lambda name: spelled.get(unicodedata.normalize("NFC", name), name)
 
 
 def check_classes(classes: Iterable[str], where: str) -> None:

@@ -25,6 +25,7 @@ from visgraft.data.dataset import (
     check_classes,
     fill_parts,
     fingerprint,
+    known_names,
     listed,
     match_classes,
 )
@@ -71,18 +72,22 @@ def read_folder(
         check_folder(root, "one folder of images per class")
         parts = _part_folders(root, known is not None)
         unlabelled = _unlabelled(parts)
-        folders = {part: folder for part, folder in parts.items() if part != unlabelled} or {"train": root}
+        folders = {part: folder for part, folder in parts.items() if part not in unlabelled}
+        if parts and not folders:
+            raise DataError(f"{root} has no labelled images; put those of {listed(unlabelled)} into folders by class")
+        folders = folders or {"train": root}
         found = {part: _class_images(folder) for part, folder in folders.items()}
     except OSError as error:
         raise DataError(f"{error.filename} cannot be read ({error.strerror}); repair or remove it") from error
-    files = {part: images for part, (images, _) in found.items()}
+    spell = known_names(known)
+    files = {part: {spell(name): of_class for name, of_class in images.items()} for part, (images, _) in found.items()}
     below = len(inside(root, ""))
     images = (image for of_part in files.values() for found in of_part.values() for image in found)
     mark = fingerprint((image.path[below:].replace(os.sep, "/"), image.size) for image in images)
     classes = _checked_classes(folders, files, known)
     examples = {part: _examples(of_part, classes) for part, of_part in files.items()}
     drawn, drawn_by = fill_parts(examples, classes, split, not parts, str(next(iter(folders.values()))))
-    beside = parts[unlabelled] if unlabelled else None
+    beside = tuple(parts[part] for part in unlabelled)
     return Dataset(
         root, classes, drawn["train"], drawn["val"], drawn["test"], "split" if parts else "flat", mark, drawn_by,
         notes=_notes([name for _, others in found.values() for name in others], beside), unlabelled=beside,
@@ -98,10 +103,12 @@ def passed_over(names: Sequence[str]) -> str:
     return f"passed over {len(names):,} {files}: {counts}{more}"
 
 
-def _notes(others: Sequence[str], unlabelled: Path | None) -> tuple[str, ...]:
+def _notes(others: Sequence[str], unlabelled: Sequence[Path]) -> tuple[str, ...]:
     notes = [passed_over(others)] if others else []
-    if unlabelled is not None:
-        notes.append(f"{unlabelled} has no class folders, so nothing is measured on its images; predict can name them")
+    notes += [
+        f"{folder} has no class folders, so nothing is measured on its images; predict can name them"
+        for folder in unlabelled
+    ]
     return tuple(notes)
 
 
@@ -146,14 +153,14 @@ def _part_folders(root: Path, measured: bool) -> dict[str, Path]:
     return parts
 
 
-def _unlabelled(parts: dict[str, Path]) -> str | None:
-    """Return the part that holds images but no class folders, as competitions hand out what is to be named."""
+def _unlabelled(parts: dict[str, Path]) -> list[str]:
+    """Return the parts that hold images but no class folders, as competitions hand out what is to be named."""
+    found = []
     for part, folder in parts.items():
-        if part != "train":
-            folders, images, _ = _contents(folder)
-            if images and not folders:
-                return part
-    return None
+        folders, images, _ = _contents(folder)
+        if part != "train" and images and not folders:
+            found.append(part)
+    return found
 
 
 def _class_images(folder: Path) -> tuple[Files, list[str]]:

@@ -17,6 +17,7 @@ from visgraft.data.dataset import (
     check_train,
     fill_parts,
     fingerprint,
+    known_names,
     listed,
     match_classes,
 )
@@ -65,8 +66,14 @@ def read_hub(location: str | Path, split: Split = _DEFAULT_SPLIT, known: Sequenc
     splits = _splits(_load(where), where, known is not None)
     features = next(iter(splits.values())).features
     image, label = _image_column(features, where), _label_column(features, where)
-    labels = {part: _labels(rows, label) for part, rows in splits.items()}
+    spell = known_names(known)
+    labels = {
+        part: [None if names is None else tuple(map(spell, names)) for names in _labels(rows, label)]
+        for part, rows in splits.items()
+    }
     labels = {part: found for part, found in labels.items() if part == "train" or any(n is not None for n in found)}
+    if not labels:
+        raise DataError(f"{where} has no image with a label in its column {label}, so nothing can be measured on it")
     used = {name for found in labels.values() for names in found for name in names or ()}
     classes = tuple(name for name in _order(features[label], used) if name in used)
     if known is not None:
@@ -82,7 +89,7 @@ def read_hub(location: str | Path, split: Split = _DEFAULT_SPLIT, known: Sequenc
     sizes = (size for part in images for size in _sizes(images[part], image, part, where))
     marks = (";".join(names or ()) for found in labels.values() for names in found)
     mark = fingerprint(sizes, marks)
-    flat = len(splits) == 1
+    flat = list(splits) == ["train"]
     if known is None:
         check_train(examples["train"], classes, where)
     parts, drawn_by = fill_parts(examples, classes, split, flat, where)

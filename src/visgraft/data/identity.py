@@ -4,8 +4,10 @@ import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from visgraft.data.dataset import Example
+from visgraft.errors import DataError
 
 
 def content_digests(examples: Sequence[Example]) -> list[str]:
@@ -18,11 +20,20 @@ def content_digests(examples: Sequence[Example]) -> list[str]:
         return list(pool.map(_digest, examples))
 
 
+def file_digest(path: Path) -> str:
+    """Return a digest of a file's bytes.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open(path, "rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+
+
 def _digest(example: Example) -> str:
     try:
         if example.content is not None:
             return hashlib.sha256(example.content()).hexdigest()[:32]
-        with open(example.path, "rb", buffering=0) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:32]
-    except OSError:  # whoever decodes it says so, or leaves it out where that was asked for
+        return file_digest(example.path)
+    except (OSError, DataError):  # whoever decodes it says so, or leaves it out where that was asked for
         return ""

@@ -1,5 +1,6 @@
 """One way to read labelled images, whatever holds them."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,17 +31,25 @@ class Source:
 
 AnySource = Source | str | Path
 _DEFAULT_SPLIT = Split()
+LOG = logging.getLogger(__name__)
 
 
 def read_data(source: AnySource, split: Split = _DEFAULT_SPLIT, known: Sequence[str] | None = None) -> Dataset:
     """Read a folder (see `read_folder`), a table (`read_table`) or a Hugging Face data set (`read_hub`).
 
     With the classes that a model is `known` to have, images to measure it on are read: their labels are numbered as
-    its outputs, by name, and they may be of one class or of some.
+    its outputs, by name, and they may be of one class or of some. What is passed over is logged.
 
     Raises:
         DataError: it cannot be used, or nothing was given.
     """
+    dataset = _read(source, split, known)
+    for note in dataset.notes:
+        LOG.info("%s: %s", dataset.root, note)
+    return dataset
+
+
+def _read(source: AnySource, split: Split, known: Sequence[str] | None) -> Dataset:
     source = source if isinstance(source, Source) else Source(source)
     location = str(source.location or "")
     if source.table is not None:

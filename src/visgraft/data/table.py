@@ -8,7 +8,7 @@ import stat
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +22,7 @@ from visgraft.data.dataset import (
     check_train,
     fill_parts,
     fingerprint,
+    known_names,
     match_classes,
 )
 from visgraft.data.folders import check_folder, inside
@@ -70,7 +71,8 @@ def read_table(
     if folder is not None:
         check_folder(base, "the images")
     header, records = _records(table)
-    rows = _rows(table, base, header, records)
+    spell = known_names(known)
+    rows = [replace(row, labels=tuple(map(spell, row.labels))) for row in _rows(table, base, header, records)]
     multi_label = LABELS in header
     classes = _classes(table, rows, multi_label) if known is None else _match(table, rows, known)
     number = {name: index for index, name in enumerate(classes)}

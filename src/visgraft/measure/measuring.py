@@ -89,13 +89,13 @@ def _examples(dataset: Dataset, same: bool, part: str, adapter: Path) -> tuple[E
     """
     if part == "all":
         return dataset.all
+    there = {name: len(dataset.part(name)) for name in PARTS if getattr(dataset, name)}
     drawn = dataset.layout == "flat" or (dataset.split is not None and part != "test")
-    if drawn and not same:
+    if drawn and not same and (dataset.layout == "flat" or part in there or (part == "val" and "train" in there)):
         raise DataError(
             f"{dataset.root} is not, or no longer, what {adapter} was trained on, so its {part} images cannot be "
             "told from those it may have learned; pass --split all if it learned none of them"
         )
-    there = {name: len(dataset.part(name)) for name in PARTS if getattr(dataset, name)}
     if part in PARTS and part not in there:
         counts = ", ".join(f"{name} with {count:,}" for name, count in there.items())
         raise DataError(f"{dataset.root} has no {part} images; choose another part with --split: {counts}, or all")

@@ -180,6 +180,11 @@ def folds(examples: Sequence[Example], folds: int = 5, repeats: int = 2, seed: i
 _draw_folds = folds  # `cross_validate` has an argument of that name
 
 
+def check_folds(dataset: Dataset, number: int, repeats: int, seed: int) -> None:
+    """Raise a DataError where a data set's training and validation images cannot be divided into folds."""
+    folds((*dataset.train, *dataset.val), number, repeats, seed)
+
+
 def possible_folds(examples: Sequence[Example], most: int = 5) -> int:
     """Return into how many folds the images can be divided: as many as the rarest class has images or groups."""
     members = clusters([example.group for example in examples], len(examples))

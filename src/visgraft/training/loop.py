@@ -6,7 +6,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
-from warnings import warn
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from visgraft.backbones.wrappers import unwrapped
 from visgraft.core.attached import get_attached
 from visgraft.data.fit import check_fit
 from visgraft.data.images import Images
-from visgraft.errors import DataError, TrainingDiverged, VisgraftError
+from visgraft.errors import DataError, TrainingDiverged, VisgraftError, warn_user
 from visgraft.measure.evaluation import peak_memory_bytes, probabilities_of, score
 from visgraft.measure.precision import Compute, frozen_weights_in_bf16, make_compute, unfused_attention
 from visgraft.options import TrainConfig
@@ -83,7 +82,7 @@ def train(
     features: Features | None = None,
     resume: TrainState | None = None,
     on_state: Callable[[TrainState], None] | None = None,
-    on_warning: Callable[[str], None] = warn,
+    on_warning: Callable[[str], None] = warn_user,
 ) -> Training:
     """Train what `attach` left trainable: AdamW, linear warm-up, cosine, cross-entropy.
 
@@ -138,7 +137,7 @@ def training_loop(
     *,
     features: Features | None = None,
     resume: TrainState | None = None,
-    on_warning: Callable[[str], None] = warn,
+    on_warning: Callable[[str], None] = warn_user,
 ) -> Generator[Event, bool | None, None]:
     """Train, and yield what happens: when all is ready, every step's figures, and the state after every epoch.
 

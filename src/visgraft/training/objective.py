@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
-from warnings import warn
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from visgraft.backbones.heads import head_outputs
 from visgraft.core.attached import get_attached
 from visgraft.data.augment import View, augmentation
 from visgraft.data.images import Images
-from visgraft.errors import VisgraftError
+from visgraft.errors import VisgraftError, warn_user
 from visgraft.measure.precision import Compute
 from visgraft.options import TrainConfig
 from visgraft.training.prefix import Prefix, run_prefix
@@ -49,7 +48,7 @@ def make_objective(
     config: TrainConfig,
     compute: Compute,
     features: Features | None = None,
-    on_warning: Callable[[str], None] = warn,
+    on_warning: Callable[[str], None] = warn_user,
 ) -> Objective:
     """Train the whole model, or what lies behind its frozen part on what that makes of images once.
 

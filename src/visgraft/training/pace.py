@@ -7,12 +7,12 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
-from warnings import warn
 
 from torch import nn
 
 from visgraft.data.augment import View, augmentation
 from visgraft.data.images import Images
+from visgraft.errors import warn_user
 from visgraft.measure.precision import make_compute
 from visgraft.options import TrainConfig
 from visgraft.training.loop import EpochKept, Event, Ready, training_loop
@@ -58,7 +58,7 @@ def measure_pace(
     features: Features | None = None,
     at_least: float = 1.0,
     then: Callable[[Pace, TrainState], None] | None = None,
-    on_warning: Callable[[str], None] = warn,
+    on_warning: Callable[[str], None] = warn_user,
 ) -> Pace:
     """Make one step of training to warm up, then the first few of an epoch until `at_least` seconds have passed.
 

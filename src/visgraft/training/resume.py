@@ -16,6 +16,7 @@ from visgraft.errors import VisgraftError
 from visgraft.files import new_file
 
 SUFFIX = ".resume.safetensors"
+WEIGHTS = "weights_digest"
 FILES = "files"
 """Where a run keeps a digest of every image by its name, under "data"."""
 Tensors = dict[str, Tensor]
@@ -157,6 +158,8 @@ def check_same_run(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]
     flat_before, flat_now = _flat(before), _flat(json.loads(json.dumps(now)))
     if FILES not in before.get("data", {}):  # of an earlier version, which did not look into the files
         flat_now = {name: value for name, value in flat_now.items() if not name.startswith(f"data.{FILES}.")}
+    if WEIGHTS not in before:  # of such a version, or of other weights than a file's
+        flat_now.pop(WEIGHTS, None)
     for name in sorted(flat_before.keys() | flat_now.keys()):
         was, is_ = flat_before.get(name), flat_now.get(name)
         if was != is_:

@@ -21,7 +21,7 @@ from visgraft.check.quick import quick_check
 from visgraft.core.attach import assemble, attach, count_parameters
 from visgraft.core.method import Batches
 from visgraft.data.dataset import Dataset, Split
-from visgraft.data.identity import content_digests
+from visgraft.data.identity import content_digests, file_digest
 from visgraft.data.images import Images, Loading, load_images
 from visgraft.data.read import AnySource, read_data
 from visgraft.errors import Interrupted, TrainingDiverged, VisgraftError
@@ -32,7 +32,7 @@ from visgraft.measure.precision import resolve_precision
 from visgraft.options import MethodConfig, TrainConfig
 from visgraft.training.fit import Fitted, fit
 from visgraft.training.loop import restore
-from visgraft.training.resume import FILES, Epoch, TrainState, read_state, state_file, write_state
+from visgraft.training.resume import FILES, WEIGHTS, Epoch, TrainState, read_state, state_file, write_state
 from visgraft.training.slow import LongRun, faster_options
 
 _DEFAULT_SPLIT, _DEFAULT_LOADING = Split(), Loading()
@@ -92,6 +92,8 @@ def train_folder(
     dataset = read_and_check(data, split, watch)
     train_config = replace(train_config, precision=resolve_precision(train_config.precision))
     run = _facts(dataset, backbone, method_config, train_config, split, loading) | {"init_from": str(init_from)}
+    if Path(backbone.weights).is_file():
+        run[WEIGHTS] = file_digest(Path(backbone.weights))
     state = _find_state(out, run, resume, watch)
     model = create_backbone(backbone, len(dataset.classes), train_config.drop_path)
     counts = count_parameters(model)
@@ -135,7 +137,7 @@ def train_folder(
     skipped = [row for part in (images, val) if part for row in skipped_of(part)]
     kept = {name: value for name, value in costs.items() if name != "history"}
     how = {name: getattr(train_config, name) for name in ("precision", "epochs")}
-    beside = None if dataset.unlabelled is None else str(dataset.unlabelled)
+    beside = [str(folder) for folder in dataset.unlabelled]
     return {"adapter": str(out), **told, **sizes, "skipped": skipped, **kept, **how, "unlabelled": beside}
 
 
@@ -157,7 +159,8 @@ def _facts(
     """What must be the same for a run to be the same."""
     digests = zip(dataset.all, content_digests(dataset.all), strict=True)
     data = {"fingerprint": dataset.fingerprint, **dataclasses.asdict(split), **dataclasses.asdict(loading)}
-    files = {str(example.path).removeprefix(f"{dataset.root}{os.sep}"): digest for example, digest in digests}
+    start = dataset.root if dataset.root.is_dir() else dataset.root.parent
+    files = {_below(start, example.path): digest for example, digest in digests}
     return {
         "method": method.method,
         "options": method.to_dict(),
@@ -165,6 +168,17 @@ def _facts(
         "train": config.to_dict(),
         "data": data | {FILES: files},
     }
+
+
+def _below(start: Path, path: Path) -> str:
+    """Return the name of an image that stays the same however the way to its data set is written."""
+    inside = f"{start}{os.sep}"
+    if str(path).startswith(inside):
+        return str(path).removeprefix(inside)
+    try:
+        return os.path.relpath(path, start)
+    except ValueError:  # on another drive of Windows
+        return str(path)
 
 
 def _record(dataset: Dataset, split: Split, config: TrainConfig, background: str) -> dict[str, Any]:
@@ -182,7 +196,7 @@ def _record(dataset: Dataset, split: Split, config: TrainConfig, background: str
 def read_and_check(data: AnySource, split: Split, watch: Watch) -> Dataset:
     """Read labelled images' names and labels, and warn of what can be seen without decoding one."""
     dataset = read_data(data, split)
-    for line in (*dataset.notes, *quick_check(dataset)):
+    for line in quick_check(dataset):
         watch.warning(line)
     return dataset
 
