@@ -64,19 +64,8 @@ def test_digests_are_of_the_content_and_unreadable_files_have_none(plain: Path) 
 
 def interrupted(data: Path, out: Path, backbone: Sequence[object] = SMALL) -> list[object]:
     """Begin a run and stop it after an epoch; returns the command."""
-    command: list[object] = [
-        "train",
-        data,
-        "--method",
-        "lora",
-        "--epochs",
-        200,
-        "--out",
-        out,
-        "--precision",
-        "fp32",
-        *SMALL,
-    ]
+    options = ["--method", "lora", "--epochs", 200, "--precision", "fp32"]
+    command: list[object] = ["train", data, "--out", out, *options, *backbone]
 
     def stop() -> None:
         while not state_file(out).exists():
