@@ -41,6 +41,11 @@ def test_the_import_graph_has_no_circle() -> None:
     assert order.index("visgraft.errors") < order.index("visgraft.core.sites") < order.index("visgraft.cli.app")
 
 
+def test_rooms_above_the_methods_ask_for_them_where_all_are_registered() -> None:
+    asking = {name for name, others in import_graph().items() if "visgraft.core.registry" in others}
+    assert {name.split(".")[1] for name in asking} == {"core", "methods"}
+
+
 ROOMS = (
     "errors", "files", "option_types", "options", "pictures", "backbones", "core", "methods", "data", "drawn", "check",
     "adapters", "measure", "training", "export", "serve", "search", "protocols", "bench", "report", "public",
@@ -169,7 +174,10 @@ def test_public_names_are_gathered_once_from_any_thread_and_replace_none() -> No
     assert done.stdout.strip() == "fine", done.stderr
 
 
-def test_the_registry_alone_knows_the_methods() -> None:
-    code = "from visgraft.core.registry import list_methods; print(len(list_methods()))"
+def test_whoever_asks_for_a_method_by_name_finds_it_whatever_was_imported_before() -> None:
+    code = (
+        "from visgraft.adapters.record import get_method; get_method('full').Config(); "
+        "from visgraft.methods import list_methods; print(len(list_methods()))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) == len(visgraft.list_methods())

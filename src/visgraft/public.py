@@ -7,7 +7,6 @@ from visgraft.backbones.creation import Backbone, create_backbone, model_data_co
 from visgraft.check.findings import Report
 from visgraft.check.run import check_data
 from visgraft.core.attach import ParameterCount, attach, count_parameters, detach
-from visgraft.core.registry import list_methods
 from visgraft.data.dataset import Dataset, Example, Split
 from visgraft.data.folders import read_folder
 from visgraft.data.images import Images, Loading, load_images
@@ -19,6 +18,7 @@ from visgraft.export.plain import merge_adapter
 from visgraft.measure.evaluation import Evaluation, evaluate
 from visgraft.measure.measuring import eval_adapter
 from visgraft.methods import *  # noqa: F403  (the options of every method, so that adding one touches no list)
+from visgraft.methods import list_methods
 from visgraft.methods.salience import salient_channels
 from visgraft.options import MethodConfig, TrainConfig
 from visgraft.report.page import build_report

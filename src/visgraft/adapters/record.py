@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from visgraft.backbones.creation import KINDS, Backbone
-from visgraft.core.registry import get_method
 from visgraft.data.dataset import Split
 from visgraft.errors import AdapterError, VisgraftError
+from visgraft.methods import get_method
 from visgraft.options import MethodConfig
 
 FORMAT_VERSION = 1

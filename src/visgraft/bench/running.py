@@ -22,12 +22,12 @@ from visgraft.bench.trial import Measured, Result, Trial, backbone_of, split_dig
 from visgraft.core.attach import count_parameters
 from visgraft.core.attached import get_attached
 from visgraft.core.method import ChoosesChannels
-from visgraft.core.registry import get_method
 from visgraft.data.dataset import Example
 from visgraft.data.images import load_images
 from visgraft.errors import VisgraftError
 from visgraft.measure.calibration import calibration
 from visgraft.measure.evaluation import Evaluation, peak_memory_bytes, score
+from visgraft.methods import get_method
 from visgraft.options import MethodConfig
 from visgraft.protocols.opening import open_task
 from visgraft.protocols.row import Parts, Protocol

@@ -7,8 +7,8 @@ from typing import Any
 
 from visgraft.bench.paper_recipes import PAPER_RECIPES
 from visgraft.core.configure import configure
-from visgraft.core.registry import get_method
 from visgraft.errors import VisgraftError, nearest
+from visgraft.methods import get_method
 from visgraft.options import MethodConfig, TrainConfig
 from visgraft.protocols.row import Protocol, Task
 

@@ -13,12 +13,12 @@ from visgraft.cli.demo_size import FULL, DemoSize, choose_size, seconds_per_imag
 from visgraft.cli.show import percent, print_table, progress_console, result_console, training_progress
 from visgraft.cli.text import command_line, path_argument
 from visgraft.core.attach import detach
-from visgraft.core.registry import get_method
 from visgraft.drawn.gauges import draw_gauges
 from visgraft.errors import DataError
 from visgraft.export.plain import merge_adapter, reopen_plain
 from visgraft.files import write_json
 from visgraft.measure.measuring import measure_adapter
+from visgraft.methods import get_method
 from visgraft.report.page import build_report, write_page
 from visgraft.report.picture import PaintedRun, paint
 from visgraft.training.pace import duration

@@ -9,8 +9,8 @@ from typing import Any
 import typer
 
 from visgraft.core.configure import with_values
-from visgraft.core.registry import get_method, method_names
 from visgraft.errors import VisgraftError, nearest
+from visgraft.methods import get_method, method_names
 from visgraft.option_types import allowed, convert, types_of, written
 from visgraft.options import MethodConfig, TrainConfig, method_fields
 

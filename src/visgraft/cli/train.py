@@ -15,7 +15,7 @@ METHOD, BACKBONE, WEIGHTS = "alore", "vit_base_patch16_224.augreg_in21k", "hub"
 
 def _method_names(incomplete: str) -> list[str]:
     """The names that complete a word after --method."""
-    from visgraft.core.registry import method_names
+    from visgraft.methods import method_names
 
     return [name for name in method_names() if name.startswith(incomplete)]
 

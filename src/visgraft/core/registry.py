@@ -1,6 +1,5 @@
 """Name -> method. Registering is all it takes: flags, counts, storage, docs and the conformance tests follow."""
 
-import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -36,8 +35,10 @@ def register(name: str, *, paper: str) -> "Callable[[type[M]], type[M]]":
 
 
 def list_methods() -> dict[str, type["Method"]]:
-    """Return all methods by name, in order of registration; `.Config`, `.recipe` and `.paper` tell about each."""
-    importlib.import_module("visgraft.methods")  # the methods know this file, which knows none of them by name
+    """Return all methods by name, in order of registration; `.Config`, `.recipe` and `.paper` tell about each.
+
+    Those of visgraft are there once `visgraft.methods` is imported, from where others than `core` take this function.
+    """
     return dict(METHODS)
 
 

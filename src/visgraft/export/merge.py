@@ -14,12 +14,12 @@ from visgraft.core.attached import get_attached
 from visgraft.core.dryrun import meta_copy
 from visgraft.core.method import Position, TokenMethod
 from visgraft.core.placing import find_positions
-from visgraft.core.registry import get_method
 from visgraft.core.sites import Sites
 from visgraft.core.tensors import eval_mode
 from visgraft.errors import MergeError, VisgraftError
 from visgraft.export.affine import FoldTarget, add_missing_biases, fold, fold_target, probe, refusal
 from visgraft.export.certificate import Certificate, answers, certify, fold_difference, image_batches
+from visgraft.methods import get_method
 from visgraft.option_types import choices_of, convert, types_of
 from visgraft.options import MethodConfig
 

@@ -1,7 +1,8 @@
 """The methods that ship with visgraft, one file each; importing a file registers its method, in this order.
 
 Here belongs what makes one method differ from another, and the channel scores that methods choose by. What all
-methods need belongs to `core`; no other room asks which method it has.
+methods need belongs to `core`; no other room asks which method it has. Rooms above ask here
+for a method by its name, so that all are registered then.
 """
 
 from visgraft.methods.sct import SCTConfig as SCTConfig  # isort: skip
@@ -22,5 +23,9 @@ from visgraft.methods.norm import NormConfig as NormConfig  # isort: skip
 from visgraft.methods.partial import PartialConfig as PartialConfig  # isort: skip
 from visgraft.methods.linear import LinearConfig as LinearConfig  # isort: skip
 from visgraft.methods.full import FullConfig as FullConfig  # isort: skip
+
+from visgraft.core.registry import get_method as get_method  # isort: skip
+from visgraft.core.registry import list_methods as list_methods  # isort: skip
+from visgraft.core.registry import method_names as method_names  # isort: skip
 
 __all__ = [name for name in dir() if name.endswith("Config")]

@@ -16,9 +16,9 @@ from visgraft.backbones.creation import create_backbone
 from visgraft.core.attach import assemble
 from visgraft.core.attached import get_attached
 from visgraft.core.method import Batches, ChoosesChannels
-from visgraft.core.registry import get_method
 from visgraft.core.tensors import CHILD
 from visgraft.errors import AdapterError
+from visgraft.methods import get_method
 from visgraft.methods.salience import SCORE_FUNCTIONS, channel_squares
 from visgraft.pictures import ORANGE, Picture, Values, draw
 

@@ -7,9 +7,9 @@ import torch
 from visgraft.backbones.creation import Backbone, create_backbone
 from visgraft.core.attach import assemble, count_parameters
 from visgraft.core.placing import find_positions
-from visgraft.core.registry import list_methods
 from visgraft.errors import SiteError
 from visgraft.export.merge import why_not_merged
+from visgraft.methods import list_methods
 
 
 def describe_methods(backbone: str, num_classes: int = 0) -> list[dict[str, Any]]:

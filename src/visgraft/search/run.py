@@ -9,7 +9,6 @@ import numpy as np
 
 from visgraft.backbones.creation import Backbone
 from visgraft.core.configure import configure
-from visgraft.core.registry import get_method
 from visgraft.data.dataset import Dataset, Example, Split
 from visgraft.data.images import Loading
 from visgraft.data.read import AnySource, read_data
@@ -17,6 +16,7 @@ from visgraft.errors import VisgraftError
 from visgraft.export.merge import mergeable
 from visgraft.measure.evaluation import logits_of
 from visgraft.measure.precision import make_compute, resolve_precision
+from visgraft.methods import get_method
 from visgraft.search.budget import Clock, Cost, Plan, Size, full_plan, make_plan
 from visgraft.search.race import Race, TellProgress
 from visgraft.search.result import Comparison, MethodResult, Progress

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from visgraft.core.configure import configure
-from visgraft.core.registry import get_method
 from visgraft.data.images import Images
 from visgraft.errors import TrainingDiverged, VisgraftError
+from visgraft.methods import get_method
 from visgraft.options import MethodConfig, TrainConfig
 from visgraft.search.budget import Cost, OutOfTime
 from visgraft.training.crossval import Bench, Fit
