@@ -7,10 +7,10 @@ before it is asked for, so that what needs no torch, such as the command line's 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from visgraft.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from visgraft.public import *  # noqa: F403
-
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

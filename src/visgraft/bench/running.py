@@ -15,7 +15,6 @@ import safetensors.torch
 import torch
 from torch import nn
 
-import visgraft
 from visgraft.adapters.directory import adapter_tensors
 from visgraft.backbones.creation import create_backbone, model_data_config
 from visgraft.bench.trial import Measured, Result, Trial, backbone_of, split_digest
@@ -33,6 +32,7 @@ from visgraft.protocols.opening import open_task
 from visgraft.protocols.row import Parts, Protocol
 from visgraft.training.fit import Answers, fit
 from visgraft.training.resume import Epoch
+from visgraft.version import __version__
 
 MEANS_AND_DEVIATIONS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -222,7 +222,7 @@ def revision() -> str:
         _git("ls-files", "--error-unmatch", Path(__file__).name)  # an installed package may lie in a user's repository
         return _git("describe", "--always", "--dirty=+changes", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
-        return f"visgraft {visgraft.__version__}"  # not its metadata, which a copy of the source has none of
+        return f"visgraft {__version__}"  # not its metadata, which a copy of the source has none of
 
 
 def _git(*arguments: str) -> str:

@@ -11,7 +11,6 @@ from typing import Annotated, NoReturn
 
 import typer
 
-import visgraft
 from visgraft.cli.arguments import (
     AdapterFolder,
     Background,
@@ -34,6 +33,7 @@ from visgraft.cli.streams import prepare_streams
 from visgraft.cli.text import visible
 from visgraft.cli.train import train
 from visgraft.errors import Interrupted, VisgraftError
+from visgraft.version import __version__
 
 ROAD = """\
 visgraft adapts a frozen, pretrained vision backbone to your images. From a folder to a model in use:
@@ -204,7 +204,7 @@ def _road(
 ) -> None:
     """Adapt a frozen, pretrained vision backbone with well under 1 % extra parameters."""
     if version:
-        typer.echo(f"visgraft {visgraft.__version__}")
+        typer.echo(f"visgraft {__version__}")
         raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(ROAD)
