@@ -110,7 +110,7 @@ def test_recipes_and_epochs_are_rows_of_one_table() -> None:
 
 def test_two_results_for_one_place_and_other_images_are_refused() -> None:
     twice = [result(trial("sct", "a"), 0.6), result(trial("sct", "a", lr=1e-2), 0.7)]
-    with pytest.raises(VisgraftError, match=r"a sct final seed 0 has two results, which differ in train; give each"):
+    with pytest.raises(VisgraftError, match=r"a sct final seed 0 has two results, which differ in train; run each"):
         tables(twice)
     other = [result(trial("sct", "a"), 0.6), result(trial("linear", "a", split="other"), 0.7)]
     with pytest.raises(VisgraftError, match="did not use the same images"):

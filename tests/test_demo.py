@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import threading
 import time
 from dataclasses import replace
@@ -65,7 +66,7 @@ def test_an_interrupted_demo_says_what_is_true_of_it(
     def stop() -> None:
         while not state_file(tmp_path / "alore-quick").exists():
             time.sleep(0.02)
-        os.kill(os.getpid(), 2)
+        os.kill(os.getpid(), signal.SIGTERM)  # SIGINT may be ignored, as in jobs of a script
 
     threading.Thread(target=stop, daemon=True).start()
     code, _, err = run("demo", "--quick", "--out", tmp_path)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Sequence
@@ -70,7 +71,7 @@ def interrupted(data: Path, out: Path, backbone: Sequence[object] = SMALL) -> li
     def stop() -> None:
         while not state_file(out).exists():
             time.sleep(0.02)
-        os.kill(os.getpid(), 2)
+        os.kill(os.getpid(), signal.SIGTERM)  # SIGINT may be ignored, as in jobs of a script
 
     with patch("visgraft.training.run.STATE_SECONDS", 0.0):
         threading.Thread(target=stop, daemon=True).start()

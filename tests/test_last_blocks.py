@@ -125,6 +125,13 @@ CUTS += [("partial", kind, {}) for kind in ("plain", "swin", "convnext")]
 CUTS += [("sct", "swin", {}), ("linear", "deit_distilled", {}), ("adapter", "swin", {"norms": True, "last_blocks": 2})]
 
 
+def check_outputs(outputs: Tensor, model: nn.Module, x: Tensor) -> None:
+    """Hold outputs against those of the whole model, by how much that itself errs in float32 on this processor."""
+    whole, exact = model(x), copy.deepcopy(model).double()(x.double())
+    rounding = (whole - exact).abs().max() + torch.finfo(torch.float32).eps * exact.abs().max()
+    assert (outputs - exact).abs().max() <= 4 * rounding <= 1e-4 * exact.abs().max()
+
+
 @pytest.mark.parametrize(("name", "kind", "options"), CUTS)
 def test_the_tail_gives_the_same_outputs_and_gradients_as_the_whole(name: str, kind: str, options: Any) -> None:
     model = fitted(config(name, **options), kind)
@@ -135,7 +142,7 @@ def test_the_tail_gives_the_same_outputs_and_gradients_as_the_whole(name: str, k
     found = prefix_of(model, kind)
     pictures = task(6, size=size_of(kind))
     x = pictures.normalised(pictures.pixels)
-    torch.testing.assert_close(found.tail(found.entering[0]), model(x), rtol=1e-6, atol=1e-6)
+    check_outputs(found.tail(found.entering[0]), model, x)
     gradients = []
     for network, entering in ((model, x), (found.tail, found.entering[0])):
         model.train()
@@ -320,7 +327,7 @@ def test_positions_that_all_blocks_share_are_still_computed() -> None:
     model = attach(plain, config("adapter", last_blocks=1))
     found, pictures = prefix_of(model, "beit"), task(6, size=32)
     x = pictures.normalised(pictures.pixels)
-    torch.testing.assert_close(found.tail(found.entering[0]), model(x), rtol=1e-6, atol=1e-6)
+    check_outputs(found.tail(found.entering[0]), model, x)
 
 
 def test_a_resumed_run_ends_with_the_very_same_weights() -> None:

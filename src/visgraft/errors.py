@@ -33,6 +33,17 @@ class CannotDivide(DataError):
     """There are too few images, or groups, for all parts that are to be drawn."""
 
 
+class UnknownClasses(DataError):
+    """Images have classes that a model does not know; `multi_label` says whether they may have several each."""
+
+    def __init__(self, message: str, multi_label: bool) -> None:
+        super().__init__(message)
+        self.multi_label = multi_label
+
+    def __reduce__(self) -> tuple[type["UnknownClasses"], tuple[str, bool]]:
+        return type(self), (str(self), self.multi_label)
+
+
 class Interrupted(VisgraftError):
     """The user stopped a run; its message says what was kept and how to go on."""
 

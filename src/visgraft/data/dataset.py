@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold
 
-from visgraft.errors import CannotDivide, DataError, nearest
+from visgraft.errors import CannotDivide, DataError, UnknownClasses, nearest
 
 PARTS = ("train", "val", "test")
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -224,18 +224,19 @@ def _known_shares(labels: np.ndarray, folds: int) -> np.ndarray:
     return np.array([label if counts[label] >= folds else rare for label in labels.tolist()])
 
 
-def match_classes(found: Iterable[str], known: Sequence[str], where: str) -> tuple[str, ...]:
+def match_classes(found: Iterable[str], known: Sequence[str], where: str, multi_label: bool = False) -> tuple[str, ...]:
     """Return the known classes, by which images are labelled that a model with these is measured on.
 
     Raises:
-        DataError: images have a class that is not known.
+        UnknownClasses: images have a class that is not known.
     """
     extra = sorted(set(found) - set(known))
     if extra:
         hint = nearest(extra[0], known, 1) if len(extra) == 1 else ""
-        raise DataError(
+        raise UnknownClasses(
             f"{where} has classes that the adapter does not know: {listed(extra)} (it knows {listed(known)}); leave "
-            f"them out, or train on these with train --init-from{hint}"
+            f"them out, or train on these with train --init-from{hint}",
+            multi_label,
         )
     return tuple(known)
 

@@ -77,7 +77,7 @@ def read_hub(location: str | Path, split: Split = _DEFAULT_SPLIT, known: Sequenc
     used = {name for found in labels.values() for names in found for name in names or ()}
     classes = tuple(name for name in _order(features[label], used) if name in used)
     if known is not None:
-        classes = match_classes(used, known, where)
+        classes = match_classes(used, known, where, _is_list(features[label]))
     elif len(classes) < 2:
         found = f"only one class, {classes[0]}" if classes else "no class at all"
         raise DataError(f"{where} has {found}, in its column {label}; at least two are needed")

@@ -74,7 +74,7 @@ def read_table(
     spell = known_names(known)
     rows = [replace(row, labels=tuple(map(spell, row.labels))) for row in _rows(table, base, header, records)]
     multi_label = LABELS in header
-    classes = _classes(table, rows, multi_label) if known is None else _match(table, rows, known)
+    classes = _classes(table, rows, multi_label) if known is None else _match(table, rows, known, multi_label)
     number = {name: index for index, name in enumerate(classes)}
     # Sorted, so that the draw does not depend on the order of the lines.
     rows.sort(key=lambda row: (tuple(number[name] for name in row.labels), row.name))
@@ -273,8 +273,8 @@ def _classes(table: Path, rows: Iterable[TableRow], multi_label: bool) -> tuple[
     return classes
 
 
-def _match(table: Path, rows: Iterable[TableRow], known: Sequence[str]) -> tuple[str, ...]:
-    return match_classes({name for row in rows for name in row.labels}, known, str(table))
+def _match(table: Path, rows: Iterable[TableRow], known: Sequence[str], multi_label: bool) -> tuple[str, ...]:
+    return match_classes({name for row in rows for name in row.labels}, known, str(table), multi_label)
 
 
 def _fingerprint(rows: Iterable[TableRow]) -> str:

@@ -13,7 +13,7 @@ from visgraft.core.attach import count_parameters
 from visgraft.data.dataset import PARTS, Dataset, Example, Split
 from visgraft.data.images import Images, Loading, load_images
 from visgraft.data.read import AnySource, read_data
-from visgraft.errors import AdapterError, DataError
+from visgraft.errors import AdapterError, DataError, UnknownClasses
 from visgraft.measure.evaluation import Evaluation, evaluate, peak_memory_bytes
 
 _DEFAULT_LOADING = Loading()
@@ -64,14 +64,21 @@ def adapter_data(adapter: Path, data: AnySource) -> tuple[Dataset, bool]:
     record = read_record(adapter)
     if not record.classes:
         raise AdapterError(f"{adapter} does not name its classes; save it with classes=, in the order of its outputs")
-    dataset = read_data(data, UNDIVIDED, record.classes)
+    try:
+        dataset = read_data(data, UNDIVIDED, record.classes)
+    except UnknownClasses as error:
+        if error.multi_label != record.multi_label:
+            raise _other_kind(data, adapter, error.multi_label) from error
+        raise
     if dataset.multi_label != record.multi_label:
-        kind = {True: "several classes per image", False: "one class per image"}
-        raise AdapterError(
-            f"{data} has {kind[dataset.multi_label]}, but {adapter} was trained on {kind[not dataset.multi_label]}"
-        )
+        raise _other_kind(data, adapter, dataset.multi_label)
     same = record.fingerprint == dataset.fingerprint
     return (read_data(data, record.split, record.classes) if same and record.split else dataset), same
+
+
+def _other_kind(data: AnySource, adapter: Path, multi_label: bool) -> AdapterError:
+    kind = {True: "several classes per image", False: "one class per image"}
+    return AdapterError(f"{data} has {kind[multi_label]}, but {adapter} was trained on {kind[not multi_label]}")
 
 
 def classes_without(examples: Sequence[Example], classes: Sequence[str]) -> list[str]:
