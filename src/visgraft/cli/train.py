@@ -1,7 +1,7 @@
 """`visgraft train`."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,14 +63,11 @@ def train(
     **values: Any,
 ) -> None:
     """Train a method on labelled images and write a small adapter."""
-    from visgraft.adapters.directory import CONFIG
     from visgraft.cli.options import train_config
     from visgraft.cli.show import emit, print_figures, warn
     from visgraft.data.dataset import Split
     from visgraft.data.images import Loading
     from visgraft.data.read import read_data
-    from visgraft.files import check_target
-    from visgraft.training.crossval import check_folds
 
     if dry_run:
         _check_dry_run({"--resume": resume, "--folds": folds, "--log": log})
@@ -89,20 +86,34 @@ def train(
     if dry_run:
         _forecast(images, out, whole, json)
         return
-    check_target(out, CONFIG)
-    if folds:
-        check_folds(read_data(images, split), folds, repeats, recipe.seed)
+    _check_before(out, images, split, folds, repeats)
     figures = _train(images, out, whole, resume, log)
     if folds:
         figures["cross_validation"] = _cross_validate(read_data(images, split), folds, repeats, setting)
     emit(figures, json, lambda: print_figures(figures))
     if figures["unlabelled"] and not json:
-        from visgraft.cli.show import result_console
-        from visgraft.cli.text import command_line, path_argument
+        _offer_predict(out, figures["unlabelled"])
 
-        folders = map(path_argument, figures["unlabelled"])
-        command = command_line("visgraft", "predict", path_argument(out), *folders)
-        result_console.print(f"name the images without classes:\n  {command}")
+
+def _check_before(out: Path, images: Any, split: Any, folds: int, repeats: int) -> None:
+    """Refuse before the training what would stop the command after it."""
+    from visgraft.adapters.directory import CONFIG
+    from visgraft.data.read import read_data
+    from visgraft.files import check_target
+    from visgraft.training.crossval import check_folds
+
+    check_target(out, CONFIG)
+    if folds:
+        check_folds(read_data(images, split), folds, repeats, split.seed)
+
+
+def _offer_predict(out: Path, folders: Sequence[str]) -> None:
+    """Print the command that names the images without classes."""
+    from visgraft.cli.show import result_console
+    from visgraft.cli.text import command_line, path_argument
+
+    command = command_line("visgraft", "predict", path_argument(out), *map(path_argument, folders))
+    result_console.print(f"name the images without classes:\n  {command}")
 
 
 def _train(images: Any, out: Path, whole: Mapping[str, Any], resume: bool, log: str | None) -> dict[str, Any]:

@@ -92,14 +92,10 @@ def train_folder(
     dataset = read_and_check(data, split, watch)
     train_config = replace(train_config, precision=resolve_precision(train_config.precision))
     run = _facts(dataset, backbone, method_config, train_config, split, loading) | {"init_from": str(init_from)}
-    if Path(backbone.weights).is_file():
-        run[WEIGHTS] = file_digest(Path(backbone.weights))
     state = _find_state(out, run, resume, watch)
     model = create_backbone(backbone, len(dataset.classes), train_config.drop_path)
     counts = count_parameters(model)
-    if backbone.crop_mode is None:  # otherwise the choice was made
-        for line in shape_warning(dataset.train, model_data_config(model)["crop_mode"]):
-            watch.warning(line)
+    _warn_of_shapes(dataset, backbone, model, watch)
     images, val = _load(dataset, model, loading, watch)
 
     def start() -> None:
@@ -113,32 +109,64 @@ def train_folder(
     def write(**more: Any) -> None:
         save(model, out, classes=dataset.classes, record={**record, **more})
 
-    slow = LongRun(
-        watch.warning, lambda: faster_options(model, backbone, method_config, train_config, init_from is None)
-    )
+    show = _watched(watch, lambda: faster_options(model, backbone, method_config, train_config, init_from is None))
+
+    def learn(**told: Any) -> Fitted:
+        return fit(model, method_config, train_config, images, val, start=start, on_progress=show, **told)
+
+    fitted = _train(model, learn, train_config.epochs, out, run, state, write, watch)
+    figures, costs = _conclude(model, out, fitted, val, train_config.precision, write, watch)
+    what: dict[str, Any] = {"adapter": str(out), "method": method_config.method, "backbone": backbone.name}
+    figures = {"split": "val" if val else None, **figures}
+    sizes = {**sizes_of(model, out), "params_backbone": counts.total - counts.head}
+    return what | figures | sizes | _told(costs, train_config, dataset, images, val)
+
+
+def _conclude(
+    model: nn.Module,
+    out: Path,
+    fitted: Fitted,
+    val: Images | None,
+    precision: str,
+    write: Callable[..., None],
+    watch: Watch,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Measure the trained model on the validation images and write it; returns figures and costs."""
+    assert fitted.training is not None
+    costs = {**dataclasses.asdict(fitted.training), "seconds": fitted.seconds}
+    figures = figures_of(None if val is None else evaluate(model, val, precision))
+    metrics = {f"val_{name}": value for name, value in figures.items()}
+    _finish(out, watch.again, partial(write, metrics=metrics, **costs))
+    return figures, costs
+
+
+def _told(
+    costs: dict[str, Any], config: TrainConfig, dataset: Dataset, images: Images, val: Images | None
+) -> dict[str, Any]:
+    """What else is returned of a run: costs, how it was trained, images left out, folders without classes."""
+    skipped = [row for part in (images, val) if part for row in skipped_of(part)]
+    kept = {name: value for name, value in costs.items() if name != "history"}
+    how = {name: getattr(config, name) for name in ("precision", "epochs")}
+    return {"skipped": skipped, **kept, **how, "unlabelled": [str(folder) for folder in dataset.unlabelled]}
+
+
+def _warn_of_shapes(dataset: Dataset, backbone: Backbone, model: nn.Module, watch: Watch) -> None:
+    """Say where making pictures square loses part of many, unless somebody chose how it is done."""
+    if backbone.crop_mode is None:
+        for line in shape_warning(dataset.train, model_data_config(model)["crop_mode"]):
+            watch.warning(line)
+
+
+def _watched(watch: Watch, options: Callable[[], list[tuple[str, float]]]) -> Callable[[Epoch], None]:
+    """Return a callback that tells of epochs and, once, of what would shorten a long run."""
+    slow = LongRun(watch.warning, options)
 
     def show(epoch: Epoch) -> None:
         slow(epoch)
         if watch.epoch:
             watch.epoch(epoch)
 
-    def learn(**told: Any) -> Fitted:
-        return fit(model, method_config, train_config, images, val, start=start, on_progress=show, **told)
-
-    fitted = _train(model, learn, train_config.epochs, out, run, state, write, watch)
-    assert fitted.training is not None
-    costs = {**dataclasses.asdict(fitted.training), "seconds": fitted.seconds}
-    figures = figures_of(None if val is None else evaluate(model, val, train_config.precision))
-    _finish(
-        out, watch.again, partial(write, metrics={f"val_{name}": value for name, value in figures.items()}, **costs)
-    )
-    told = {"method": method_config.method, "backbone": backbone.name, "split": "val" if val else None, **figures}
-    sizes = {**sizes_of(model, out), "params_backbone": counts.total - counts.head}
-    skipped = [row for part in (images, val) if part for row in skipped_of(part)]
-    kept = {name: value for name, value in costs.items() if name != "history"}
-    how = {name: getattr(train_config, name) for name in ("precision", "epochs")}
-    beside = [str(folder) for folder in dataset.unlabelled]
-    return {"adapter": str(out), **told, **sizes, "skipped": skipped, **kept, **how, "unlabelled": beside}
+    return show
 
 
 def _finish(out: Path, again: str, write: Callable[[], None]) -> None:
@@ -167,6 +195,7 @@ def _facts(
         "backbone": backbone.to_dict(),
         "train": config.to_dict(),
         "data": data | {FILES: files},
+        **({WEIGHTS: file_digest(Path(backbone.weights))} if Path(backbone.weights).is_file() else {}),
     }
 
 

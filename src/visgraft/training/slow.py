@@ -1,5 +1,6 @@
 """What would make a training faster that takes long on this machine."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -40,11 +41,9 @@ def faster_options(
         found.append((f"--last-blocks {kept}", kept / blocks + (1 - kept / blocks) / (3 * config.epochs)))
     side, patch = input_size(model)[1], (patch_size(model) or (32, 32))[0]
     smaller = round(0.6 * side / patch) * patch
-    try:
+    with contextlib.suppress(VisgraftError):  # where the model runs on its own size only
         if smaller >= 2 * patch and not fit_image_size(replace(backbone, image_size=smaller))[1]:
             found.append((f"--image-size {smaller}", (smaller / side) ** 2))
-    except VisgraftError:  # the model runs on its own size only
-        pass
     return sorted(found, key=lambda option: option[1])
 
 
