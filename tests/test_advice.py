@@ -12,7 +12,7 @@ import typer
 from visgraft.cli.app import build
 
 SOURCE = Path(__file__).parents[1] / "src" / "visgraft"
-MEASURING = ("eval", "merge", "report", "predict")
+MEASURING = ("eval", "merge", "export", "report", "predict")
 TRAINING = ("train", "compare", "bench run")
 REACHED = {
     "adapters/directory": MEASURING,
@@ -27,8 +27,9 @@ REACHED = {
     "bench/sweep": ("bench run",),
     "check": ("check",),
     "core/configure": ("bench run",),
-    "data/cache": (*TRAINING, "eval", "merge", "report"),
-    "files": ("train", "compare", "merge", "demo"),
+    "data/cache": (*TRAINING, "eval", "merge", "export", "report"),
+    "export": ("export",),
+    "files": ("train", "compare", "merge", "export", "demo"),
     "measure/measuring": ("eval", "report"),
     "protocols": ("bench run", "bench check"),
     "report": ("report",),
@@ -43,6 +44,7 @@ REACHED = {
     "cli/arguments": (*TRAINING[:2], "eval", "report", "check"),
     "cli/bench": ("bench run", "bench check", "bench table"),
     "cli/demo": ("demo",),
+    "cli/export": ("export",),
     "cli/options": ("train",),
     "data/dataset": (),
     "data/decode": (),
@@ -54,14 +56,14 @@ REACHED = {
     "cli/train": ("train",),
 }
 """By file or room: the verbs that can print its messages. A message may send to another verb by name."""
-SENT = re.compile(r".*\b(train|run|predict|compare|demo)\b[^.;]*$", re.DOTALL)
+SENT = re.compile(r".*\b(train|run|predict|compare|demo|export)\b[^.;]*$", re.DOTALL)
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z]")
 ANYWHERE = {"--help", "--no-deps", "--force-reinstall", "--upgrade"}  # the last three are pip's
 
 
 @cache
 def options() -> dict[str, set[str]]:
-    app = typer.main.get_command(build(["train"]))
+    app = typer.main.get_command(build(["train", "export"]))
     found: dict[str, set[str]] = {}
 
     def look(command: object, name: str) -> None:

@@ -15,7 +15,7 @@ from support import images, logits, vit
 
 import visgraft
 from visgraft import count_parameters, list_methods, load, merge, read_folder, save
-from visgraft.cli.options import flags
+from visgraft.cli.options import train_flags
 from visgraft.core.attach import attach
 from visgraft.core.families import BLOCKS
 from visgraft.core.registry import METHODS
@@ -51,7 +51,7 @@ def run(page: str, number: int, shorter: tuple[str, str] = ("", "")) -> dict[str
 
 def test_the_worked_example_of_a_method_gets_everything_by_its_registration(scratch: Path) -> None:
     config = run("CONTRIBUTING.md", 0)["ShiftConfig"](strength=0.5)
-    assert "shift" in list_methods() and "strength" in {flag.field.name for flag in flags()}
+    assert "shift" in list_methods() and "strength" in {flag.field.name for flag in train_flags()}
     before = logits(vit())
     model = attach(vit(), config)
     assert torch.equal(logits(model), before)

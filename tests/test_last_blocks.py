@@ -20,7 +20,7 @@ from visgraft import MethodConfig, SCTConfig, TrainConfig, VisgraftError, attach
 from visgraft.adapters.directory import CONFIG
 from visgraft.bench.ledger import read_file
 from visgraft.bench.running import method_config
-from visgraft.cli.options import flags
+from visgraft.cli.options import train_flags
 from visgraft.core.attached import get_attached
 from visgraft.core.families import BLOCKS
 from visgraft.measure.precision import make_compute
@@ -54,7 +54,7 @@ def test_methods_without_modules_in_blocks_refuse_it_and_do_not_offer_it() -> No
         with pytest.raises(VisgraftError, match=f"last_blocks has no effect on {name}"):
             config(name, last_blocks=1)
         assert "last_blocks" not in {field.name for field in method_fields(list_methods()[name].Config)}
-    (flag,) = (flag for flag in flags() if flag.field.name == "last_blocks")
+    (flag,) = (flag for flag in train_flags() if flag.field.name == "last_blocks")
     assert flag.kind is int and "|" not in flag.help
 
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from visgraft import LoRAConfig, TrainConfig, attach, list_methods, load, save
 from visgraft.adapters.directory import CONFIG
 from visgraft.bench.ledger import read_results
-from visgraft.cli.options import flags, method_config, parse_option, train_config, with_flags
+from visgraft.cli.options import method_config, parse_option, train_config, train_flags, with_flags
 from visgraft.core.method import Method
 from visgraft.core.registry import METHODS, register
 from visgraft.errors import AdapterError, VisgraftError
@@ -271,7 +271,7 @@ def test_a_wrong_value_is_refused_in_one_line_with_class_option_and_what_is_expe
 
 
 def test_the_help_lists_the_names_and_a_number_is_shown_as_one(module: ModuleType) -> None:
-    found = {flag.field.name: flag for flag in flags()}
+    found = {flag.field.name: flag for flag in train_flags()}
     assert "(first, second)" in found["literal"].help and "(zero, normal)" in found["start"].help
     assert "(all or a whole number)" in found["amount"].help and "default 0.9,0.999" in found["betas"].help
     assert "default zero" in found["start"].help and "(attn, mlp)" in found["named"].help

@@ -15,6 +15,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from visgraft.adapters.canary import canary_difference, is_drawn_alike, measure_canary
 from visgraft.adapters.names import class_names
 from visgraft.adapters.record import FORMAT_VERSION, AdapterRecord
 from visgraft.backbones.creation import Backbone, create_backbone, image_transform, model_data_config, origin_of
@@ -97,6 +98,7 @@ def save(
     """
     tensors = adapter_tensors(model)
     record_ = make_record(model, classes=classes, data_config=data_config, facts=record)
+    record_ = dataclasses.replace(record_, canary=measure_canary(model, record_.data_config))
     path = Path(path)
     with new_directory(path, CONFIG) as folder:
         safetensors.torch.save_file(tensors, folder / TENSORS)
@@ -221,6 +223,7 @@ def load(path: str | Path, *, weights: str | None = None, backbone: nn.Module | 
     assemble(model, record.method)
     try:
         _fill(model, tensors, path, record)
+        check_canary(model, record, path)
     except AdapterError:
         detach(model)
         raise
@@ -255,6 +258,27 @@ def check_backbone(model: nn.Module, record: AdapterRecord, path: Path) -> None:
         raise AdapterError(
             f"{path} was trained on another backbone (sha256 {record.digest[:12]}…, this one is {str(found)[:12]}…); "
             "pass the same weights with --weights (weights= or backbone= in Python)"
+        )
+
+
+def check_canary(model: nn.Module, record: AdapterRecord, path: Path) -> None:
+    """Raise an AdapterError unless the model answers the adapter's seeded picture as it did when it was saved.
+
+    Adapters of earlier versions have no canary, and a model without data (meta) does not answer.
+    """
+    if record.canary is None or any(parameter.is_meta for parameter in model.parameters()):
+        return
+    if not is_drawn_alike(record.canary, record.data_config):
+        raise AdapterError(
+            f"{path / CONFIG} is damaged: its canary is about another picture than that of its image size; restore "
+            "it or train again"
+        )
+    found, allowed = canary_difference(model, record.canary, record.data_config)
+    if not found <= allowed:
+        raise AdapterError(
+            f"{path} answers a seeded picture otherwise than when it was saved: a logit differs by {found:.2g}, above "
+            f"{allowed:.2g}; its tensors were changed, or this device or torch computes wrongly: restore the "
+            "adapter, or load it on the CPU"
         )
 
 

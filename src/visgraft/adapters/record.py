@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from visgraft.adapters.canary import Canary
 from visgraft.backbones.creation import KINDS, Backbone
 from visgraft.data.dataset import Split
 from visgraft.errors import AdapterError, VisgraftError
@@ -40,6 +41,7 @@ class AdapterRecord:
         parameters: how many train, of the adapter and of the head, and all with the backbone's.
         facts: all that is stored of the training: options, history, figures, costs.
         versions: of Python and the libraries that wrote it.
+        canary: what it answered to a seeded picture when it was saved; None: not known.
     """
 
     method: MethodConfig
@@ -58,6 +60,7 @@ class AdapterRecord:
     parameters: Facts = field(default_factory=dict)
     facts: Facts = field(default_factory=dict)
     versions: Facts = field(default_factory=dict)
+    canary: Canary | None = None
 
     @property
     def multi_label(self) -> bool:
@@ -93,6 +96,7 @@ class AdapterRecord:
             "parameters": dict(self.parameters),
             "record": dict(self.facts),
             "versions": dict(self.versions),
+            **({"canary": self.canary.to_json()} if self.canary else {}),
         }
 
     @classmethod
@@ -129,11 +133,13 @@ class AdapterRecord:
         with _damage(file, "record"):
             kept = {each.name for each in dataclasses.fields(Split)}
             split = Split(**{name: value for name, value in data.items() if name in kept}) if data else None
+        with _damage(file, "canary"):
+            canary = Canary.from_json(config["canary"]) if config.get("canary") is not None else None
         return cls(
             method, backbone, outputs, digest, precision, own, config["data_config"], tuple(config["classes"]),
             "several_classes" if data.get("multi_label") else "one_class", facts.get("precision", "fp32"),
             data.get("background"), split, data.get("fingerprint"), config.get("parameters", {}), facts,
-            config.get("versions", {}),
+            config.get("versions", {}), canary,
         )  # fmt: skip
 
     def located(self, path: Path, weights: str | None = None) -> Backbone:

@@ -27,6 +27,7 @@ from visgraft.cli.arguments import (
 from visgraft.cli.bench import build as build_bench
 from visgraft.cli.check import check
 from visgraft.cli.compare import compare
+from visgraft.cli.export import export
 from visgraft.cli.predict import predict
 from visgraft.cli.report import report
 from visgraft.cli.streams import prepare_streams
@@ -45,6 +46,7 @@ visgraft adapts a frozen, pretrained vision backbone to your images. From a fold
   visgraft report my-adapter --data photos --out report.html     where does it err, and why?
   visgraft predict my-adapter new-photos            name the classes of new images
   visgraft merge my-adapter --out my-model          fold it into one plain timm model
+  visgraft export my-adapter --data photos --out my-model.onnx   write it for another runtime, proven on your images
 
 Nothing at hand? visgraft demo --quick takes a minute. All verbs: visgraft --help
 """
@@ -185,16 +187,16 @@ def demo(
     emit(result, json, lambda: print_demo(result))
 
 
-def _train_verb(words: Sequence[str]) -> Callable[..., None]:
-    """Return `train` with the options of all methods, or, where the words are of another verb, its name alone."""
-    if "train" in words:
-        from visgraft.cli.options import with_flags
+def _with_flags(verb: Callable[..., None], words: Sequence[str]) -> Callable[..., None]:
+    """Return `train` or `export` with its generated options, or, where the words are of another verb, its name."""
+    if verb.__name__ in words:
+        from visgraft.cli.options import format_flags, train_flags, with_flags
 
-        return with_flags(train)
+        return with_flags(verb, train_flags if verb is train else format_flags)
 
     def name_only() -> None: ...
 
-    name_only.__doc__ = train.__doc__
+    name_only.__doc__ = verb.__doc__
     return name_only
 
 
@@ -214,8 +216,9 @@ def build(words: Sequence[str]) -> typer.Typer:
     """Return the app for a command of these words; the options of `train` are generated from the registered methods."""
     app = typer.Typer(name="visgraft", add_completion=True, pretty_exceptions_enable=False)
     app.callback(invoke_without_command=True)(_road)
-    verbs: dict[str, Callable[..., None]] = {"check": check, "compare": compare, "train": _train_verb(words)}
-    verbs |= {"eval": eval_, "report": report, "predict": predict, "merge": merge, "info": info, "methods": methods}
+    verbs: dict[str, Callable[..., None]] = {"check": check, "compare": compare, "train": _with_flags(train, words)}
+    verbs |= {"eval": eval_, "report": report, "predict": predict, "merge": merge, "export": _with_flags(export, words)}
+    verbs |= {"info": info, "methods": methods}
     for name, verb in (verbs | {"demo": demo}).items():
         app.command(name)(verb)
     app.add_typer(build_bench(), name="bench")

@@ -10,6 +10,7 @@ import typer
 
 from visgraft.core.configure import with_values
 from visgraft.errors import VisgraftError, nearest
+from visgraft.export.formats import FORMATS
 from visgraft.methods import get_method, method_names
 from visgraft.option_types import allowed, convert, types_of, written
 from visgraft.options import MethodConfig, TrainConfig, method_fields
@@ -41,7 +42,7 @@ def _help(field: dataclasses.Field[Any], hint: Any) -> str:
     return f"{field.metadata['help']} ({named})" if named else field.metadata["help"]
 
 
-def flags() -> Iterator[Flag]:
+def train_flags() -> Iterator[Flag]:
     """Yield the options of training, then those of all methods; one that several methods share appears once."""
     hints = types_of(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
@@ -63,7 +64,20 @@ def flags() -> Iterator[Flag]:
         yield Flag(uses[0][1], kinds.pop() if len(kinds) == 1 else str, told, "Method")
 
 
-def with_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+def format_flags() -> Iterator[Flag]:
+    """Yield the options of all export formats; one that several formats share appears once."""
+    owners: dict[str, list[tuple[str, dataclasses.Field[Any], Any]]] = {}
+    for name, form in FORMATS.items():
+        for field in dataclasses.fields(form.Options):
+            owners.setdefault(field.name, []).append((name, field, types_of(form.Options)[field.name]))
+    for uses in owners.values():
+        told = " | ".join(
+            f"{name}: {_help(field, hint)}; default {written(field.default)}" for name, field, hint in uses
+        )
+        yield Flag(uses[0][1], _kind(uses[0][2]), told, "Format")
+
+
+def with_flags(command: Callable[..., Any], flags: Callable[[], Iterator[Flag]] = train_flags) -> Callable[..., Any]:
     """Return the command with the generated options in place of its `**values`."""
     own = inspect.signature(command)
     parameters = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]

@@ -26,6 +26,14 @@ def save_plain(
     model: nn.Module, path: str | Path, classes: Sequence[str], data_config: Mapping[str, Any], certificate: Any
 ) -> Path:
     """Write a merged plain model in timm's own format; `create_model("local-dir:PATH", pretrained=True)` opens it."""
+    with new_directory(Path(path), "config.json") as folder:
+        write_plain(model, folder, classes, data_config)
+        write_json(folder / "certificate.json", dataclasses.asdict(certificate))
+    return Path(path)
+
+
+def write_plain(model: nn.Module, folder: Path, classes: Sequence[str], data_config: Mapping[str, Any]) -> None:
+    """Fill a folder with a plain model in timm's own format."""
     own: Any = getattr(model, "pretrained_cfg", {})
     facts = {
         # What timm goes by when it loads the file; the other facts are of where the weights came from.
@@ -38,10 +46,7 @@ def save_plain(
     config: dict[str, Any] = {"pretrained_cfg": facts, "model_args": arguments}
     if classes:
         config["label_names"] = list(classes)
-    with new_directory(Path(path), "config.json") as folder:
-        timm.models.save_for_hf(model, str(folder), model_config=config, safe_serialization=True)
-        write_json(folder / "certificate.json", dataclasses.asdict(certificate))
-    return Path(path)
+    timm.models.save_for_hf(model, str(folder), model_config=config, safe_serialization=True)
 
 
 def reopen_plain(path: Path) -> nn.Module:

@@ -1,0 +1,120 @@
+"""From a model in torch to one ONNX graph: pixels of the wanted form in, logits out, any number of images."""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visgraft.backbones.weights import first_line
+from visgraft.export.format import ExportError
+from visgraft.export.resizing import AnySize, resize_plan
+
+LEAST_OPSET, OPSET = 18, 20
+INPUTS = {"float": "pixels", "uint8": "pixels", "any-size": "picture"}
+
+
+class FromPixels(nn.Module):
+    """A model behind its own preprocessing: uint8 [B, H, W, C] in; resized and cropped first where that is wanted."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, data_config: Mapping[str, Any], any_size: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.resize = AnySize(resize_plan(data_config)) if any_size else None
+        channels = range(data_config["input_size"][0])
+        for name in ("mean", "std"):
+            values = torch.tensor([data_config[name][i % len(data_config[name])] for i in channels])
+            self.register_buffer(name, values.view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return logits [B, classes]."""
+        x = pixels.permute(0, 3, 1, 2).float() if self.resize is None else self.resize(pixels)
+        return self.model((x / 255 - self.mean) / self.std)
+
+
+def example_inputs(data_config: Mapping[str, Any], pixels: str) -> Tensor:
+    """Return two images of the form `float`, `uint8` or `any-size`, to trace with."""
+    channels, height, width = data_config["input_size"]
+    if pixels == "float":
+        return torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(0))
+    if pixels == "any-size":  # a size that is neither square nor the model's, so that nothing is taken for constant
+        height, width = height + 37, width + 101
+    return torch.randint(0, 256, (2, height, width, channels), generator=torch.Generator().manual_seed(0)).byte()
+
+
+def with_pixels(model: nn.Module, data_config: Mapping[str, Any], pixels: str) -> nn.Module:
+    """Return the model as it takes images of this form, in eval mode."""
+    return model if pixels == "float" else FromPixels(model, data_config, pixels == "any-size").eval()
+
+
+def traced(model: nn.Module, data_config: Mapping[str, Any], pixels: str) -> Any:
+    """Return a model as a `torch.export` program that takes any number of images.
+
+    Raises:
+        ExportError: torch cannot trace it; the operation is named.
+    """
+    example, batch = example_inputs(data_config, pixels), torch.export.Dim("batch", min=1)
+    sizes = {0: batch}
+    if pixels == "any-size":
+        sizes |= {1: torch.export.Dim("height", min=2, max=30000), 2: torch.export.Dim("width", min=2, max=30000)}
+    try:
+        with torch.no_grad(), quiet():
+            return torch.export.export(
+                with_pixels(model, data_config, pixels), (example,), dynamic_shapes=(sizes,), strict=False
+            )
+    except Exception as error:  # whatever the model's own code and torch's tracer raise
+        raise ExportError(
+            f"torch cannot trace {type(model).__name__} with any number of images ({first_line(error)}); keep the "
+            "adapter in torch, or merge it"
+        ) from error
+
+
+def onnx_model(model: nn.Module, data_config: Mapping[str, Any], pixels: str, opset: int) -> Any:
+    """Return an `onnx.ModelProto` with the input `pixels` or `picture` and the output `logits`.
+
+    Raises:
+        ExportError: the model cannot be traced, or an operation has no form in this opset.
+    """
+    program = traced(model, data_config, pixels)
+    names = {0: "batch", **({1: "height", 2: "width"} if pixels == "any-size" else {})}
+    try:
+        with quiet():
+            made = torch.onnx.export(
+                program,
+                dynamo=True,
+                verbose=False,
+                opset_version=opset,
+                input_names=[INPUTS[pixels]],
+                output_names=["logits"],
+                dynamic_shapes=(names,),
+                optimize=True,
+            )
+    except Exception as error:
+        raise ExportError(
+            f"{type(model).__name__} cannot be written in ONNX with opset {opset} ({first_line(error)}); try another "
+            "--opset or another format"
+        ) from error
+    assert made is not None
+    return made.model_proto
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what exporters print and warn of from the user: it is about their insides, and the proof follows."""
+    levels = {name: logging.getLogger(name).level for name in ("", "torch.onnx", "onnxscript", "onnx_ir")}
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for name in levels:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)

@@ -1,0 +1,194 @@
+"""The format `onnx`: one graph for onnxruntime and all that read ONNX, with preprocessing and class names inside."""
+
+import copy
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from visgraft.adapters.directory import Adapted
+from visgraft.errors import VisgraftError
+from visgraft.export.format import ExportError, Format, Subject, register_format
+from visgraft.export.graph import INPUTS, LEAST_OPSET, OPSET, onnx_model
+from visgraft.export.quantize import quantized
+from visgraft.export.resizing import resize_plan
+from visgraft.export.samples import Samples, feed_of, feeds_of
+from visgraft.options import Options, option
+
+AGREEMENT = 0.98
+
+
+@dataclass(frozen=True)
+class OnnxOptions(Options):
+    """Options of the format `onnx`."""
+
+    precision: Literal["fp32", "fp16", "int8"] = option("fp32", "of the weights")
+    pixels: Literal["float", "uint8", "any-size"] = option(
+        "float",
+        "what goes in: normalised [B, 3, H, W], uint8 [B, H, W, 3] of the model's size, or uint8 RGB of any height and "
+        "width, resized and cropped in the graph as in training",
+    )
+    opset: int = option(OPSET, "version of ONNX's operators")
+    quantization: Literal["dynamic", "static"] = option(
+        "dynamic", "of int8: ranges of activations found at each run, or once on training images"
+    )
+    least_agreement: float | None = option(
+        None, f"share of answers that must be the model's, of fp16 and int8; none: {AGREEMENT}"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.opset < LEAST_OPSET:
+            raise ExportError(f"--opset is {self.opset}, but must be at least {LEAST_OPSET}; leave it out for {OPSET}")
+        if self.quantization != "dynamic" and self.precision != "int8":
+            raise ExportError("--quantization has no effect without --precision int8; add that, or leave it out")
+        if self.least_agreement is not None and self.precision == "fp32":
+            raise ExportError(
+                "--least-agreement has no effect on --precision fp32, which answers as the model; leave it out"
+            )
+        if self.least_agreement is not None and not 0 <= self.least_agreement <= 1:
+            raise ExportError(f"--least-agreement is {self.least_agreement}, but must be between 0 and 1")
+
+
+class _InHalf(nn.Module):
+    """A model with its weights in float16 that takes and answers float32."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model).half().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.model(x.half())
+        return answer.float()
+
+
+@register_format("onnx")
+class Onnx(Format):
+    """One .onnx file: `pixels` or `picture` in, `logits` [B, classes] out, for any number of images B."""
+
+    Options = OnnxOptions
+    summary = "one graph for onnxruntime, TensorRT, OpenVINO and others"
+    suffix = ".onnx"
+    packages = MappingProxyType({"onnx": "onnx", "onnxscript": "onnxscript", "onnxruntime": "onnxruntime"})
+    extra = "onnx"
+    runtime = "onnxruntime"
+
+    @classmethod
+    def refusal(cls, adapted: Adapted, options: Any) -> str | None:
+        if options.pixels == "any-size":
+            try:
+                resize_plan(adapted.record.data_config)
+            except VisgraftError as error:
+                return f"prepares its images in a way that no graph has: {error}"
+        return None
+
+    @classmethod
+    def check_data(cls, options: Any, given: bool) -> None:
+        if options.precision == "int8" and not given:
+            raise ExportError(
+                "--precision int8 changes answers, and only your own pictures show how many; add --data DIR"
+            )
+
+    @classmethod
+    def write(cls, subject: Subject, options: Any, target: Path) -> Mapping[str, Any]:
+        model = _InHalf(subject.model) if options.precision == "fp16" else subject.model
+        record = subject.adapted.record
+        proto = onnx_model(model, record.data_config, options.pixels, options.opset)
+        if options.precision == "int8":
+            proto = quantized(proto, subject, options)
+        for key, value in metadata(subject, options).items():
+            entry = proto.metadata_props.add()
+            entry.key, entry.value = key, value
+        save_proto(proto, target)
+        return {"opset": options.opset, "input": INPUTS[options.pixels], "operators": len(proto.graph.node)}
+
+    @classmethod
+    def opened(cls, target: Path, options: Any) -> Callable[[Samples], Tensor]:
+        session = open_session(target)
+        return lambda samples: session_answers(session, samples, options.pixels)
+
+    @classmethod
+    def least_agreement(cls, options: Any) -> float | None:
+        if options.precision == "fp32":
+            return None
+        return AGREEMENT if options.least_agreement is None else options.least_agreement
+
+    @classmethod
+    def prepares(cls, options: Any) -> bool:
+        return bool(options.pixels == "any-size")
+
+    @classmethod
+    def usage(cls, out: Path, options: Any) -> str:
+        return f"onnxruntime.InferenceSession({str(out)!r}).run(None, {{{INPUTS[options.pixels]!r}: array}})"
+
+
+def metadata(subject: Subject, options: Any) -> dict[str, str]:
+    """Return what a user of the file has to know, as texts by name: JSON but for single words."""
+    record = subject.adapted.record
+    shapes = {
+        "float": "float32 [B, 3, H, W]",
+        "uint8": "uint8 [B, H, W, 3], RGB",
+        "any-size": "uint8 [B, H, W, 3], RGB",
+    }
+    facts = {
+        "classes": list(record.classes),
+        "task": record.task,
+        "preprocessing": dict(record.data_config),
+        "background": record.background,
+        "input": f"{shapes[options.pixels]}: {options.pixels}",
+        "method": record.method.to_dict() | {"method": record.method.method},
+        "backbone": record.backbone.name,
+        "canary": record.canary.to_json() if record.canary else None,
+        "written_by": "visgraft",
+    }
+    return {
+        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for key, value in facts.items()
+    }
+
+
+def save_proto(proto: Any, target: Path) -> None:
+    """Write a graph to a file.
+
+    Raises:
+        ExportError: it is larger than one ONNX file can be.
+    """
+    if proto.ByteSize() >= 2**31:
+        raise ExportError("the model is larger than 2 GiB, which one ONNX file cannot hold; add --precision fp16")
+    target.write_bytes(proto.SerializeToString())
+
+
+def open_session(source: Path | bytes, threads: int | None = None) -> Any:
+    """Return an onnxruntime session on the CPU with as many threads as torch has, or so many.
+
+    Raises:
+        ExportError: onnxruntime does not take the file.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.log_severity_level = 4  # what goes wrong is raised; the rest is about its insides
+    try:
+        given = source if isinstance(source, bytes) else str(source)
+        return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has a class of its own for each kind of failure
+        told = " ".join(str(error).split())[:300]
+        raise ExportError(f"onnxruntime does not open the exported file ({told}); try another --opset") from error
+
+
+def session_answers(
+    session: Any, samples: Samples, pixels: str, inputs: Mapping[str, np.ndarray] | None = None
+) -> Tensor:
+    """Return the logits [N, classes] that a session computes for samples in the form `pixels`; `inputs` go along."""
+    name, more = INPUTS[pixels], dict(inputs or {})
+    if pixels == "any-size":
+        feeds: Iterable[np.ndarray] = (feed_of(samples, number, pixels) for number in range(len(samples)))
+    else:
+        feeds = (feeds_of(chunk, samples, pixels) for chunk in samples.batches())
+    return torch.cat([torch.from_numpy(session.run(None, {name: feed, **more})[0]) for feed in feeds])
