@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import safetensors.torch
 import torch
 from PIL import Image
 from support import ALL_FAMILIES, CLASSES, CONFIGS, DEFAULTS, batches, enliven, family, fitted, images, logits
-from test_laws import OBEYING, adapted, pictures, seldom
+from test_laws import OBEYING, adapted, pictures
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
@@ -160,23 +159,6 @@ def test_19_it_exports_with_any_number_of_images(name: str, kind: str) -> None:
         x = pictures(kind, count, seed=count).double()
         found, expected = logits(program, x), logits(model, x)
         assert (found - expected).abs().max() <= 1e-9 * expected.abs().max()
-
-
-ONNX = seldom(
-    [(name, "plain") for name in DEFAULTS] + [("alore-0", kind) for kind in ALL_FAMILIES[1:]], "sct-0", "lora-0"
-)
-
-
-@pytest.mark.parametrize(("name", "kind"), ONNX, ids=lambda value: value)
-def test_19_onnxruntime_answers_as_torch(name: str, kind: str, tmp_path: Path) -> None:
-    torch._dynamo.reset()
-    model = adapted(name, kind)
-    torch.onnx.export(export(model, pictures(kind, 4)), f=tmp_path / "m.onnx", dynamo=True, verbose=False)
-    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
-    for count in (1, 3):
-        x = pictures(kind, count, seed=count)
-        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        torch.testing.assert_close(torch.from_numpy(found), logits(model, x), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["sct-0", "lora-0", "alore-0", "fact-0", "repadapter-0", "arc-0"])

@@ -15,6 +15,8 @@ from visgraft.errors import DataError, VisgraftError
 from visgraft.export.certificate import Certificate
 from visgraft.export.merge import merge
 from visgraft.export.plain import merge_adapter
+from visgraft.export.proof import ExportCertificate
+from visgraft.export.run import export_adapter, export_model, list_formats
 from visgraft.measure.evaluation import Evaluation, evaluate
 from visgraft.measure.measuring import eval_adapter
 from visgraft.methods import *  # noqa: F403  (the options of every method, so that adding one touches no list)

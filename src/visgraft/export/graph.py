@@ -3,12 +3,14 @@
 import contextlib
 import io
 import logging
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from visgraft.backbones.weights import first_line
 from visgraft.export.format import ExportError
@@ -65,7 +67,7 @@ def traced(model: nn.Module, data_config: Mapping[str, Any], pixels: str) -> Any
     if pixels == "any-size":
         sizes |= {1: torch.export.Dim("height", min=2, max=30000), 2: torch.export.Dim("width", min=2, max=30000)}
     try:
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), tracing():
             return torch.export.export(
                 with_pixels(model, data_config, pixels), (example,), dynamic_shapes=(sizes,), strict=False
             )
@@ -85,7 +87,7 @@ def onnx_model(model: nn.Module, data_config: Mapping[str, Any], pixels: str, op
     program = traced(model, data_config, pixels)
     names = {0: "batch", **({1: "height", 2: "width"} if pixels == "any-size" else {})}
     try:
-        with quiet():
+        with tracing():
             made = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -105,11 +107,20 @@ def onnx_model(model: nn.Module, data_config: Mapping[str, Any], pixels: str, op
     return made.model_proto
 
 
+_ONE_AT_A_TIME = threading.RLock()
+"""torch's tracer keeps state of its own for the whole process."""
+
+
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep what exporters print and warn of from the user: it is about their insides, and the proof follows."""
+def tracing() -> Iterator[None]:
+    """Keep what exporters print and warn of from the user: it is about their insides, and the proof follows.
+
+    One thread is inside at a time.
+    """
     levels = {name: logging.getLogger(name).level for name in ("", "torch.onnx", "onnxscript", "onnx_ir")}
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    # A fused attention lays its result out otherwise than what it is decomposed into later, and views of it then fail.
+    plain = sdpa_kernel([SDPBackend.MATH])
+    with _ONE_AT_A_TIME, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), plain:
         warnings.simplefilter("ignore")
         for name in levels:
             logging.getLogger(name).setLevel(logging.ERROR)

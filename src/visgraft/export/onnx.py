@@ -97,6 +97,7 @@ class Onnx(Format):
 
     @classmethod
     def write(cls, subject: Subject, options: Any, target: Path) -> Mapping[str, Any]:
+        _check_opset(options.opset)
         model = _InHalf(subject.model) if options.precision == "fp16" else subject.model
         record = subject.adapted.record
         proto = onnx_model(model, record.data_config, options.pixels, options.opset)
@@ -126,6 +127,13 @@ class Onnx(Format):
     @classmethod
     def usage(cls, out: Path, options: Any) -> str:
         return f"onnxruntime.InferenceSession({str(out)!r}).run(None, {{{INPUTS[options.pixels]!r}: array}})"
+
+
+def _check_opset(opset: int) -> None:
+    import onnx
+
+    if opset > (newest := onnx.defs.onnx_opset_version()):
+        raise ExportError(f"--opset is {opset}, but onnx {onnx.__version__} knows versions up to {newest}; use {OPSET}")
 
 
 def metadata(subject: Subject, options: Any) -> dict[str, str]:

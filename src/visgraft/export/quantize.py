@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from visgraft.export.format import ExportError, Subject
-from visgraft.export.graph import INPUTS, quiet
+from visgraft.export.graph import INPUTS, tracing
 from visgraft.export.samples import feed_of
 
 OPERATORS = ["MatMul", "Gemm"]
@@ -46,7 +46,7 @@ def quantized(proto: Any, subject: Subject, options: Any) -> Any:
         "op_types_to_quantize": OPERATORS, "nodes_to_quantize": chosen, "per_channel": True,
         "weight_type": QuantType.QInt8,
     }  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder, quiet():
+    with tempfile.TemporaryDirectory() as folder, tracing():
         before, after = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
         before.write_bytes(proto.SerializeToString())
         if options.quantization == "dynamic":

@@ -75,6 +75,10 @@ def resize_plan(data_config: Mapping[str, Any]) -> ResizePlan:
     Raises:
         VisgraftError: a step is none of those that can go into a graph.
     """
+    if data_config["input_size"][0] != 3:
+        raise VisgraftError(
+            f"pictures have 3 channels, and the model takes {data_config['input_size'][0]}; leave --pixels any-size out"
+        )
     steps = image_transform(data_config).transforms[:-2]
     resize, crop = (*steps, None, None)[:2]
     if (

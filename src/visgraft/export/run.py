@@ -110,9 +110,7 @@ def export_adapter(
     begin, adapter, out = time.perf_counter(), Path(adapter), Path(out)
     form = find_format(format, FORMATS)
     chosen = make_options(form, options)
-    if lacking := missing_packages(form):
-        needs = f"{' and '.join(lacking)}, which {'is' if len(lacking) == 1 else 'are'} not installed"
-        raise ExportError(f"the format {form.name} needs {needs}; run: pip install 'visgraft[{form.extra}]'")
+    _check_packages(form)
     _check_out(out, form)
     record = read_record(adapter)
     form.check_data(chosen, data is not None)
@@ -123,14 +121,46 @@ def export_adapter(
         samples = read_samples(adapter, record, data, loading)
         calibration = partial(read_samples, adapter, record, data, loading, parts=("train",))
     subject = Subject(load(adapter, weights=weights), str(adapter), samples, calibration)
+    certificate = export_subject(subject, form, chosen, out)
+    told = {"out": str(out), "seconds": time.perf_counter() - begin, "open_with": form.usage(out, chosen)}
+    return {**dataclasses.asdict(certificate), **told}
+
+
+def export_model(adapted: Adapted, out: str | Path, format: str = "onnx", **options: Any) -> ExportCertificate:
+    """Write a model with something attached, as `load` or `Adapted.of` returns it, and prove it on drawn pictures.
+
+    Raises:
+        ExportError: as `export_adapter`.
+    """
+    form = find_format(format, FORMATS)
+    chosen = make_options(form, options)
+    _check_packages(form)
+    _check_out(Path(out), form)
+    form.check_data(chosen, False)
+    samples = drawn_samples(adapted.record.data_config)
+    return export_subject(Subject(adapted, "the model", samples), form, chosen, Path(out))
+
+
+def export_subject(subject: Subject, form: type[Format], chosen: Options, out: Path) -> ExportCertificate:
+    """Write, prove, and put in place.
+
+    Raises:
+        ExportError: the format cannot say the adapter, or the file written answers otherwise.
+    """
     if reason := form.refusal(subject.adapted, chosen):
-        raise ExportError(f"{adapter} cannot be exported as {form.name}: {record.method.method} {reason}")
+        method = subject.adapted.record.method.method
+        raise ExportError(f"{subject.name} cannot be exported as {form.name}: {method} {reason}")
     with _writing(out, form) as target:
         facts = form.write(subject, chosen, target)
         certificate = _prove(form, chosen, subject, target, facts)
-        stored = dataclasses.asdict(certificate)
-        write_json(_certificate_of(target, form), stored)
-    return {**stored, "out": str(out), "seconds": time.perf_counter() - begin, "open_with": form.usage(out, chosen)}
+        write_json(_certificate_of(target, form), dataclasses.asdict(certificate))
+    return certificate
+
+
+def _check_packages(form: type[Format]) -> None:
+    if lacking := missing_packages(form):
+        needs = f"{' and '.join(lacking)}, which {'is' if len(lacking) == 1 else 'are'} not installed"
+        raise ExportError(f"the format {form.name} needs {needs}; run: pip install 'visgraft[{form.extra}]'")
 
 
 def _prove(
