@@ -11,6 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from visgraft.adapters.hub import settled
 from visgraft.cli.arguments import (
     AdapterFolder,
     Background,
@@ -28,6 +29,7 @@ from visgraft.cli.bench import build as build_bench
 from visgraft.cli.check import check
 from visgraft.cli.compare import compare
 from visgraft.cli.predict import predict
+from visgraft.cli.push import push
 from visgraft.cli.report import report
 from visgraft.cli.streams import prepare_streams
 from visgraft.cli.text import visible
@@ -45,6 +47,7 @@ visgraft adapts a frozen, pretrained vision backbone to your images. From a fold
   visgraft report my-adapter --data photos --out report.html     where does it err, and why?
   visgraft predict my-adapter new-photos            name the classes of new images
   visgraft merge my-adapter --out my-model          fold it into one plain timm model
+  visgraft push my-adapter USER/NAME                publish it; hf:USER/NAME then stands for it everywhere
 
 Nothing at hand? visgraft demo --quick takes a minute. All verbs: visgraft --help
 """
@@ -215,8 +218,8 @@ def build(words: Sequence[str]) -> typer.Typer:
     app = typer.Typer(name="visgraft", add_completion=True, pretty_exceptions_enable=False)
     app.callback(invoke_without_command=True)(_road)
     verbs: dict[str, Callable[..., None]] = {"check": check, "compare": compare, "train": _train_verb(words)}
-    verbs |= {"eval": eval_, "report": report, "predict": predict, "merge": merge, "info": info, "methods": methods}
-    for name, verb in (verbs | {"demo": demo}).items():
+    verbs |= {"eval": eval_, "report": report, "predict": predict, "merge": merge, "info": info, "push": push}
+    for name, verb in (verbs | {"methods": methods, "demo": demo}).items():
         app.command(name)(verb)
     app.add_typer(build_bench(), name="bench")
     return app
@@ -229,7 +232,8 @@ def main() -> None:
     prepare_streams()
     completing = os.environ.get("_TYPER_COMPLETE_ARGS") or os.environ.get("COMP_WORDS") or ""
     try:
-        code = build([*sys.argv[1:], *completing.split()])(standalone_mode=False)
+        with settled():
+            code = build([*sys.argv[1:], *completing.split()])(standalone_mode=False)
         sys.stdout.flush()  # a full disk shows here at the latest
         sys.exit(code if isinstance(code, int) else 0)
     except BrokenPipeError:  # whoever reads has read enough, as head does
