@@ -16,6 +16,7 @@ MEASURING = ("eval", "merge", "export", "report", "predict")
 TRAINING = ("train", "compare", "bench run")
 REACHED = {
     "adapters/directory": MEASURING,
+    "adapters/publish": ("push",),
     "adapters/record": MEASURING,
     "adapters/warm_start": ("train",),
     "backbones": (*TRAINING, *MEASURING),

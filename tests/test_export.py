@@ -237,10 +237,10 @@ def test_a_file_that_answers_otherwise_is_not_written(
         return lambda samples: answer(samples) + 0.01
 
     monkeypatch.setattr(Onnx, "opened", classmethod(other))
-    with pytest.raises(ExportError, match="a logit differs by .* nothing was written"):
+    with pytest.raises(ExportError, match=r"a logit differs by .* nothing was written"):
         export(trained, out)
     monkeypatch.setattr(Onnx, "opened", classmethod(lambda cls, *given: lambda s: -right(cls, *given)(s)))
-    with pytest.raises(ExportError, match="of the answers are the model's .* nothing was written"):
+    with pytest.raises(ExportError, match=r"of the answers are the model's .* nothing was written"):
         export(trained, tmp_path / "new.onnx", precision="fp16")
     assert out.read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "m.onnx.certificate.json"]

@@ -23,7 +23,8 @@ def commands(page: str) -> list[list[str]]:
     shells = re.findall(r"^```bash\n(.*?)^```", text, flags=re.M | re.S)
     lines = "\n".join(shells).replace("\\\n", " ").splitlines()
     words = [shlex.split(line, comments=True) for line in lines]
-    return [line[1:] for line in words if line[:1] == ["visgraft"] and not any(word.startswith("hf:") for word in line)]
+    words = [line for line in words if not any(word.startswith("hf:") for word in line) and "push" not in line]
+    return [line[1:] for line in words if line[:1] == ["visgraft"]]
 
 
 def without(words: list[str], *options: str) -> list[str]:

@@ -15,6 +15,9 @@ from safetensors import SafetensorError
 
 from visgraft.errors import VisgraftError
 
+HUB_PREFIX = "hf:"
+"""What names on the Hugging Face hub begin with where a path may stand too."""
+
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[IO[bytes]]:
@@ -50,6 +53,10 @@ def check_target(path: Path, marker: str, option: str = "--out") -> None:
     Raises:
         VisgraftError: it cannot, or is something else.
     """
+    if str(path).startswith(HUB_PREFIX):
+        raise VisgraftError(
+            f"{path} is a name on the hub, but {option} a folder here; choose one, and publish it with visgraft push"
+        )
     if path.name in ("", ".."):
         raise VisgraftError(f"{str(path)!r} is a folder that is there already; give {option} a name in it")
     try:

@@ -3,6 +3,7 @@
 # ruff: noqa: F401  (everything imported here is for users)
 # mypy: implicit-reexport
 from visgraft.adapters.directory import Adapted, load, save
+from visgraft.adapters.publish import push
 from visgraft.backbones.creation import Backbone, create_backbone, model_data_config
 from visgraft.check.findings import Report
 from visgraft.check.run import check_data

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from visgraft.adapters.canary import canary_difference, is_drawn_alike, measure_canary
+from visgraft.adapters.card import make_card
+from visgraft.adapters.hub import CARD, CONFIG, TENSORS, remedy, resolve, settled
 from visgraft.adapters.names import class_names
 from visgraft.adapters.record import FORMAT_VERSION, AdapterRecord
 from visgraft.backbones.creation import Backbone, create_backbone, image_transform, model_data_config, origin_of
@@ -29,8 +31,6 @@ from visgraft.core.fitting import check_shape
 from visgraft.core.tensors import backbone_digest
 from visgraft.errors import AdapterError
 from visgraft.files import new_directory, write_json
-
-CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +103,7 @@ def save(
     with new_directory(path, CONFIG) as folder:
         safetensors.torch.save_file(tensors, folder / TENSORS)
         write_json(folder / CONFIG, record_.to_json())
-        (folder / CARD).write_text(_card(record_), encoding="utf-8")
+        (folder / CARD).write_text(make_card(record_), encoding="utf-8")
     return path
 
 
@@ -155,48 +155,36 @@ def _origin(model: nn.Module) -> Backbone:
     return Backbone(f"{name}{tag}", image_size=size[0])
 
 
-def _card(record: AdapterRecord) -> str:
-    config, numbers = record.to_json(), record.parameters
-    return "\n".join(
-        [
-            "---\nlibrary_name: visgraft\ntags: [image-classification, parameter-efficient-fine-tuning]\n---",
-            f"# {config['method']} adapter for {record.backbone.name}\n",
-            f"- method: `{config['method']}` {json.dumps(config['method_config'])}",
-            f"- backbone: `{record.backbone.name}`, weights: {config['backbone']['weights']}, sha256 {record.digest}",
-            f"- trained parameters: {numbers.get('adapter', 0):,} and {numbers.get('head', 0):,} of the head",
-            f"- classes: {', '.join(record.classes) or 'not named'}",
-            *(f"- {name}: {value}" for name, value in record.figures.items()),
-            "\n```python\nimport visgraft\nmodel, transform, classes = visgraft.load('this-folder')\n```\n",
-        ]
-    )
-
-
 def read_record(path: str | Path) -> AdapterRecord:
-    """Return the checked record of an adapter, without its tensors.
+    """Return the checked record of an adapter, without its tensors; its directory, or `hf:USER/NAME[@REVISION]`.
 
     Raises:
-        AdapterError: no adapter, a damaged one, or one of a newer format.
+        AdapterError: no adapter, a damaged one, or one of a newer format; or it cannot be had from the hub.
     """
-    file = Path(path) / CONFIG
-    if not file.is_file():
+    file, opened = Path(path) / CONFIG, resolve(path) / CONFIG
+    if not opened.is_file():
         raise AdapterError(f"{path} is not an adapter: {CONFIG} is missing; pass a folder that `train` or `save` wrote")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{file} is damaged ({error}); restore it or train again") from error
+        config = json.loads(opened.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{file} is damaged ({error}); {remedy(path)}") from error
+    if isinstance(config, dict) and "peft_type" in config:
+        raise AdapterError(f"{path} is an adapter of peft, not of visgraft; load it with peft, or pass another")
     return AdapterRecord.from_json(config, file)
 
 
+@settled()
 def load(path: str | Path, *, weights: str | None = None, backbone: nn.Module | None = None) -> Adapted:
     """Load an adapter with its backbone.
 
     Args:
-        path: the adapter's directory.
+        path: the adapter's directory, or `hf:USER/NAME` or `hf:USER/NAME@REVISION` for one on the Hugging Face hub.
         weights: where the backbone's weights come from, in place of what the adapter says (see `Backbone`).
         backbone: a ready plain model, e.g. one made with timm; the adapter is attached to it in place.
 
     Raises:
-        AdapterError: the directory is damaged or foreign, or the backbone is not the one it was trained on.
+        AdapterError: the directory is damaged or foreign, the backbone is not the one it was trained on, or the hub
+            does not give the adapter out.
         WeightsError: the backbone's weights cannot be had.
     """
     path = Path(path)
@@ -205,7 +193,7 @@ def load(path: str | Path, *, weights: str | None = None, backbone: nn.Module | 
         image_transform(record.data_config)
     except Exception as error:  # timm's transform raises whatever comes of a wrong fact
         raise AdapterError(f"{path / CONFIG} is damaged: {error}; restore it or train again") from error
-    tensors = read_tensors(path / TENSORS)
+    tensors = read_tensors(path)
     model = backbone
     if model is None:
         model = create_backbone(record.located(path, weights), record.outputs)
@@ -230,11 +218,16 @@ def load(path: str | Path, *, weights: str | None = None, backbone: nn.Module | 
     return Adapted(model.eval(), record)
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of an adapter.
+
+    Raises:
+        AdapterError: they are missing or damaged.
+    """
     try:
-        return read_safetensors(file)
+        return read_safetensors(resolve(path) / TENSORS)
     except (OSError, safetensors.SafetensorError) as error:
-        raise AdapterError(f"{file} is missing or damaged ({error}); restore it or train again") from error
+        raise AdapterError(f"{path / TENSORS} is missing or damaged ({error}); {remedy(path)}") from error
 
 
 def check_backbone(model: nn.Module, record: AdapterRecord, path: Path) -> None:

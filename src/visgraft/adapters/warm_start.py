@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from visgraft.adapters.directory import TENSORS, adapter_tensors, check_backbone, read_record, read_tensors
+from visgraft.adapters.directory import adapter_tensors, check_backbone, read_record, read_tensors
+from visgraft.adapters.hub import TENSORS, settled
 from visgraft.adapters.record import AdapterRecord
 from visgraft.backbones.heads import output_layers
 from visgraft.core.attach import assemble, detach
@@ -14,6 +15,7 @@ from visgraft.errors import AdapterError
 from visgraft.options import MethodConfig
 
 
+@settled()
 def start_from(model: nn.Module, adapter: Path, config: MethodConfig, classes: Sequence[str]) -> list[str]:
     """Attach an adapter's method with its weights to a plain model whose head may have other classes.
 
@@ -22,7 +24,7 @@ def start_from(model: nn.Module, adapter: Path, config: MethodConfig, classes: S
 
     Args:
         model: the plain backbone with a head for `classes`, in place.
-        adapter: the folder of the earlier adapter.
+        adapter: the folder of the earlier adapter, or `hf:USER/NAME`.
         config: the method's options, which must be those of the adapter.
         classes: names of the head's outputs.
 
@@ -61,7 +63,7 @@ def _take_over(model: nn.Module, adapter: Path, stored: AdapterRecord, rows: Seq
         AdapterError: the backbone is another, or the tensors are damaged or do not fit.
     """
     check_backbone(model, stored, adapter)
-    tensors, own = read_tensors(adapter / TENSORS), adapter_tensors(model)
+    tensors, own = read_tensors(adapter), adapter_tensors(model)
     last = tuple(f"{path}." for path in output_layers(model))
 
     def fits(name: str) -> bool:

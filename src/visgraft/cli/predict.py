@@ -37,7 +37,7 @@ def predict(
         list[str],
         typer.Argument(
             metavar="ADAPTER... IMAGES",
-            help="adapter folders; then images: files, folders, quoted patterns, or - for paths on standard input",
+            help="adapter folders or hf:USER/NAME; then images: files, folders, quoted patterns, - for paths on stdin",
             show_default=False,
         ),
     ],
@@ -138,8 +138,9 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         DataError: none names images.
     """
     from visgraft.adapters.directory import CONFIG, read_record
+    from visgraft.adapters.hub import on_hub
 
-    adapters = [argument for argument in arguments if os.path.isfile(os.path.join(argument, CONFIG))]
+    adapters = [path for path in arguments if on_hub(path) or os.path.isfile(os.path.join(path, CONFIG))]
     if arguments[0] not in adapters:
         read_record(arguments[0])
     images = [argument for argument in arguments if argument not in adapters]

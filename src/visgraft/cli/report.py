@@ -9,7 +9,7 @@ from visgraft.cli.arguments import Background, Cache, Csv, Json, Quiet, SkipBrok
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="folders that `train` wrote", show_default=False)],
+    runs: Annotated[list[Path], typer.Argument(help="folders that `train` wrote, or hf:USER/NAME", show_default=False)],
     out: Annotated[Path, typer.Option(help="HTML file to write", show_default=False)],
     data: Annotated[
         str | None, typer.Option(help="data to measure on; none: only what the adapters themselves hold")

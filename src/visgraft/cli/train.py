@@ -49,7 +49,9 @@ def train(
     crop_mode: CropMode = None,
     val_fraction: Annotated[float, typer.Option(help="share of validation images drawn from the data")] = 0.15,
     test_fraction: Annotated[float, typer.Option(help="share of test images drawn where no part is given")] = 0.2,
-    init_from: Annotated[Path | None, typer.Option(help="adapter to start from; gives method and backbone")] = None,
+    init_from: Annotated[
+        Path | None, typer.Option(help="adapter to start from, or hf:USER/NAME; gives method and backbone")
+    ] = None,
     folds: Annotated[int, typer.Option(help="also cross-validate with so many folds, for few images; 0: do not")] = 0,
     repeats: Annotated[int, typer.Option(help="times the folds are drawn anew", min=1)] = 2,
     resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted run of this command")] = False,

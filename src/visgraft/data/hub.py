@@ -22,8 +22,8 @@ from visgraft.data.dataset import (
     match_classes,
 )
 from visgraft.errors import DataError, nearest
+from visgraft.files import HUB_PREFIX
 
-HUB_PREFIX = "hf:"
 ROWS_AT_A_TIME = 1000  # in reading the images' sizes
 _DEFAULT_SPLIT = Split()
 Names = tuple[str, ...]  # of the classes that one image has

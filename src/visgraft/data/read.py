@@ -7,9 +7,10 @@ from pathlib import Path
 
 from visgraft.data.dataset import Dataset, Split
 from visgraft.data.folders import read_folder
-from visgraft.data.hub import HUB_PREFIX, read_hub
+from visgraft.data.hub import read_hub
 from visgraft.data.table import read_table
 from visgraft.errors import DataError
+from visgraft.files import HUB_PREFIX
 
 TABLE_EXTENSIONS = (".csv", ".tsv")
 

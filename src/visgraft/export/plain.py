@@ -9,6 +9,7 @@ import timm
 from torch import nn
 
 from visgraft.adapters.directory import load, read_record
+from visgraft.adapters.hub import settled
 from visgraft.backbones.creation import origin_of
 from visgraft.backbones.input_size import built_size
 from visgraft.data.images import Loading
@@ -57,6 +58,7 @@ def reopen_plain(path: Path) -> nn.Module:
         raise VisgraftError(f"{path} is not a model folder that timm can open ({error})") from error
 
 
+@settled()
 def merge_adapter(
     adapter: Path,
     out: Path,

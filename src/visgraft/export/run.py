@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from visgraft.adapters.directory import Adapted, load, read_record
+from visgraft.adapters.hub import settled
 from visgraft.backbones.creation import create_backbone
 from visgraft.core.attach import assemble
 from visgraft.data.images import Loading
@@ -32,6 +33,7 @@ CERTIFICATE = "certificate.json"
 _DEFAULT_LOADING = Loading()
 
 
+@settled()
 def list_formats(adapter: Path) -> list[dict[str, Any]]:
     """Return name, summary and what is missing or speaks against each format for this adapter, without its weights.
 
@@ -78,6 +80,7 @@ def make_options(form: type[Format], values: Mapping[str, Any]) -> Options:
     return form.Options(**{n: convert(v, hints[n], flags[n], typed=isinstance(v, str)) for n, v in given.items()})
 
 
+@settled()
 def export_adapter(
     adapter: str | Path,
     out: str | Path,

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from visgraft.adapters.directory import Adapted, load, read_record
+from visgraft.adapters.hub import FILES, on_hub, resolve, settled
 from visgraft.adapters.record import AdapterRecord
 from visgraft.core.attach import count_parameters
 from visgraft.data.dataset import PARTS, Dataset, Example, Split
@@ -21,8 +22,9 @@ UNDIVIDED = Split(0.0, 0.0)
 
 
 def adapter_bytes(path: Path) -> int:
-    """Return the size of everything in an adapter directory."""
-    return sum(file.stat().st_size for file in path.iterdir())
+    """Return the size of everything in an adapter's directory; of one on the hub, of its own files."""
+    names = FILES if on_hub(path) else None
+    return sum(file.stat().st_size for file in resolve(path).iterdir() if names is None or file.name in names)
 
 
 def figures_of(evaluation: Evaluation | None) -> dict[str, Any]:
@@ -127,6 +129,7 @@ def eval_adapter(
     return measure_adapter(adapter, data, weights=weights, part=part, loading=loading)[0]
 
 
+@settled()
 def measure_adapter(
     adapter: Path,
     data: AnySource,

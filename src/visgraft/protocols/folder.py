@@ -6,9 +6,9 @@ from functools import partial
 from pathlib import Path
 
 from visgraft.data.dataset import PARTS, Dataset, Example, Split, listed
-from visgraft.data.hub import HUB_PREFIX
 from visgraft.data.read import read_data
 from visgraft.errors import DataError
+from visgraft.files import HUB_PREFIX
 from visgraft.protocols.row import TEST, Parts, Protocol, Task
 from visgraft.protocols.shots import check_shots, draw_shots, draw_up_to
 

@@ -84,7 +84,7 @@ def stored_choices(adapter: Path, record: AdapterRecord) -> list[Choice]:
     """
     if not issubclass(get_method(record.method.method), ChoosesChannels):
         return []
-    tensors = read_tensors(adapter / TENSORS)
+    tensors = read_tensors(adapter)
     with torch.device("meta"):
         model = assemble(create_backbone(record.located(adapter, "none"), record.outputs), record.method)
     for key, module in get_attached(model).positions.items():

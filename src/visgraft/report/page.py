@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from visgraft.adapters.directory import CONFIG, read_record
+from visgraft.adapters.hub import on_hub, settled
 from visgraft.data.images import Loading
 from visgraft.data.read import AnySource
 from visgraft.errors import AdapterError, VisgraftError, nearest
@@ -68,6 +69,7 @@ def build_report(
     return render(gather(runs, data, weights=weights, part=part, loading=loading, on_step=on_step))
 
 
+@settled()
 def gather(
     runs: Sequence[str | Path],
     data: AnySource | None = None,
@@ -103,11 +105,11 @@ def _read(runs: Sequence[str | Path]) -> list[ReportedRun]:
     if not paths:
         raise VisgraftError("there are no runs to report on; pass folders that `visgraft train` wrote")
     for path in paths:
-        if path.exists() and not (path / CONFIG).is_file():
+        if not on_hub(path) and path.exists() and not (path / CONFIG).is_file():
             raise AdapterError(
                 f"{path} is not an adapter: {CONFIG} is missing; if it holds the images, pass --data {path}"
             )
-    names = [path.resolve().name for path in paths]
+    names = [str(path) if on_hub(path) else path.resolve().name for path in paths]
     unique = len(set(names)) == len(names)
     found = [
         ReportedRun(name if unique else str(path), path, read_record(path))

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from visgraft.adapters.directory import TENSORS, Adapted, load, read_record
+from visgraft.adapters.hub import remedy, resolve, settled
 from visgraft.adapters.record import AdapterRecord
 from visgraft.backbones.creation import shape_from
 from visgraft.core.attach import detach
@@ -71,6 +72,7 @@ def predict(adapted: Adapted, paths: Sequence[str | Path], top: int = 1) -> list
     return [found.classes for found in predict_stream([adapted], paths, top=top)]
 
 
+@settled()
 def predict_stream(
     adapters: Sequence[str | Path | Adapted],
     images: Iterable[str | Path],
@@ -90,7 +92,7 @@ def predict_stream(
     runs where its model is, in float32 unless its record says otherwise.
 
     Args:
-        adapters: directories of adapters, or loaded ones; all of one backbone.
+        adapters: directories of adapters, `hf:USER/NAME`, or loaded ones; all of one backbone.
         images: paths, which may be an endless stream.
         weights: where the backbone's weights come from, in place of what the adapters say.
         top: how many classes to name at most; None: one, or, where images may have several classes, no limit.
@@ -299,11 +301,12 @@ def _background(ready: Sequence[_Ready]) -> str:
     return ready[0].background
 
 
+@settled()
 def load_together(paths: Sequence[str | Path], *, weights: str | None = None) -> list[Adapted]:
     """Load adapters of one backbone so that its frozen tensors are held once, on the accelerator where there is one.
 
     Args:
-        paths: the adapters' directories.
+        paths: the adapters' directories, or `hf:USER/NAME`.
         weights: where the backbone's weights come from, in place of what the adapters say.
 
     Raises:
@@ -324,10 +327,10 @@ def load_together(paths: Sequence[str | Path], *, weights: str | None = None) ->
 def _load_onto(plain: nn.Module, path: Path) -> Adapted:
     """Load an adapter onto a copy of the plain backbone that has only those tensors of its own that it overwrites."""
     try:
-        with safe_open(path / TENSORS, "pt") as file:
+        with safe_open(resolve(path) / TENSORS, "pt") as file:
             own = set(file.keys())
     except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{path / TENSORS} is missing or damaged ({error}); restore it or train again") from error
+        raise AdapterError(f"{path / TENSORS} is missing or damaged ({error}); {remedy(path)}") from error
     model: Any = _sharing_copy(plain, own)
     outputs = read_record(path).outputs
     if model.num_classes != outputs:

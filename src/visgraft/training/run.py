@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +21,7 @@ from visgraft.check.looks import shape_warning
 from visgraft.check.quick import quick_check
 from visgraft.core.attach import assemble, attach, count_parameters
 from visgraft.core.method import Batches
-from visgraft.data.dataset import Dataset, Split
+from visgraft.data.dataset import PARTS, Dataset, Split
 from visgraft.data.identity import content_digests, file_digest
 from visgraft.data.images import Images, Loading, load_images
 from visgraft.data.read import AnySource, read_data
@@ -217,9 +218,18 @@ def _record(dataset: Dataset, split: Split, config: TrainConfig, background: str
         "layout": dataset.layout,
         "multi_label": dataset.multi_label,
         "background": background,
+        "images": {part: len(getattr(dataset, part)) for part in PARTS},
+        "train_images_by_class": _images_by_class(dataset),
         **dataclasses.asdict(split),
     }
     return {"train": config.to_dict(), "precision": config.precision, "data": data}
+
+
+def _images_by_class(dataset: Dataset) -> dict[str, int]:
+    """Return how many training images each class has."""
+    labels = (one.label if isinstance(one.label, tuple) else (one.label,) for one in dataset.train)
+    counts = Counter(label for several in labels for label in several)
+    return {name: counts[number] for number, name in enumerate(dataset.classes)}
 
 
 def read_and_check(data: AnySource, split: Split, watch: Watch) -> Dataset:
