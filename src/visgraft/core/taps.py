@@ -179,8 +179,24 @@ def factors_of(method: Method) -> LowRank | None:
     That is where somebody's hook waits for the module's call, and where a tracer runs (`torch.jit.trace`,
     `torch.export`, the transforms of `torch.func`), which knows no backward pass of our own.
     """
-    watched = method._forward_pre_hooks or method._forward_hooks or method._backward_hooks
-    return None if watched or is_traced() else method.low_rank()
+    return None if _is_watched(method) or is_traced() else method.low_rank()
+
+
+def _is_watched(method: Method) -> bool:
+    """Whether somebody's hook waits for the module's call."""
+    return bool(method._forward_pre_hooks or method._forward_hooks or method._backward_hooks)
+
+
+def rewritten(method: Method, value: Tensor, onto: Tensor, grid: Grid) -> Tensor:
+    """Return `onto` plus what the method makes of `value`, in its plain form.
+
+    A tracer gets the products of the factors where there are any: exported, they run two to three times as fast as what
+    a `delta` with einsum becomes.
+    """
+    factors = method.low_rank() if is_traced() and not _is_watched(method) else None
+    if factors is None or factors.dropout:
+        return method(value, onto, grid)
+    return onto + factors.delta(value).to(onto.dtype)
 
 
 def is_traced() -> bool:
@@ -198,7 +214,7 @@ class Apply:
         source = None if self.source is None else self.source.take()
         factors = factors_of(self.method)
         if factors is None:
-            return self.method(value, onto, grid)
+            return rewritten(self.method, value, onto, grid)
         return add_low_rank(value, onto, factors, source)
 
 
@@ -237,7 +253,7 @@ class Add:
 
     def __call__(self, value: Tensor, onto: Tensor, grid: Grid) -> Tensor:
         read, factors = self.kept.take()
-        return self.method(read, onto, grid) if factors is None else add_product(onto, read, factors)
+        return rewritten(self.method, read, onto, grid) if factors is None else add_product(onto, read, factors)
 
     def to_rows(self, output: Tensor, grid: Grid, rows: tuple[int, int] | None) -> Tensor:
         """Add to rows of the last axis of a linear output (None: all), in place where the map is of low rank."""
@@ -245,9 +261,9 @@ class Add:
         if factors is not None:
             return add_product(output, read, factors, rows or (0, output.shape[-1]))
         if rows is None:
-            return self.method(read, output, grid)
+            return rewritten(self.method, read, output, grid)
         start, stop = rows
-        new = self.method(read, output[..., start:stop], grid)
+        new = rewritten(self.method, read, output[..., start:stop], grid)
         return torch.cat((output[..., :start], new, output[..., stop:]), dim=-1)
 
 

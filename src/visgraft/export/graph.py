@@ -5,7 +5,7 @@ import io
 import logging
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,26 +56,38 @@ def with_pixels(model: nn.Module, data_config: Mapping[str, Any], pixels: str) -
     return model if pixels == "float" else FromPixels(model, data_config, pixels == "any-size").eval()
 
 
-def traced(model: nn.Module, data_config: Mapping[str, Any], pixels: str) -> Any:
-    """Return a model as a `torch.export` program that takes any number of images.
+def sizes_of(pixels: str) -> dict[int, Any]:
+    """Return which axes of the input may have any size."""
+    sizes = {0: torch.export.Dim("batch", min=1)}
+    if pixels == "any-size":
+        sizes |= {1: torch.export.Dim("height", min=2, max=30000), 2: torch.export.Dim("width", min=2, max=30000)}
+    return sizes
+
+
+def traced(model: nn.Module, example: tuple[Tensor, ...], sizes: tuple[Any, ...]) -> Any:
+    """Return a model as a `torch.export` program; `sizes` has the free axes of each argument, those behind the first
+    in one tuple.
 
     Raises:
         ExportError: torch cannot trace it; the operation is named.
     """
-    example, batch = example_inputs(data_config, pixels), torch.export.Dim("batch", min=1)
-    sizes = {0: batch}
-    if pixels == "any-size":
-        sizes |= {1: torch.export.Dim("height", min=2, max=30000), 2: torch.export.Dim("width", min=2, max=30000)}
     try:
         with torch.no_grad(), tracing():
-            return torch.export.export(
-                with_pixels(model, data_config, pixels), (example,), dynamic_shapes=(sizes,), strict=False
-            )
+            return torch.export.export(model, example, dynamic_shapes=sizes, strict=False)
     except Exception as error:  # whatever the model's own code and torch's tracer raise
         raise ExportError(
-            f"torch cannot trace {type(model).__name__} with any number of images ({first_line(error)}); keep the "
-            "adapter in torch, or merge it"
+            f"torch cannot trace {_name(model)} with any number of images ({first_line(error)}); keep the adapter in "
+            "torch, or merge it"
         ) from error
+
+
+def traced_model(model: nn.Module, data_config: Mapping[str, Any], pixels: str) -> Any:
+    """Return a model that takes images of the form `pixels`, any number of them, as a `torch.export` program.
+
+    Raises:
+        ExportError: torch cannot trace it; the operation is named.
+    """
+    return traced(with_pixels(model, data_config, pixels), (example_inputs(data_config, pixels),), (sizes_of(pixels),))
 
 
 def onnx_model(model: nn.Module, data_config: Mapping[str, Any], pixels: str, opset: int) -> Any:
@@ -84,8 +96,24 @@ def onnx_model(model: nn.Module, data_config: Mapping[str, Any], pixels: str, op
     Raises:
         ExportError: the model cannot be traced, or an operation has no form in this opset.
     """
-    program = traced(model, data_config, pixels)
-    names = {0: "batch", **({1: "height", 2: "width"} if pixels == "any-size" else {})}
+    whole, example = with_pixels(model, data_config, pixels), (example_inputs(data_config, pixels),)
+    return onnx_program(whole, example, (sizes_of(pixels),), opset, [INPUTS[pixels]])
+
+
+def onnx_program(
+    model: nn.Module, example: tuple[Tensor, ...], sizes: tuple[Any, ...], opset: int, names: Sequence[str]
+) -> Any:
+    """Return an `onnx.ModelProto` whose inputs have these names; free axes are called as their sizes are.
+
+    Raises:
+        ExportError: the model cannot be traced, or an operation has no form in this opset.
+    """
+    program = traced(model, example, sizes)
+
+    def named(axes: dict[int, Any]) -> dict[int, str]:
+        return {axis: dim.__name__ for axis, dim in axes.items()}
+
+    free = tuple(named(one) if isinstance(one, dict) else tuple(map(named, one)) for one in sizes)
     try:
         with tracing():
             made = torch.onnx.export(
@@ -93,18 +121,25 @@ def onnx_model(model: nn.Module, data_config: Mapping[str, Any], pixels: str, op
                 dynamo=True,
                 verbose=False,
                 opset_version=opset,
-                input_names=[INPUTS[pixels]],
+                input_names=list(names),
                 output_names=["logits"],
-                dynamic_shapes=(names,),
+                dynamic_shapes=free,
                 optimize=True,
             )
     except Exception as error:
         raise ExportError(
-            f"{type(model).__name__} cannot be written in ONNX with opset {opset} ({first_line(error)}); try another "
-            "--opset or another format"
+            f"{_name(model)} cannot be written in ONNX with opset {opset} ({first_line(error)}); try another --opset "
+            "or another format"
         ) from error
     assert made is not None
     return made.model_proto
+
+
+def _name(model: nn.Module) -> str:
+    """Return the class of the user's model, inside what this package put around it."""
+    while inner := getattr(model, "model", None):
+        model = inner
+    return type(model).__name__
 
 
 _ONE_AT_A_TIME = threading.RLock()

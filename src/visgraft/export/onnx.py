@@ -44,8 +44,6 @@ class OnnxOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.opset < LEAST_OPSET:
-            raise ExportError(f"--opset is {self.opset}, but must be at least {LEAST_OPSET}; leave it out for {OPSET}")
         if self.quantization != "dynamic" and self.precision != "int8":
             raise ExportError("--quantization has no effect without --precision int8; add that, or leave it out")
         if self.least_agreement is not None and self.precision == "fp32":
@@ -97,7 +95,7 @@ class Onnx(Format):
 
     @classmethod
     def write(cls, subject: Subject, options: Any, target: Path) -> Mapping[str, Any]:
-        _check_opset(options.opset)
+        check_opset(options.opset)
         model = _InHalf(subject.model) if options.precision == "fp16" else subject.model
         record = subject.adapted.record
         proto = onnx_model(model, record.data_config, options.pixels, options.opset)
@@ -129,9 +127,12 @@ class Onnx(Format):
         return f"onnxruntime.InferenceSession({str(out)!r}).run(None, {{{INPUTS[options.pixels]!r}: array}})"
 
 
-def _check_opset(opset: int) -> None:
+def check_opset(opset: int) -> None:
+    """Raise an ExportError where this version of the operators is too old, or newer than onnx knows."""
     import onnx
 
+    if opset < LEAST_OPSET:
+        raise ExportError(f"--opset is {opset}, but must be at least {LEAST_OPSET}; leave it out for {OPSET}")
     if opset > (newest := onnx.defs.onnx_opset_version()):
         raise ExportError(f"--opset is {opset}, but onnx {onnx.__version__} knows versions up to {newest}; use {OPSET}")
 
@@ -190,13 +191,11 @@ def open_session(source: Path | bytes, threads: int | None = None) -> Any:
         raise ExportError(f"onnxruntime does not open the exported file ({told}); try another --opset") from error
 
 
-def session_answers(
-    session: Any, samples: Samples, pixels: str, inputs: Mapping[str, np.ndarray] | None = None
-) -> Tensor:
-    """Return the logits [N, classes] that a session computes for samples in the form `pixels`; `inputs` go along."""
-    name, more = INPUTS[pixels], dict(inputs or {})
+def session_answers(session: Any, samples: Samples, pixels: str, run: Any = None) -> Tensor:
+    """Return the logits [N, classes] that a session computes for samples in the form `pixels`, by these run options."""
+    name = INPUTS[pixels]
     if pixels == "any-size":
         feeds: Iterable[np.ndarray] = (feed_of(samples, number, pixels) for number in range(len(samples)))
     else:
         feeds = (feeds_of(chunk, samples, pixels) for chunk in samples.batches())
-    return torch.cat([torch.from_numpy(session.run(None, {name: feed, **more})[0]) for feed in feeds])
+    return torch.cat([torch.from_numpy(session.run(None, {name: feed}, run)[0]) for feed in feeds])
