@@ -26,7 +26,8 @@ SWAPPED = [
 ]
 RARELY = [
     ("lora-0", "swin"), ("lora-0", "mixer"), ("adaptformer-0", "plain"), ("alore-0", "deit_distilled"),
-    ("ssf-0", "plain"), ("alore-0", "swin_v2"), ("fact-0", "plain"), ("arc-0", "plain"), ("dora-0", "plain"), ("convpass-0", "plain"),
+    ("ssf-0", "plain"), ("alore-0", "swin_v2"), ("fact-0", "plain"), ("arc-0", "plain"), ("dora-0", "plain"),
+    ("convpass-0", "plain"),
 ]  # fmt: skip
 
 
