@@ -68,7 +68,7 @@ def traced(model: nn.Module, data_config: Mapping[str, Any], pixels: str) -> Any
         sizes |= {1: torch.export.Dim("height", min=2, max=30000), 2: torch.export.Dim("width", min=2, max=30000)}
     try:
         with torch.no_grad(), tracing():
-            return torch.export.export(
+            program = torch.export.export(
                 with_pixels(model, data_config, pixels), (example,), dynamic_shapes=(sizes,), strict=False
             )
     except Exception as error:  # whatever the model's own code and torch's tracer raise
@@ -76,6 +76,15 @@ def traced(model: nn.Module, data_config: Mapping[str, Any], pixels: str) -> Any
             f"torch cannot trace {type(model).__name__} with any number of images ({first_line(error)}); keep the "
             "adapter in torch, or merge it"
         ) from error
+    _forget_files(program)
+    return program
+
+
+def _forget_files(program: Any) -> None:
+    """Take out of a program which lines of which files it was traced from: every format would store those paths."""
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)
 
 
 def onnx_model(model: nn.Module, data_config: Mapping[str, Any], pixels: str, opset: int) -> Any:
