@@ -70,12 +70,14 @@ def make_options(form: type[Format], values: Mapping[str, Any]) -> Options:
     """
     hints = types_of(form.Options)
     given = {name: value for name, value in values.items() if value is not None}
-    for name in given:
+    for name, value in given.items():
         if name not in hints:
             takers = [each for each, other in FORMATS.items() if name in types_of(other.Options)]
             flag = f"--{name.replace('_', '-')}"
             who = f"{', '.join(takers)} would take it" if takers else "no format takes it"
             raise ExportError(f"{flag} has no effect on the format {form.name}; leave it out ({who})")
+        if why := form.cannot.get(name, {}).get(value):
+            raise ExportError(f"--{name.replace('_', '-')} {value} cannot be written as {form.name}: {why}")
     flags = {name: f"--{name.replace('_', '-')}" for name in given}
     return form.Options(**{n: convert(v, hints[n], flags[n], typed=isinstance(v, str)) for n, v in given.items()})
 
