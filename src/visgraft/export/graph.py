@@ -56,13 +56,13 @@ def with_pixels(model: nn.Module, data_config: Mapping[str, Any], pixels: str) -
     return model if pixels == "float" else FromPixels(model, data_config, pixels == "any-size").eval()
 
 
-def traced(model: nn.Module, data_config: Mapping[str, Any], pixels: str) -> Any:
-    """Return a model as a `torch.export` program that takes any number of images.
+def traced(model: nn.Module, data_config: Mapping[str, Any], pixels: str, most: int | None = None) -> Any:
+    """Return a model as a `torch.export` program that takes any number of images, or up to `most`.
 
     Raises:
         ExportError: torch cannot trace it; the operation is named.
     """
-    example, batch = example_inputs(data_config, pixels), torch.export.Dim("batch", min=1)
+    example, batch = example_inputs(data_config, pixels), torch.export.Dim("batch", min=1, max=most)
     sizes = {0: batch}
     if pixels == "any-size":
         sizes |= {1: torch.export.Dim("height", min=2, max=30000), 2: torch.export.Dim("width", min=2, max=30000)}

@@ -16,6 +16,9 @@ PIXELS = (
 )
 """Help of the option `pixels` where all three are taken."""
 
+FIXED_PIXELS = "what goes in: normalised [B, 3, H, W], or uint8 [B, H, W, 3] of the model's size"
+"""Help of the option `pixels` where pictures have to have the model's size."""
+
 
 def metadata(subject: Subject, options: Any) -> dict[str, str]:
     """Return what a user of the file has to know, as texts by name: JSON but for single words."""

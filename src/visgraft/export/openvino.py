@@ -14,7 +14,7 @@ from torch import Tensor
 from visgraft.backbones.weights import first_line
 from visgraft.export.format import ExportError, Format, Subject, register_format
 from visgraft.export.graph import OPSET, onnx_model
-from visgraft.export.metadata import metadata
+from visgraft.export.metadata import FIXED_PIXELS, metadata
 from visgraft.export.precision import AGREEMENT, check_agreement, demanded_agreement
 from visgraft.export.samples import Samples, answers_of
 from visgraft.options import Options, option
@@ -29,9 +29,7 @@ class OpenVinoOptions(Options):
     """Options of the format `openvino`."""
 
     precision: Literal["fp32", "fp16"] = option("fp32", "of the stored weights; computed is in float32")
-    pixels: Literal["float", "uint8"] = option(
-        "float", "what goes in: normalised [B, 3, H, W], or uint8 [B, H, W, 3] of the model's size"
-    )
+    pixels: Literal["float", "uint8"] = option("float", FIXED_PIXELS)
     least_agreement: float | None = option(
         None, f"share of answers that must be the model's, of fp16; none: {AGREEMENT}"
     )

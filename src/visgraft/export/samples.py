@@ -134,10 +134,13 @@ def feeds_of(chunk: Tensor, samples: Samples, pixels: str) -> np.ndarray:
     return x.contiguous().numpy()
 
 
-def answers_of(run: Callable[[np.ndarray], np.ndarray], samples: Samples, pixels: str) -> Tensor:
-    """Return the logits [N, classes] that `run` computes of samples in the form `pixels`: of any size, one by one."""
+def answers_of(run: Callable[[np.ndarray], np.ndarray], samples: Samples, pixels: str, most: int = 32) -> Tensor:
+    """Return the logits [N, classes] that `run` computes of samples in the form `pixels`: of any size, one by one.
+
+    The others go in batches of up to `most`.
+    """
     if pixels == "any-size":
         feeds: Iterable[np.ndarray] = (feed_of(samples, number, pixels) for number in range(len(samples)))
     else:
-        feeds = (feeds_of(chunk, samples, pixels) for chunk in samples.batches())
+        feeds = (feeds_of(chunk, samples, pixels) for chunk in samples.batches(most))
     return torch.cat([torch.from_numpy(run(feed)) for feed in feeds])
