@@ -14,7 +14,7 @@ from torch import Tensor
 
 from visgraft.backbones.weights import first_line
 from visgraft.export.format import ExportError, Format, Subject, register_format
-from visgraft.export.graph import quiet, traced
+from visgraft.export.graph import traced, tracing
 from visgraft.export.metadata import FIXED_PIXELS, as_json, metadata
 from visgraft.export.samples import Samples, answers_of
 from visgraft.options import Options, option
@@ -58,7 +58,7 @@ class ExecuTorch(Format):
     @classmethod
     def write(cls, subject: Subject, options: Any, target: Path) -> Mapping[str, Any]:
         program = traced(subject.model, subject.adapted.record.data_config, options.pixels, options.most_images)
-        with quiet(), _silent():
+        with tracing(), _silent():
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
             from executorch.exir import to_edge_transform_and_lower
 
@@ -77,7 +77,7 @@ class ExecuTorch(Format):
     @classmethod
     def opened(cls, target: Path, options: Any) -> Callable[[Samples], Tensor]:
         try:
-            with quiet(), _silent():
+            with tracing(), _silent():
                 from executorch.runtime import Runtime, Verification
 
                 program = Runtime.get().load_program(target, verification=Verification.InternalConsistency)
@@ -89,8 +89,7 @@ class ExecuTorch(Format):
             ) from error
 
         def run(feed: np.ndarray) -> np.ndarray:
-            with _silent():
-                (answer,) = forward.execute([torch.from_numpy(feed.copy())])
+            (answer,) = forward.execute([torch.from_numpy(feed.copy())])
             found: np.ndarray = answer.detach().numpy().copy()
             return found
 

@@ -65,10 +65,15 @@ class OpenVino(Format):
             model = openvino.Core().read_model(proto.SerializeToString())
             for key, value in metadata(subject, options).items():
                 model.set_rt_info(value, ["visgraft", key])
-            openvino.save_model(model, target / MODEL, compress_to_fp16=options.precision == "fp16")
         except Exception as error:  # OpenVINO raises RuntimeError of whatever it does not like
             raise ExportError(
                 f"OpenVINO cannot write this model ({first_line(error)}); use --format onnx or torch"
+            ) from error
+        try:
+            openvino.save_model(model, target / MODEL, compress_to_fp16=options.precision == "fp16")
+        except RuntimeError as error:
+            raise ExportError(
+                f"{MODEL} cannot be written ({first_line(error)}); make room, or choose another --out"
             ) from error
         return {"input": options.pixels, "operators": len(model.get_ops()), "inference_precision": "f32"}
 

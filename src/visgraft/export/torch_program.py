@@ -1,5 +1,6 @@
 """The format `torch`: a `torch.export` program, which torch alone runs, with preprocessing and class names inside."""
 
+import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 from visgraft.adapters.directory import Adapted
 from visgraft.backbones.weights import first_line
 from visgraft.export.format import ExportError, Format, Subject, register_format
-from visgraft.export.graph import quiet, traced
+from visgraft.export.graph import traced, tracing
 from visgraft.export.metadata import PIXELS, as_json, metadata
 from visgraft.export.precision import AGREEMENT, InHalf, check_agreement, demanded_agreement
 from visgraft.export.resizing import why_not_resized
@@ -58,14 +59,17 @@ class TorchProgram(Format):
         model = subject.model if half is None else InHalf(subject.model, half)
         program = traced(model, subject.adapted.record.data_config, options.pixels)
         program.example_inputs = None  # the images it was traced with say nothing to anybody
-        with quiet():
-            torch.export.save(program, target, extra_files={METADATA: as_json(metadata(subject, options))})
+        # By way of memory: where a disk is full, torch's own writer ends the whole process.
+        written = io.BytesIO()
+        with tracing():
+            torch.export.save(program, written, extra_files={METADATA: as_json(metadata(subject, options))})
+        target.write_bytes(written.getbuffer())
         return {"input": options.pixels, "operators": len(program.graph.nodes)}
 
     @classmethod
     def opened(cls, target: Path, options: Any) -> Callable[[Samples], Tensor]:
         try:
-            with quiet():
+            with tracing():
                 module = torch.export.load(target).module()
         except Exception as error:  # of many classes, as whatever is damaged is noticed
             raise ExportError(
