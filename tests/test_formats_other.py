@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -251,28 +250,39 @@ def test_where_a_file_does_not_fit_nothing_is_left(format: str, tmp_path: Path) 
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
-def test_of_exports_to_one_place_one_is_there_with_its_own_certificate(tmp_path: Path, monkeypatch: Any) -> None:
+def test_of_two_exports_to_one_file_one_is_there_with_its_own_certificate(tmp_path: Path, monkeypatch: Any) -> None:
     replace = os.replace
 
-    def slowly(*given: Any) -> None:
-        replace(*given)
-        time.sleep(0.002)
+    def work(number: int) -> None:
+        with run._writing(tmp_path / "m.pt2", TorchProgram) as target:
+            target.write_text(str(number))
+            target.with_name("m.pt2.certificate.json").write_text(str(number))
 
+    other = threading.Thread(target=work, args=(2,))
+
+    def in_between(*given: Any) -> None:
+        replace(*given)
+        if other.ident is None:  # the first one's file is in place, but not its certificate
+            other.start()
+            other.join(0.3)
+
+    monkeypatch.setattr(os, "replace", in_between)
+    work(1)
+    other.join()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"m.pt2": "2", "m.pt2.certificate.json": "2"}
+
+
+def test_of_exports_to_one_folder_one_is_there_whole(tmp_path: Path) -> None:
     def work(number: int) -> None:
         for _ in range(10):
-            with run._writing(tmp_path / "m.pt2", TorchProgram) as target:
-                target.write_text(str(number))
-                target.with_name("m.pt2.certificate.json").write_text(str(number))
             with run._writing(tmp_path / "m", OpenVino) as folder:
                 (folder / "model.xml").write_text(str(number))
                 (folder / "certificate.json").write_text(str(number))
 
-    monkeypatch.setattr(os, "replace", slowly)
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert (tmp_path / "m.pt2").read_text() == (tmp_path / "m.pt2.certificate.json").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
     assert (tmp_path / "m" / "model.xml").read_text() == (tmp_path / "m" / "certificate.json").read_text()
-    assert len(list(tmp_path.iterdir())) == 3
