@@ -45,13 +45,31 @@ def write_json(path: Path, value: Any) -> None:
         file.write(text + b"\n")
 
 
-def check_target(path: Path, marker: str, option: str = "--out") -> None:
-    """Raise unless `path` can be written and is free: absent, an empty folder, or an earlier result holding `marker`.
+@contextlib.contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in here for this folder, where system and file system have locks.
 
-    `option` is the one by which the command line was given it.
+    The lock is on the folder itself, so that nothing stays behind, not even of a process that is killed.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems lock no folders
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def check_writable(path: Path, option: str = "--out") -> None:
+    """Raise unless something can be written at `path`, whatever is there.
 
     Raises:
-        VisgraftError: it cannot, or is something else.
+        VisgraftError: it cannot.
     """
     if str(path).startswith(HUB_PREFIX):
         raise VisgraftError(
@@ -72,6 +90,17 @@ def check_target(path: Path, marker: str, option: str = "--out") -> None:
         raise VisgraftError(
             f"{path} cannot be written ({parent}: {error.strerror}); choose another {option}"
         ) from error
+
+
+def check_target(path: Path, marker: str, option: str = "--out") -> None:
+    """Raise unless `path` can be written and is free: absent, an empty folder, or an earlier result holding `marker`.
+
+    `option` is the one by which the command line was given it.
+
+    Raises:
+        VisgraftError: it cannot, or is something else.
+    """
+    check_writable(path, option)
     if path.is_dir() and (not any(path.iterdir()) or (path / marker).is_file()):
         return
     if path.exists():

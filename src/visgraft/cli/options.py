@@ -71,9 +71,10 @@ def format_flags() -> Iterator[Flag]:
         for field in dataclasses.fields(form.Options):
             owners.setdefault(field.name, []).append((name, field, types_of(form.Options)[field.name]))
     for uses in owners.values():
-        told = " | ".join(
-            f"{name}: {_help(field, hint)}; default {written(field.default)}" for name, field, hint in uses
-        )
+        takers: dict[str, list[str]] = {}
+        for name, field, hint in uses:
+            takers.setdefault(f"{_help(field, hint)}; default {written(field.default)}", []).append(name)
+        told = " | ".join(f"{', '.join(names)}: {text}" for text, names in takers.items())
         yield Flag(uses[0][1], _kind(uses[0][2]), told, "Format")
 
 

@@ -74,6 +74,7 @@ class Format:
         packages: modules that have to be importable, with the name under which pip installs them.
         extra: the extra of visgraft that installs them.
         runtime: the package that computes the answers, for the certificate; empty: torch itself.
+        cannot: values that other formats take and this one cannot, by option, with the reason and a remedy.
     """
 
     name: ClassVar[str]
@@ -83,6 +84,7 @@ class Format:
     packages: ClassVar[Mapping[str, str]] = {}
     extra: ClassVar[str] = ""
     runtime: ClassVar[str] = ""
+    cannot: ClassVar[Mapping[str, Mapping[str, str]]] = {}
 
     @classmethod
     def refusal(cls, adapted: Adapted, options: Any) -> str | None:

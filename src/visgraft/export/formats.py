@@ -1,6 +1,6 @@
 """All formats: importing this module registers them, in the order in which they are listed."""
 
-from visgraft.export import onnx, onnx_adapter, timm_folder
+from visgraft.export import executorch, onnx, onnx_adapter, openvino, timm_folder, torch_program
 from visgraft.export.format import FORMATS
 
-__all__ = ["FORMATS", "onnx", "onnx_adapter", "timm_folder"]
+__all__ = ["FORMATS", "executorch", "onnx", "onnx_adapter", "openvino", "timm_folder", "torch_program"]

@@ -56,9 +56,9 @@ def with_pixels(model: nn.Module, data_config: Mapping[str, Any], pixels: str) -
     return model if pixels == "float" else FromPixels(model, data_config, pixels == "any-size").eval()
 
 
-def sizes_of(pixels: str) -> dict[int, Any]:
-    """Return which axes of the input may have any size."""
-    sizes = {0: torch.export.Dim("batch", min=1)}
+def sizes_of(pixels: str, most: int | None = None) -> dict[int, Any]:
+    """Return which axes of the input may have any size; of images there may be up to `most`."""
+    sizes = {0: torch.export.Dim("batch", min=1, max=most)}
     if pixels == "any-size":
         sizes |= {1: torch.export.Dim("height", min=2, max=30000), 2: torch.export.Dim("width", min=2, max=30000)}
     return sizes
@@ -73,21 +73,31 @@ def traced(model: nn.Module, example: tuple[Tensor, ...], sizes: tuple[Any, ...]
     """
     try:
         with torch.no_grad(), tracing():
-            return torch.export.export(model, example, dynamic_shapes=sizes, strict=False)
+            program = torch.export.export(model, example, dynamic_shapes=sizes, strict=False)
     except Exception as error:  # whatever the model's own code and torch's tracer raise
         raise ExportError(
             f"torch cannot trace {_name(model)} with any number of images ({first_line(error)}); keep the adapter in "
             "torch, or merge it"
         ) from error
+    _forget_files(program)
+    return program
 
 
-def traced_model(model: nn.Module, data_config: Mapping[str, Any], pixels: str) -> Any:
-    """Return a model that takes images of the form `pixels`, any number of them, as a `torch.export` program.
+def _forget_files(program: Any) -> None:
+    """Take out of a program which lines of which files it was traced from: every format would store those paths."""
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)
+
+
+def traced_model(model: nn.Module, data_config: Mapping[str, Any], pixels: str, most: int | None = None) -> Any:
+    """Return a model that takes images of the form `pixels` as a `torch.export` program: any number, or up to `most`.
 
     Raises:
         ExportError: torch cannot trace it; the operation is named.
     """
-    return traced(with_pixels(model, data_config, pixels), (example_inputs(data_config, pixels),), (sizes_of(pixels),))
+    whole, example = with_pixels(model, data_config, pixels), (example_inputs(data_config, pixels),)
+    return traced(whole, example, (sizes_of(pixels, most),))
 
 
 def onnx_model(model: nn.Module, data_config: Mapping[str, Any], pixels: str, opset: int) -> Any:

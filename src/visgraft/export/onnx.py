@@ -1,27 +1,23 @@
 """The format `onnx`: one graph for onnxruntime and all that read ONNX, with preprocessing and class names inside."""
 
-import copy
-import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from visgraft.adapters.directory import Adapted
-from visgraft.errors import VisgraftError
 from visgraft.export.format import ExportError, Format, Subject, register_format
 from visgraft.export.graph import INPUTS, LEAST_OPSET, OPSET, onnx_model
+from visgraft.export.metadata import PIXELS, metadata
+from visgraft.export.precision import AGREEMENT, InHalf, check_agreement, demanded_agreement
 from visgraft.export.quantize import quantized
-from visgraft.export.resizing import resize_plan
-from visgraft.export.samples import Samples, feed_of, feeds_of
+from visgraft.export.resizing import why_not_resized
+from visgraft.export.samples import Samples, answers_of
 from visgraft.options import Options, option
-
-AGREEMENT = 0.98
 
 
 @dataclass(frozen=True)
@@ -29,11 +25,7 @@ class OnnxOptions(Options):
     """Options of the format `onnx`."""
 
     precision: Literal["fp32", "fp16", "int8"] = option("fp32", "of the weights")
-    pixels: Literal["float", "uint8", "any-size"] = option(
-        "float",
-        "what goes in: normalised [B, 3, H, W], uint8 [B, H, W, 3] of the model's size, or uint8 RGB of any height and "
-        "width, resized and cropped in the graph as in training",
-    )
+    pixels: Literal["float", "uint8", "any-size"] = option("float", PIXELS)
     opset: int = option(OPSET, "version of ONNX's operators")
     quantization: Literal["dynamic", "static"] = option(
         "dynamic", "of int8: ranges of activations found at each run, or once on training images"
@@ -46,24 +38,7 @@ class OnnxOptions(Options):
         super().__post_init__()
         if self.quantization != "dynamic" and self.precision != "int8":
             raise ExportError("--quantization has no effect without --precision int8; add that, or leave it out")
-        if self.least_agreement is not None and self.precision == "fp32":
-            raise ExportError(
-                "--least-agreement has no effect on --precision fp32, which answers as the model; leave it out"
-            )
-        if self.least_agreement is not None and not 0 <= self.least_agreement <= 1:
-            raise ExportError(f"--least-agreement is {self.least_agreement}, but must be between 0 and 1")
-
-
-class _InHalf(nn.Module):
-    """A model with its weights in float16 that takes and answers float32."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = copy.deepcopy(model).half().eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        answer: Tensor = self.model(x.half())
-        return answer.float()
+        check_agreement(self.least_agreement, self.precision)
 
 
 @register_format("onnx")
@@ -79,12 +54,7 @@ class Onnx(Format):
 
     @classmethod
     def refusal(cls, adapted: Adapted, options: Any) -> str | None:
-        if options.pixels == "any-size":
-            try:
-                resize_plan(adapted.record.data_config)
-            except VisgraftError as error:
-                return f"prepares its images in a way that no graph has: {error}"
-        return None
+        return why_not_resized(adapted.record.data_config) if options.pixels == "any-size" else None
 
     @classmethod
     def check_data(cls, options: Any, given: bool) -> None:
@@ -96,7 +66,7 @@ class Onnx(Format):
     @classmethod
     def write(cls, subject: Subject, options: Any, target: Path) -> Mapping[str, Any]:
         check_opset(options.opset)
-        model = _InHalf(subject.model) if options.precision == "fp16" else subject.model
+        model = InHalf(subject.model, torch.float16) if options.precision == "fp16" else subject.model
         record = subject.adapted.record
         proto = onnx_model(model, record.data_config, options.pixels, options.opset)
         if options.precision == "int8":
@@ -114,9 +84,7 @@ class Onnx(Format):
 
     @classmethod
     def least_agreement(cls, options: Any) -> float | None:
-        if options.precision == "fp32":
-            return None
-        return AGREEMENT if options.least_agreement is None else options.least_agreement
+        return demanded_agreement(options)
 
     @classmethod
     def prepares(cls, options: Any) -> bool:
@@ -135,30 +103,6 @@ def check_opset(opset: int) -> None:
         raise ExportError(f"--opset is {opset}, but must be at least {LEAST_OPSET}; leave it out for {OPSET}")
     if opset > (newest := onnx.defs.onnx_opset_version()):
         raise ExportError(f"--opset is {opset}, but onnx {onnx.__version__} knows versions up to {newest}; use {OPSET}")
-
-
-def metadata(subject: Subject, options: Any) -> dict[str, str]:
-    """Return what a user of the file has to know, as texts by name: JSON but for single words."""
-    record = subject.adapted.record
-    shapes = {
-        "float": "float32 [B, 3, H, W]",
-        "uint8": "uint8 [B, H, W, 3], RGB",
-        "any-size": "uint8 [B, H, W, 3], RGB",
-    }
-    facts = {
-        "classes": list(record.classes),
-        "task": record.task,
-        "preprocessing": dict(record.data_config),
-        "background": record.background,
-        "input": f"{shapes[options.pixels]}: {options.pixels}",
-        "method": record.method.to_dict() | {"method": record.method.method},
-        "backbone": record.backbone.name,
-        "canary": record.canary.to_json() if record.canary else None,
-        "written_by": "visgraft",
-    }
-    return {
-        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for key, value in facts.items()
-    }
 
 
 def save_proto(proto: Any, target: Path) -> None:
@@ -193,9 +137,4 @@ def open_session(source: Path | bytes, threads: int | None = None) -> Any:
 
 def session_answers(session: Any, samples: Samples, pixels: str, run: Any = None) -> Tensor:
     """Return the logits [N, classes] that a session computes for samples in the form `pixels`, by these run options."""
-    name = INPUTS[pixels]
-    if pixels == "any-size":
-        feeds: Iterable[np.ndarray] = (feed_of(samples, number, pixels) for number in range(len(samples)))
-    else:
-        feeds = (feeds_of(chunk, samples, pixels) for chunk in samples.batches())
-    return torch.cat([torch.from_numpy(session.run(None, {name: feed}, run)[0]) for feed in feeds])
+    return answers_of(lambda feed: session.run(None, {INPUTS[pixels]: feed}, run)[0], samples, pixels)

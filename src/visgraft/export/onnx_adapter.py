@@ -19,7 +19,9 @@ from visgraft.backbones.heads import output_layers
 from visgraft.core.attached import get_attached
 from visgraft.export.format import ExportError, Format, Subject, register_format
 from visgraft.export.graph import INPUTS, OPSET, example_inputs, onnx_program, sizes_of, with_pixels
-from visgraft.export.onnx import AGREEMENT, check_opset, metadata, open_session, save_proto, session_answers
+from visgraft.export.metadata import metadata
+from visgraft.export.onnx import check_opset, open_session, save_proto, session_answers
+from visgraft.export.precision import AGREEMENT, check_agreement, demanded_agreement
 from visgraft.export.quantize import quantized
 from visgraft.export.samples import Samples
 from visgraft.options import Options, option
@@ -44,6 +46,7 @@ class OnnxAdapterOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_agreement(self.least_agreement, self.precision)
         if self.name is not None and not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ExportError(f"--name is {self.name!r}, but must be letters, digits, - and _ only")
 
@@ -123,9 +126,7 @@ class OnnxAdapter(Format):
 
     @classmethod
     def least_agreement(cls, options: Any) -> float | None:
-        if options.precision == "fp32":
-            return None
-        return AGREEMENT if options.least_agreement is None else options.least_agreement
+        return demanded_agreement(options)
 
     @classmethod
     def prepares(cls, options: Any) -> bool:

@@ -168,7 +168,7 @@ def _verdict(measured: Mapping[str, Any]) -> str:
         if not difference <= allowed:
             raise ExportError(
                 f"the exported file answers otherwise than the model: a logit differs by {difference:.2g} {where}, "
-                f"above {allowed:.2g}; nothing was written: try another --opset or another format"
+                f"above {allowed:.2g}; nothing was written: try another format, or with onnx another --opset"
             )
         return f"no logit differs by more than {difference:.1e} {where} ({allowed:.1e} allowed)"
     if not agreement >= least:

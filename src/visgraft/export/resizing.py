@@ -113,6 +113,15 @@ def resize_plan(data_config: Mapping[str, Any]) -> ResizePlan:
     return dataclasses.replace(plan, size=tuple(size))
 
 
+def why_not_resized(data_config: Mapping[str, Any]) -> str | None:
+    """Return why a graph cannot resize pictures as this configuration does, as `it ...`; None where it can."""
+    try:
+        resize_plan(data_config)
+    except VisgraftError as error:
+        return f"prepares its images in a way that no graph has: {error}"
+    return None
+
+
 class AnySize(nn.Module):
     """Turns pictures uint8 [B, H, W, 3], of whichever size, into pixels [B, 3, height, width] as Pillow would.
 

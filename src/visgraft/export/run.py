@@ -25,7 +25,7 @@ from visgraft.export.format import ExportError, Format, Subject, find_format, mi
 from visgraft.export.formats import FORMATS
 from visgraft.export.proof import ExportCertificate, measure
 from visgraft.export.samples import Samples, drawn_samples, read_samples
-from visgraft.files import check_target, new_directory, write_json
+from visgraft.files import check_target, check_writable, new_directory, one_at_a_time, write_json
 from visgraft.option_types import convert, types_of
 from visgraft.options import Options
 
@@ -70,12 +70,14 @@ def make_options(form: type[Format], values: Mapping[str, Any]) -> Options:
     """
     hints = types_of(form.Options)
     given = {name: value for name, value in values.items() if value is not None}
-    for name in given:
+    for name, value in given.items():
         if name not in hints:
             takers = [each for each, other in FORMATS.items() if name in types_of(other.Options)]
             flag = f"--{name.replace('_', '-')}"
             who = f"{', '.join(takers)} would take it" if takers else "no format takes it"
             raise ExportError(f"{flag} has no effect on the format {form.name}; leave it out ({who})")
+        if why := form.cannot.get(name, {}).get(str(value)):
+            raise ExportError(f"--{name.replace('_', '-')} {value} cannot be written as {form.name}: {why}")
     flags = {name: f"--{name.replace('_', '-')}" for name in given}
     return form.Options(**{n: convert(v, hints[n], flags[n], typed=isinstance(v, str)) for n, v in given.items()})
 
@@ -216,7 +218,8 @@ def _check_out(out: Path, form: type[Format]) -> None:
         return
     if out.suffix != form.suffix or out.is_dir():
         raise ExportError(f"--out is {out}, but the format {form.name} writes one file that ends in {form.suffix}")
-    check_target(out.with_name(f"{out.name}.folder"), CERTIFICATE)  # whether anything can be written there
+    check_writable(out)
+    check_writable(_certificate_of(out, form))  # whose name is longer
     if out.exists() and not _certificate_of(out, form).is_file():
         raise ExportError(
             f"{out} exists and is not an earlier export (its certificate is missing); choose another --out"
@@ -236,11 +239,14 @@ def _writing(out: Path, form: type[Format]) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         target = temporary / out.name
         yield target
-        _certificate_of(out, form).unlink(missing_ok=True)  # of an earlier file, which it must not outlive
-        for file in (target, _certificate_of(target, form)):
+        made = (target, _certificate_of(target, form))
+        for file in made:
             with file.open("rb") as written:
                 os.fsync(written.fileno())
-            os.replace(file, out.with_name(file.name))
+        with one_at_a_time(out.parent):  # so that no certificate comes to lie beside another export's file
+            _certificate_of(out, form).unlink(missing_ok=True)  # of an earlier file, which it must not outlive
+            for file in made:
+                os.replace(file, out.with_name(file.name))
     except OSError as error:
         raise VisgraftError(f"{out} cannot be written ({error.strerror or error}); choose another --out") from error
     finally:

@@ -1,7 +1,7 @@
 """The pictures that an exported file is proven on: the user's own, or drawn ones of many sizes."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,3 +132,15 @@ def feeds_of(chunk: Tensor, samples: Samples, pixels: str) -> np.ndarray:
     """Return prepared pixels [B, 3, H, W] as a graph takes them in the form `float` or `uint8`."""
     x = samples.normalised(chunk) if pixels == "float" else chunk.permute(0, 2, 3, 1)
     return x.contiguous().numpy()
+
+
+def answers_of(run: Callable[[np.ndarray], np.ndarray], samples: Samples, pixels: str, most: int = 32) -> Tensor:
+    """Return the logits [N, classes] that `run` computes of samples in the form `pixels`: of any size, one by one.
+
+    The others go in batches of up to `most`.
+    """
+    if pixels == "any-size":
+        feeds: Iterable[np.ndarray] = (feed_of(samples, number, pixels) for number in range(len(samples)))
+    else:
+        feeds = (feeds_of(chunk, samples, pixels) for chunk in samples.batches(most))
+    return torch.cat([torch.from_numpy(run(feed)) for feed in feeds])
