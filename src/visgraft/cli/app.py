@@ -28,6 +28,7 @@ from visgraft.cli.bench import build as build_bench
 from visgraft.cli.check import check
 from visgraft.cli.compare import compare
 from visgraft.cli.export import export
+from visgraft.cli.import_ import import_
 from visgraft.cli.predict import predict
 from visgraft.cli.report import report
 from visgraft.cli.streams import prepare_streams
@@ -218,6 +219,7 @@ def build(words: Sequence[str]) -> typer.Typer:
     app.callback(invoke_without_command=True)(_road)
     verbs: dict[str, Callable[..., None]] = {"check": check, "compare": compare, "train": _with_flags(train, words)}
     verbs |= {"eval": eval_, "report": report, "predict": predict, "merge": merge, "export": _with_flags(export, words)}
+    verbs["import"] = import_
     verbs |= {"info": info, "methods": methods}
     for name, verb in (verbs | {"demo": demo}).items():
         app.command(name)(verb)

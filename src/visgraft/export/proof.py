@@ -168,12 +168,13 @@ def _verdict(measured: Mapping[str, Any]) -> str:
         if not difference <= allowed:
             raise ExportError(
                 f"the exported file answers otherwise than the model: a logit differs by {difference:.2g} {where}, "
-                f"above {allowed:.2g}; nothing was written: try another --opset or another format"
+                f"above {allowed:.2g}; nothing was written: try another format, or of onnx another --opset"
             )
         return f"no logit differs by more than {difference:.1e} {where} ({allowed:.1e} allowed)"
     if not agreement >= least:
         raise ExportError(
             f"only {agreement:.1%} of the answers are the model's {where}, below {least:.1%}; nothing was written: "
-            f"export with --precision fp32, or accept it with --least-agreement {max(0.0, agreement - 0.001):.3f}"
+            "export with --precision fp32 (of peft: a larger --rank), or accept it with --least-agreement "
+            f"{max(0.0, agreement - 0.001):.3f}"
         )
     return f"{agreement:.1%} of the answers are the model's {where} ({least:.0%} demanded)"
