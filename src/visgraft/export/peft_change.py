@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from visgraft.backbones.heads import head_paths
-from visgraft.core.attach import detach
+from visgraft.core.attach import detach, strip
+from visgraft.core.attached import find_attached
 from visgraft.core.dryrun import meta_copy
 from visgraft.export.format import ExportError
 from visgraft.export.merge import folded, in_float64
@@ -162,16 +163,18 @@ def low_rank_factors(change: Tensor, noise: float) -> tuple[Tensor, Tensor, Tens
 
 
 def never_called(model: nn.Module, paths: Collection[str], input_size: Collection[int]) -> str | None:
-    """Return the first of these layers that the model does not call when it answers; None where it calls them all.
+    """Return the first of these layers that the plain model does not call when it answers; None where it calls all.
 
     peft adds in the layer's call, so that its branch would be passed by where a model reads the weight alone.
 
     Args:
-        model: a plain model; a copy without data is run.
+        model: the model, plain or with something attached; a plain copy without data is run.
         paths: of the layers.
         input_size: channels, height and width of an image.
     """
     plain, called = meta_copy(model), set()
+    if find_attached(plain):
+        strip(plain)  # attaching lets some attentions call a layer that they do not call by themselves
     for path in paths:
         plain.get_submodule(path).register_forward_hook(lambda *_, path=path: called.add(path))
     with torch.no_grad():

@@ -141,13 +141,14 @@ def _origin(read: PeftFolder, name: str | None, weights: str | None, image_size:
 
 
 def _outputs(read: PeftFolder, origin: Backbone) -> int:
-    """Return how many outputs the head has that the adapter holds; 0 where it holds none."""
+    """Return how many outputs the head has that the adapter holds or changes; 0 where there is nothing on it."""
     with torch.device("meta"):
         empty = create_backbone(dataclasses.replace(origin, weights="none"), 1)
     for path in output_layers(empty):
-        weight = read.tensors.get(f"{KEYS}{PREFIXES[read.host]}{path}.weight")
-        if weight is not None:
-            return len(weight)
+        for last in ("weight", "lora_B.weight"):
+            weight = read.tensors.get(f"{KEYS}{PREFIXES[read.host]}{path}.{last}")
+            if weight is not None:
+                return len(weight)
     return 0
 
 
