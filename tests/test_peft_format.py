@@ -59,7 +59,7 @@ UNSAID: dict[str, tuple[MethodConfig, str, str]] = {
     "swin_v2": (SAID["alore"], "swin_v2", "whose weight the model reads without calling the layer"),
     "beit bias": (options("bitfit"), "beit", "changes blocks.0.attn.v_bias, which belongs to no layer"),
 }
-OFTEN = ("swin", "convnext", "convnext_conv", "eva_unfused", "no_qkv_bias", "deit_distilled")
+OFTEN = ("swin", "convnext_conv")
 PAIRS = [
     pair
     if pair[1] == "plain" or (pair[0] == "alore-all" and pair[1] in OFTEN)

@@ -105,7 +105,10 @@ UNSAYABLE: dict[str, tuple[dict[str, Any], str]] = {
     "biases": ({"bias": "all"}, "bias is 'all', which lora cannot say"),
     "a bias in the branch": ({"lora_bias": True}, "lora_bias is True, which lora cannot say"),
     "another layer": ({"target_modules": ["patch_embed.proj"]}, r"adapts patch_embed.proj, where lora cannot stand"),
-    "the head": ({"target_modules": ["head", "attn.proj"], "modules_to_save": None}, "adapts head, where lora cannot"),
+    "the head": (
+        {"target_modules": ["head", "attn.proj"], "modules_to_save": None},
+        "does not hold head.weight, without which",
+    ),
     "a norm": ({"modules_to_save": ["head", "blocks.0.norm1"]}, r"trains blocks.0.norm1.\w+ as a whole"),
     "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the backbone's own weights"),
     "a tensor": (
@@ -178,6 +181,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no rank": (edit(r=0), "peft does not open"),
     "not finite": (tensors(lambda all_: {k: t * torch.nan for k, t in all_.items()}), "not all finite numbers"),
     "another name": (tensors(lambda all_: {**all_, "blocks.0": torch.ones(1)}), "is no name that peft gives"),
+    "a head of one number": (
+        tensors(lambda all_: {**all_, "base_model.model.head.weight": torch.ones(())}), "does not open|does not fit"
+    ),
+    "half a head": (tensors(lambda all_: {k: t for k, t in all_.items() if "head.bias" not in k}), "does not open"),
+    "a pattern that is none": (edit(target_modules="(("), "peft does not open"),
+    "patterns of ranks that are none": (edit(rank_pattern=None), "peft does not open|does not fit"),
     "one too few": (tensors(lambda all_: dict(list(all_.items())[:-1])), "does not open|does not fit"),
     "one too many": (
         tensors(lambda all_: {**all_, "base_model.model.blocks.9.mlp.fc1.lora_A.weight": torch.ones(3, 32)}),
@@ -211,6 +220,8 @@ def test_what_visgraft_wrote_beside_it_is_checked(tmp_path: Path) -> None:
         {**facts, "classes": [1]},
         {**facts, "preprocessing": {"input_size": "x"}},
         {**facts, "canary": 3},
+        {**facts, "preprocessing": {k: v for k, v in facts["preprocessing"].items() if k != "mean"}},
+        {**facts, "preprocessing": {**facts["preprocessing"], "input_size": [3, 10**9, 10**9]}},
     ):
         file.write_text(json.dumps(wrong))
         refuse(tmp_path, weights, "visgraft.json is damaged")
@@ -260,3 +271,15 @@ def test_training_goes_on_from_it(tmp_path: Path) -> None:
             assert bool((parameter.grad.abs().sum(1 if name.endswith("up") else 0) > 0).any()), name
             if name.endswith("up"):  # no row is dead, those beyond the rank of peft's branch neither
                 assert bool((parameter.grad.abs().sum(1) > 0).all()), name
+
+
+def test_one_head_of_two_and_a_size_that_does_not_fit_are_refused(tmp_path: Path) -> None:
+    _, weights = trained(tmp_path, "deit_distilled")
+    said = "does not hold head_dist.weight, without which the head is not the one that was trained"
+    refuse(tmp_path, weights, said, backbone="tiny_deit_distilled")
+    adapter, weights = written(SAID["lora"], tmp_path / "b")
+    export_adapter(adapter, tmp_path / "b" / "peft", "peft", weights=str(weights))
+    file = tmp_path / "b" / "peft" / "visgraft.json"
+    facts = json.loads(file.read_text())
+    file.write_text(json.dumps({**facts, "preprocessing": {**facts["preprocessing"], "input_size": [3, 20, 20]}}))
+    refuse(tmp_path / "b", weights, "images prepared as .*visgraft.json says have 20 × 20 pixels, but", backbone=None)

@@ -89,7 +89,7 @@ def _print_result(result: dict[str, Any], json: bool) -> None:
             "time per image": f"{1000 * result['seconds_per_image']:.1f} ms, {ratio:.2f} of eager torch's",
         }
         if told := _told(result["facts"]):
-            pairs["it has"] = told
+            pairs["facts"] = told
         if result["accuracy"] is not None:
             pairs["right"] = f"{percent(result['accuracy'])} (torch: {percent(result['torch_accuracy'])})"
         if result["why_not_merged"]:

@@ -16,11 +16,12 @@ from visgraft.backbones.creation import KINDS, Backbone, create_backbone, model_
 from visgraft.backbones.heads import head_paths, output_layers
 from visgraft.core.attach import attach
 from visgraft.core.attached import get_attached
+from visgraft.core.fitting import check_shape
 from visgraft.core.placing import choose_places, find_positions
 from visgraft.core.sites import Sites
 from visgraft.errors import AdapterError, SiteError
 from visgraft.export.affine import fold_target
-from visgraft.export.peft_open import KEYS, NAME, PREFIXES, hosted, open_peft, peft_answers
+from visgraft.export.peft_open import FACTS, KEYS, NAME, PREFIXES, hosted, open_peft, peft_answers
 from visgraft.export.peft_read import PeftFolder, read_peft
 from visgraft.export.proof import TOLERANCE, torch_answers
 from visgraft.export.samples import drawn_samples
@@ -90,19 +91,10 @@ def import_peft(
     _take_head(read, model, plain)
     config = _attach(read, plain, branches)
     facts = dict(read.told.preprocessing or model_data_config(plain))
-    samples = drawn_samples(facts)
-    expected, found = peft_answers(model, samples), torch_answers(plain, samples)
-    difference = (found - expected).abs().nan_to_num(nan=torch.inf).max().item()
-    allowed = TOLERANCE * max(1.0, expected.abs().max().item())
-    if not difference <= allowed:
-        raise AdapterError(
-            f"{folder} answers otherwise as lora than in peft: a logit differs by {difference:.2g}, above "
-            f"{allowed:.2g}; nothing was written: keep it in peft, and report this"
-        )
+    measured = _prove(read, model, plain, facts)
     _check_told(read, plain, facts)
-    save(plain, out, classes=names, data_config=facts, record=_record(read, difference))
+    save(plain, out, classes=names, data_config=facts, record=_record(read, measured["largest_difference"]))
     told = {"rank": config.rank, "targets": list(config.targets or ()), "last_blocks": config.last_blocks}
-    measured = {"largest_difference": difference, "tolerance": allowed, "images": len(samples)}
     return {"out": str(out), **told, "outputs": outputs, "classes": names, **measured}
 
 
@@ -147,7 +139,7 @@ def _outputs(read: PeftFolder, origin: Backbone) -> int:
     for path in output_layers(empty):
         for last in ("weight", "lora_B.weight"):
             weight = read.tensors.get(f"{KEYS}{PREFIXES[read.host]}{path}.{last}")
-            if weight is not None:
+            if weight is not None and weight.ndim:
                 return len(weight)
     return 0
 
@@ -186,11 +178,11 @@ def _take_head(read: PeftFolder, model: Any, plain: nn.Module) -> None:
     """Copy the head into the plain model.
 
     Raises:
-        AdapterError: the adapter holds further layers whole, and they differ from the backbone's.
+        AdapterError: the adapter holds further layers whole, and they differ from the backbone's, or one head of two.
     """
     from peft.utils.other import ModulesToSaveWrapper
 
-    inside, state = tuple(f"{path}." for path in head_paths(plain)), plain.state_dict()
+    inside, state, taken = tuple(f"{path}." for path in head_paths(plain)), plain.state_dict(), set()
     for path, module in model.base_model.model.named_modules():
         if not isinstance(module, ModulesToSaveWrapper):
             continue
@@ -198,10 +190,17 @@ def _take_head(read: PeftFolder, model: Any, plain: nn.Module) -> None:
             name = f"{path}.{key}".removeprefix(PREFIXES[read.host])
             if inside and name.startswith(inside):
                 state[name].copy_(tensor)
+                taken.add(name)
             elif name not in state or not torch.equal(tensor, state[name]):
                 raise AdapterError(
                     f"{read.path} trains {name} as a whole (modules_to_save), which lora cannot say; keep it in peft"
                 )
+    lacking = [name for name in state if inside and name.startswith(inside) and name not in taken]
+    if lacking:
+        raise AdapterError(
+            f"{read.path} does not hold {lacking[0]}, without which the head is not the one that was trained; name the "
+            "whole head in peft's modules_to_save"
+        )
 
 
 def _attach(read: PeftFolder, plain: nn.Module, branches: Mapping[str, Branch]) -> LoRAConfig:
@@ -318,6 +317,27 @@ def _part(change: Tensor, right: Tensor, noise: float) -> Part | None:
         return None
     root = values[:kept].sqrt()
     return Part(right @ turned[:kept].T * root, root[:, None] * left[:, :kept].T)
+
+
+def _prove(read: PeftFolder, model: Any, plain: nn.Module, data_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the largest difference of a logit between peft's model and ours, what was allowed, and on how many images.
+
+    Raises:
+        AdapterError: it is above that, or the images are told to be of a size that the model does not take.
+    """
+    channels, *size = data_config["input_size"]
+    told = f"images prepared as {read.path / FACTS} says"
+    check_shape(plain, channels, size, told, kind=AdapterError, remedy="restore that file")
+    samples = drawn_samples(data_config)
+    expected, found = peft_answers(model, samples), torch_answers(plain, samples)
+    difference = (found - expected).abs().nan_to_num(nan=torch.inf).max().item()
+    allowed = TOLERANCE * max(1.0, expected.abs().max().item())
+    if not difference <= allowed:
+        raise AdapterError(
+            f"{read.path} answers otherwise as lora than in peft: a logit differs by {difference:.2g}, above "
+            f"{allowed:.2g}; nothing was written: keep it in peft, and report this"
+        )
+    return {"largest_difference": difference, "tolerance": allowed, "images": len(samples)}
 
 
 def _check_told(read: PeftFolder, model: nn.Module, data_config: Mapping[str, Any]) -> None:

@@ -69,7 +69,7 @@ def open_peft(folder: Path, base: nn.Module) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what matters is measured
             return PeftModel.from_pretrained(base, str(folder), torch_device="cpu").eval()
-    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, OSError) as error:
+    except Exception as error:  # of a wrong option or tensor, peft raises whatever comes
         reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else first_line(error)
         raise AdapterError(f"peft does not open {folder} onto this model ({reason}); check the backbone") from error
 

@@ -11,7 +11,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from visgraft.adapters.canary import Canary
+from visgraft.adapters.canary import Canary, normalised
 from visgraft.backbones.creation import Backbone, image_transform
 from visgraft.backbones.weights import first_line, read_safetensors
 from visgraft.errors import AdapterError, VisgraftError
@@ -29,6 +29,7 @@ UNDERSTOOD = frozenset(
 peft's default, because they make another map of the tensors, or name modules that peft would import."""
 STARTS = (True, False, "gaussian", "orthogonal", "eva")
 """Ways to begin that leave the backbone's own weights as they are."""
+MOST_PIXELS = 10_000**2
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,10 @@ def _read_told(folder: Path) -> Told:
         if not all(isinstance(name, str) for name in classes):
             raise TypeError(f"the classes are {classes!r:.80}")
         image_transform(facts["preprocessing"])
+        channels, height, width = facts["preprocessing"]["input_size"]
+        normalised(torch.zeros(1, channels, 1, 1), facts["preprocessing"])
+        if not 0 < height * width < MOST_PIXELS:
+            raise ValueError(f"images of {height} x {width} pixels")
         background, task = facts.get("background"), facts["task"]
         if not isinstance(background, str | None) or task not in ("one_class", "several_classes"):
             raise TypeError(f"background is {background!r:.80}, task is {task!r:.80}")
