@@ -21,8 +21,8 @@ def complete(*words: str) -> list[str]:
 def test_verbs_are_completed() -> None:
     assert complete("visgraft", "tr") == ["train"]
     assert set(complete("visgraft", "")) == {
-        "bench", "check", "compare", "train", "eval", "report", "predict", "merge", "export", "info", "push",
-        "methods", "demo"
+        "bench", "check", "compare", "train", "eval", "report", "predict", "merge", "export", "import", "info",
+        "push", "methods", "demo",
     }  # fmt: skip
 
 

@@ -21,6 +21,11 @@ def option(
     return dataclasses.field(default=default, metadata=metadata, kw_only=kw_only)
 
 
+def flag_of(name: str) -> str:
+    """Return how an option is typed on the command line; one underscore at the end keeps a name off Python's words."""
+    return f"--{name.removesuffix('_').replace('_', '-')}"
+
+
 @dataclass(frozen=True)
 class Options:
     """A frozen set of options whose values are checked against the types of its fields.

@@ -1,5 +1,6 @@
 """The verb `export`: an adapter with its backbone as a file for another runtime, proven by that runtime."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,6 +88,8 @@ def _print_result(result: dict[str, Any], json: bool) -> None:
             "computed by": result["computed_by"],
             "time per image": f"{1000 * result['seconds_per_image']:.1f} ms, {ratio:.2f} of eager torch's",
         }
+        if told := _told(result["facts"]):
+            pairs["facts"] = told
         if result["accuracy"] is not None:
             pairs["right"] = f"{percent(result['accuracy'])} (torch: {percent(result['torch_accuracy'])})"
         if result["why_not_merged"]:
@@ -95,3 +98,13 @@ def _print_result(result: dict[str, Any], json: bool) -> None:
         result_console.print(f"open it with {result['open_with']}")
 
     emit(result, json, text)
+
+
+def _told(facts: Mapping[str, Any]) -> str:
+    """Return a format's own facts in one line, those that are one word or number each."""
+    shown = {
+        name: f"{value:.1e}" if isinstance(value, float) else f"{value}"
+        for name, value in facts.items()
+        if isinstance(value, str | int | float)
+    }
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items())

@@ -13,7 +13,7 @@ from visgraft.errors import VisgraftError, nearest
 from visgraft.export.formats import FORMATS
 from visgraft.methods import get_method, method_names
 from visgraft.option_types import allowed, convert, types_of, written
-from visgraft.options import MethodConfig, TrainConfig, method_fields
+from visgraft.options import MethodConfig, TrainConfig, flag_of, method_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +84,10 @@ def with_flags(command: Callable[..., Any], flags: Callable[[], Iterator[Flag]] 
     parameters = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     for flag in flags():
         name = flag.field.name
-        words, shown = _flag(name), f"<{flag.kind.__name__}>"
+        words, shown = flag_of(name), f"<{flag.kind.__name__}>"
         kind: Any = bool | None if flag.kind is bool else str | None
         if flag.kind is bool:
-            words = f"{words}/--no-{name.replace('_', '-')}"
+            words = f"{words}/--no-{words.removeprefix('--')}"
         default = typer.Option(
             None, words, metavar=shown, help=flag.help, rich_help_panel=flag.panel, show_default=False
         )
@@ -113,13 +113,9 @@ def method_config(method: str, values: Mapping[str, Any]) -> MethodConfig:
     given = {name: value for name, value in values.items() if value is not None and name not in training}
     for name in given:
         if name not in own:
-            has = ", ".join(_flag(field.name) for field in method_fields(cls)) or "none of its own"
-            raise VisgraftError(f"{method} has no option {_flag(name)}; it has {has}")
+            has = ", ".join(flag_of(field.name) for field in method_fields(cls)) or "none of its own"
+            raise VisgraftError(f"{method} has no option {flag_of(name)}; it has {has}")
     return cls(**{name: _parse(own[name], name, value) for name, value in given.items()})
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _parse(hint: Any, name: str, value: Any) -> Any:
@@ -128,7 +124,7 @@ def _parse(hint: Any, name: str, value: Any) -> Any:
     Raises:
         VisgraftError: it is not of the option's type; the flag is named.
     """
-    return convert(value, hint, _flag(name), typed=isinstance(value, str))
+    return convert(value, hint, flag_of(name), typed=isinstance(value, str))
 
 
 def parse_option(method: str | None, name: str, text: str) -> Any:

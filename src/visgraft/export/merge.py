@@ -122,7 +122,7 @@ def folded(model: nn.Module, *, allow_new_bias: bool = False) -> nn.Module:
     return plain
 
 
-def _in_float64(model: nn.Module) -> nn.Module:
+def in_float64(model: nn.Module) -> nn.Module:
     """Return a copy in eval mode in float64, on the CPU where the model's device has no float64 (Apple's GPUs)."""
     plain = get_attached(model).plain
     device = "cpu" if next(model.parameters()).device.type == "mps" else next(model.parameters()).device
@@ -160,7 +160,7 @@ def merge(model: nn.Module, images: Any = None, *, allow_new_bias: bool = False)
     attached, model = get_attached(model), unwrapped(model)
     _check_dtype(next(model.parameters()).dtype)
     first, batches, source = image_batches(images, model)  # before the fold, so that wrong ones are named at once
-    reference = _in_float64(model)
+    reference = in_float64(model)
     exact = folded(reference, allow_new_bias=allow_new_bias)
     truth = answers(reference, first)
     difference = fold_difference(truth, answers(exact, first))

@@ -174,6 +174,7 @@ def _verdict(measured: Mapping[str, Any]) -> str:
     if not agreement >= least:
         raise ExportError(
             f"only {agreement:.1%} of the answers are the model's {where}, below {least:.1%}; nothing was written: "
-            f"export with --precision fp32, or accept it with --least-agreement {max(0.0, agreement - 0.001):.3f}"
+            "export with --precision fp32 (of peft: a larger --rank), or accept it with --least-agreement "
+            f"{max(0.0, agreement - 0.001):.3f}"
         )
     return f"{agreement:.1%} of the answers are the model's {where} ({least:.0%} demanded)"

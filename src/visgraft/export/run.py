@@ -27,7 +27,7 @@ from visgraft.export.proof import ExportCertificate, measure
 from visgraft.export.samples import Samples, drawn_samples, read_samples
 from visgraft.files import check_target, check_writable, new_directory, one_at_a_time, write_json
 from visgraft.option_types import convert, types_of
-from visgraft.options import Options
+from visgraft.options import Options, flag_of
 
 CERTIFICATE = "certificate.json"
 _DEFAULT_LOADING = Loading()
@@ -73,13 +73,11 @@ def make_options(form: type[Format], values: Mapping[str, Any]) -> Options:
     for name, value in given.items():
         if name not in hints:
             takers = [each for each, other in FORMATS.items() if name in types_of(other.Options)]
-            flag = f"--{name.replace('_', '-')}"
             who = f"{', '.join(takers)} would take it" if takers else "no format takes it"
-            raise ExportError(f"{flag} has no effect on the format {form.name}; leave it out ({who})")
+            raise ExportError(f"{flag_of(name)} has no effect on the format {form.name}; leave it out ({who})")
         if why := form.cannot.get(name, {}).get(str(value)):
-            raise ExportError(f"--{name.replace('_', '-')} {value} cannot be written as {form.name}: {why}")
-    flags = {name: f"--{name.replace('_', '-')}" for name in given}
-    return form.Options(**{n: convert(v, hints[n], flags[n], typed=isinstance(v, str)) for n, v in given.items()})
+            raise ExportError(f"{flag_of(name)} {value} cannot be written as {form.name}: {why}")
+    return form.Options(**{n: convert(v, hints[n], flag_of(n), typed=isinstance(v, str)) for n, v in given.items()})
 
 
 @settled()
@@ -177,7 +175,7 @@ def _prove(
         ExportError: it does not open, or answers otherwise than the model.
     """
     record = subject.adapted.record
-    answer = form.opened(target, options)
+    answer = form.opened_onto(subject, target, options)
     measured = measure(subject, answer, form.least_agreement(options), form.prepares(options))
     versions = {name: found for name in ("torch", "timm", *form.packages.values()) if (found := _version(name))}
     return ExportCertificate(
