@@ -13,7 +13,7 @@ from visgraft.adapters.directory import Adapted
 from visgraft.export.format import ExportError, Format, Subject, register_format
 from visgraft.export.graph import INPUTS, LEAST_OPSET, OPSET, onnx_model
 from visgraft.export.metadata import PIXELS, metadata
-from visgraft.export.precision import AGREEMENT, InHalf, check_agreement, demanded_agreement
+from visgraft.export.precision import LEAST_AGREEMENT, InHalf, check_agreement, demanded_agreement
 from visgraft.export.quantize import quantized
 from visgraft.export.resizing import why_not_resized
 from visgraft.export.samples import Samples, answers_of
@@ -30,9 +30,7 @@ class OnnxOptions(Options):
     quantization: Literal["dynamic", "static"] = option(
         "dynamic", "of int8: ranges of activations found at each run, or once on training images"
     )
-    least_agreement: float | None = option(
-        None, f"share of answers that must be the model's, of fp16 and int8; none: {AGREEMENT}"
-    )
+    least_agreement: float | None = option(None, LEAST_AGREEMENT)
 
     def __post_init__(self) -> None:
         super().__post_init__()

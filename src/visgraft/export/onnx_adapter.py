@@ -19,9 +19,9 @@ from visgraft.backbones.heads import output_layers
 from visgraft.core.attached import get_attached
 from visgraft.export.format import ExportError, Format, Subject, register_format
 from visgraft.export.graph import INPUTS, OPSET, example_inputs, onnx_program, sizes_of, with_pixels
-from visgraft.export.metadata import metadata
+from visgraft.export.metadata import PIXELS, metadata
 from visgraft.export.onnx import check_opset, open_session, save_proto, session_answers
-from visgraft.export.precision import AGREEMENT, check_agreement, demanded_agreement
+from visgraft.export.precision import LEAST_AGREEMENT, check_agreement, demanded_agreement
 from visgraft.export.quantize import quantized
 from visgraft.export.samples import Samples
 from visgraft.options import Options, option
@@ -38,11 +38,9 @@ class OnnxAdapterOptions(Options):
     )
     name: str | None = option(None, "of the adapter's file; none: that of its folder")
     precision: Literal["fp32", "int8"] = option("fp32", "of the backbone; adapters stay in fp32")
-    pixels: Literal["float", "uint8", "any-size"] = option("float", "what goes in, as for the format onnx")
+    pixels: Literal["float", "uint8", "any-size"] = option("float", PIXELS)
     opset: int = option(OPSET, "version of ONNX's operators")
-    least_agreement: float | None = option(
-        None, f"share of answers that must be the model's, of int8; none: {AGREEMENT}"
-    )
+    least_agreement: float | None = option(None, LEAST_AGREEMENT)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,7 +15,7 @@ from visgraft.backbones.weights import first_line
 from visgraft.export.format import ExportError, Format, Subject, register_format
 from visgraft.export.graph import OPSET, onnx_model
 from visgraft.export.metadata import FIXED_PIXELS, metadata
-from visgraft.export.precision import AGREEMENT, check_agreement, demanded_agreement
+from visgraft.export.precision import LEAST_AGREEMENT, check_agreement, demanded_agreement
 from visgraft.export.samples import Samples, answers_of
 from visgraft.options import Options, option
 
@@ -30,9 +30,7 @@ class OpenVinoOptions(Options):
 
     precision: Literal["fp32", "fp16"] = option("fp32", "of the stored weights; computed is in float32")
     pixels: Literal["float", "uint8"] = option("float", FIXED_PIXELS)
-    least_agreement: float | None = option(
-        None, f"share of answers that must be the model's, of fp16; none: {AGREEMENT}"
-    )
+    least_agreement: float | None = option(None, LEAST_AGREEMENT)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -22,12 +22,12 @@ from visgraft.export.format import ExportError, Format, Subject, register_format
 from visgraft.export.merge import why_not_merged
 from visgraft.export.peft_change import Changes, LayerChange, changes_of, never_called, owners
 from visgraft.export.peft_open import FACTS, NAME, PREFIXES, hosted, open_peft, peft_answers, timm_arguments, timm_name
+from visgraft.export.precision import AGREEMENT
 from visgraft.export.proof import TOLERANCE, torch_answers
 from visgraft.export.samples import Samples
 from visgraft.files import write_json
 from visgraft.options import Options, option
 
-AGREEMENT = 0.98
 COMPARED = 16
 """Pictures on which `merge_and_unload` is held against the adapter."""
 CARD = "README.md"

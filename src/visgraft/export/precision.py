@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from visgraft.export.format import ExportError
 
 AGREEMENT = 0.98
+LEAST_AGREEMENT = f"share of answers that must be the model's, in less than fp32; none: {AGREEMENT}"
+"""Help of the option `least_agreement` of formats with a `precision`."""
 
 
 class InHalf(nn.Module):

@@ -15,7 +15,7 @@ from visgraft.backbones.weights import first_line
 from visgraft.export.format import ExportError, Format, Subject, register_format
 from visgraft.export.graph import traced_model, tracing
 from visgraft.export.metadata import PIXELS, as_json, metadata
-from visgraft.export.precision import AGREEMENT, InHalf, check_agreement, demanded_agreement
+from visgraft.export.precision import LEAST_AGREEMENT, InHalf, check_agreement, demanded_agreement
 from visgraft.export.resizing import why_not_resized
 from visgraft.export.samples import Samples, answers_of
 from visgraft.options import Options, option
@@ -32,9 +32,7 @@ class TorchOptions(Options):
 
     precision: Literal["fp32", "fp16", "bf16"] = option("fp32", "of the weights, and of what is computed with them")
     pixels: Literal["float", "uint8", "any-size"] = option("float", PIXELS)
-    least_agreement: float | None = option(
-        None, f"share of answers that must be the model's, of fp16 and bf16; none: {AGREEMENT}"
-    )
+    least_agreement: float | None = option(None, LEAST_AGREEMENT)
 
     def __post_init__(self) -> None:
         super().__post_init__()
