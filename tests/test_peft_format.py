@@ -126,6 +126,20 @@ def test_biases_stay_in_the_branch_so_that_without_it_the_backbone_is_as_it_was(
         assert torch.equal(found, base.eval().forward_features(images(3)))
 
 
+def test_peft_holds_several_on_one_backbone(tmp_path: Path) -> None:
+    adapters = {"default": SAID["sct-mlp"], "second": SAID["alore-all"]}
+    expected = {}
+    for name, config in adapters.items():
+        adapter, weights = written(config, tmp_path / name)
+        export_adapter(adapter, tmp_path / f"{name}-out", "peft", weights=str(weights))
+        expected[name] = answers(load(adapter, weights=str(weights)).model, "plain")
+    model = opened(tmp_path / "default-out", "plain", weights)
+    model.load_adapter(str(tmp_path / "second-out"), "second")
+    for name in ("second", "default", "second"):
+        model.set_adapter(name)
+        torch.testing.assert_close(answers(model.eval(), "plain"), expected[name], atol=1e-4, rtol=1e-5)
+
+
 def test_beside_layers_without_bias_the_bases_own_are_replaced(tmp_path: Path) -> None:
     adapter, weights = written(SAID["alore-all"], tmp_path, "no_qkv_bias")
     assert export_adapter(adapter, tmp_path / "out", "peft", weights=str(weights))["facts"]["bias"] == "lora_only"
