@@ -3,8 +3,8 @@
     python benchmarks/export.py ADAPTER DATA                 # every format that is installed, some minutes
     python benchmarks/export.py ADAPTER DATA --pictures 200  # and real photographs of mixed sizes, resized in the graph
 
-ADAPTER is a folder that `visgraft train` or `visgraft demo` wrote, DATA its images. The figures are those of the
-certificates: each format's own runtime computes the answers, and the time per image is held against eager torch in turn.
+ADAPTER is a folder that `visgraft train` or `visgraft demo` wrote, DATA its images. The figures are the certificates':
+each format's own runtime computes the answers, and the time per image is held against eager torch in turn.
 The photographs are pieces of the two that come with scikit-learn, cut and shrunk to many sizes and shapes.
 """
 
@@ -74,7 +74,10 @@ def photographs(data_config: Any, count: int) -> Samples:
     for number in range(count):
         source = whole[number % len(whole)]
         height, width = (int(generator.integers(40, side + 1)) for side in source.shape[:2])
-        top, left = (int(generator.integers(0, side - part + 1)) for side, part in zip(source.shape, (height, width)))
+        top, left = (
+            int(generator.integers(0, side - part + 1))
+            for side, part in zip(source.shape[:2], (height, width), strict=True)
+        )
         piece = Image.fromarray(source[top : top + height, left : left + width])
         scale = float(generator.uniform(0.3, 2.5))
         size = (max(8, round(width * scale)), max(8, round(height * scale)))
