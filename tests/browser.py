@@ -19,7 +19,7 @@ from typing import Any
 
 CHROMIUM = shutil.which("chromium")
 COMMAND = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--no-first-run",
+    "--headless=new", "--no-sandbox", "--remote-debugging-pipe", "--no-first-run",
     "--disable-dev-shm-usage", "--disable-background-networking", "--disable-component-update", "about:blank",
 )  # fmt: skip
 

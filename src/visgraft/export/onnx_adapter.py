@@ -171,8 +171,10 @@ def _class_bound(subject: Subject) -> set[str]:
     return {f"{owner}.{kind}" for owner in owners for kind in ("weight", "bias")}
 
 
-def backbone_proto(subject: Subject, options: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Return the graph, whose further inputs are the adapter's tensors; left out, they are those of no task.
+def backbone_proto(subject: Subject, options: Any, tensors: Mapping[str, Tensor], optional: bool = True) -> Any:
+    """Return the graph, whose further inputs are the adapter's tensors.
+
+    Where they are optional and left out, they are those of no task.
 
     Raises:
         ExportError: the adapter has one output only, or the graph cannot be made.
@@ -194,7 +196,7 @@ def backbone_proto(subject: Subject, options: Any, tensors: Mapping[str, Tensor]
     if options.precision == "int8":
         proto = quantized(proto, subject, options)
     # Only now: the quantiser takes an input with a default for a constant.
-    for name, tensor in neutral.items():
+    for name, tensor in neutral.items() if optional else ():
         proto.graph.initializer.append(numpy_helper.from_array(tensor.numpy(), name))
     return proto
 

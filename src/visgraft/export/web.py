@@ -60,7 +60,6 @@ class WebOptions(Options):
     runtime: str | None = option(
         None, "onnxruntime-web as an unpacked npm package or its .tgz; none: downloaded once, then from the cache"
     )
-    webgpu: bool = option(False, "take the runtime for GPUs along too, 27 MB, which pages load where there is WebGPU")
     least_agreement: float | None = option(
         None, f"share of answers that must be the model's, of fp16 and int8; none: {AGREEMENT}"
     )
@@ -100,13 +99,14 @@ class Web(OnnxAdapter):
     def write(cls, subject: Subject, options: Any, target: Path) -> Mapping[str, Any]:
         check_opset(options.opset)
         # First of all, because it may be lacking, and the graph takes a minute.
-        facts = write_runtime(options.runtime, target / RUNTIME, options.webgpu)
+        facts = write_runtime(options.runtime, target / RUNTIME)
         tensors = stored_tensors(subject)
         about = about_backbone(subject, options, tensors) | {"format": cls.name}
         name = options.name or file_name(subject.name)
         known: dict[str, Any] = {}
         if options.base is None:
-            proto = backbone_proto(subject, options, tensors)
+            # onnxruntime-web takes an input that may be left out for none at all.
+            proto = backbone_proto(subject, options, tensors, optional=False)
             save_proto(stored_in_half(proto) if options.precision == "fp16" else proto, target / BACKBONE)
         else:
             known = taken_over(Path(options.base), target, about, name, cls.name)
@@ -122,7 +122,7 @@ class Web(OnnxAdapter):
             "background_rgb": ImageColor.getrgb(subject.adapted.record.background or "white")[:3],
             "check": answer(check_picture()[None]).flatten().tolist(),
         }
-        page = {**facts, "backbone_bytes": (target / BACKBONE).stat().st_size, "webgpu": options.webgpu}
+        page = {**facts, "backbone_bytes": (target / BACKBONE).stat().st_size}
         write_adapters(target, about, known, page=page)
         return {
             "adapter": name,

@@ -19,46 +19,40 @@ ADDRESS = f"https://registry.npmjs.org/onnxruntime-web/-/onnxruntime-web-{VERSIO
 SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 """Of that file, as the registry publishes it."""
 
+# The builds for WebGPU have no float64, in which the graph finds the places of pixels.
 WASM = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
-WEBGPU = (
-    "ort.webgpu.min.mjs",
-    "ort-wasm-simd-threaded.asyncify.mjs",
-    "ort-wasm-simd-threaded.asyncify.wasm",
-)
 LICENSE = "LICENSE"
 TIMEOUT = 60
 """Seconds without an answer after which a download has failed."""
 
 
-def write_runtime(source: str | None, folder: Path, webgpu: bool) -> dict[str, Any]:
+def write_runtime(source: str | None, folder: Path) -> dict[str, Any]:
     """Copy what a page needs of onnxruntime-web into a new folder; returns its version, files and bytes.
 
     Args:
         source: an unpacked npm package or its .tgz; None: the cache, or npm's registry.
         folder: where to.
-        webgpu: whether the larger build goes along that also runs on GPUs.
 
     Raises:
         ExportError: it is not to be had, or is not onnxruntime-web.
     """
-    wanted = (*WASM, *(WEBGPU if webgpu else ()))
     given = Path(source) if source is not None else _cached()
     with _opened(given) as files:
         package = _package_json(files.get("package.json"), given)
-        if lacking := [name for name in wanted if f"dist/{name}" not in files]:
+        if lacking := [name for name in WASM if f"dist/{name}" not in files]:
             raise ExportError(
                 f"{given} is onnxruntime-web {package.get('version')} without {', '.join(lacking)}, which the page "
                 f"needs; take version {VERSION}, or leave --runtime out"
             )
         folder.mkdir()
-        for name in wanted:
+        for name in WASM:
             (folder / name).write_bytes(files[f"dist/{name}"].read())
         # The npm package holds no copy of its licence, which asks to go along.
         own = files.get(LICENSE)
         (folder / LICENSE).write_bytes(own.read() if own else _licence())
     return {
         "onnxruntime_web": package.get("version"),
-        "runtime_files": list(wanted),
+        "runtime_files": list(WASM),
         "runtime_bytes": sum(file.stat().st_size for file in folder.iterdir()),
     }
 
@@ -91,7 +85,7 @@ def _opened(source: Path) -> Iterator[Mapping[str, _Member]]:
     """
     try:
         if source.is_dir():
-            names = ("package.json", LICENSE, *(f"dist/{name}" for name in (*WASM, *WEBGPU)))
+            names = ("package.json", LICENSE, *(f"dist/{name}" for name in WASM))
             yield {name: _Member(source / name) for name in names if (source / name).is_file()}
             return
         with tarfile.open(source, "r:gz") as archive:

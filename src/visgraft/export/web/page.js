@@ -32,10 +32,15 @@ function inWords(error) {
 }
 
 function megabytes(bytes) {
-  return `${(bytes / 1e6).toFixed(1)} MB`;
+  return bytes < 1e6 ? `${Math.ceil(bytes / 1e3)} kB` : `${(bytes / 1e6).toFixed(1)} MB`;
+}
+
+function sides(size) {
+  return size.map((side) => number.format(side)).join(" × ");
 }
 
 function percent(share) {
+  if (share < 0.0005) return "< 0.1 %";
   return `${(100 * share).toFixed(1)} %`;
 }
 
@@ -65,7 +70,7 @@ function showAnswers(answer) {
   const note = at("note");
   note.hidden = !answer.reduced;
   note.textContent = answer.reduced
-    ? `The picture of ${answer.from.join(" × ")} pixels was reduced to ${answer.size.join(" × ")} before it was answered, to spare the browser's memory; an answer can differ a little from visgraft predict.`
+    ? `The picture of ${sides(answer.from)} pixels was reduced to ${sides(answer.size)} before it was answered, to spare the browser's memory; an answer can differ a little from visgraft predict.`
     : "";
   showFacts(answer);
 }
@@ -74,9 +79,9 @@ function showFacts(answer) {
   const { decode, answer: run } = answer.milliseconds;
   const threads = model.threads === 1 ? "one thread" : `${model.threads} threads`;
   const facts = {
-    "answered in": `${run.toFixed(0)} ms`,
-    "picture read in": `${decode.toFixed(0)} ms`,
-    "computed by": model.kind === "webgpu" ? "WebGPU" : `WebAssembly, ${threads}`,
+    "answered in": `${number.format(Math.round(run))} ms`,
+    "picture read in": `${number.format(Math.round(decode))} ms`,
+    "computed by": `WebAssembly, ${threads}`,
     "model": `${megabytes(model.about.page.backbone_bytes)}, ${model.about.backbone.precision}`,
     "adapter": megabytes(model.about.adapters[answer.adapter].bytes),
   };
@@ -97,7 +102,7 @@ async function answer() {
     const found = await model.answer(at("adapter").value, shown.blob);
     if (turn !== latest) return; // another picture or adapter was chosen meanwhile
     showAnswers(found);
-    at("caption").textContent = `${shown.name}, ${found.from.map((side) => number.format(side)).join(" × ")} pixels`;
+    at("caption").textContent = `${shown.name}, ${sides(found.from)} pixels`;
     document.dispatchEvent(new CustomEvent("visgraft-answer", { detail: { ...found, name: shown.name } }));
   } catch (error) {
     if (turn !== latest) return;
@@ -175,15 +180,15 @@ async function begin() {
     throw Object.assign(new Error("Browsers do not let a page read its model from files. Serve the folder, for example by “python -m http.server” inside it, and open http://localhost:8000."), { name: "Told" });
   }
   const { Model } = await import("./answering.js");
-  const notes = [];
   model = await Model.open((loaded, of) => {
     at("progress").hidden = of === 0;
     at("progress").value = of ? loaded / of : 1;
     say(of ? `Loading the model: ${megabytes(loaded)} of ${megabytes(of)}` : "Starting the model…");
-  }, (text) => notes.push(text));
+  });
   at("adapter").replaceChildren(...Object.keys(model.about.adapters).map((name) => new Option(name, name)));
+  at("adapter").hidden = at("adapter").options.length < 2;
+  at("only").textContent = at("adapter").hidden ? at("adapter").value : "";
   await checkAdapter();
-  if (notes.length) console.warn(...notes);
   listen();
   say("Ready. Choose a picture.");
   state("ready");
