@@ -15,7 +15,7 @@ from torch import Tensor
 
 from visgraft.adapters.directory import Adapted
 from visgraft.errors import VisgraftError
-from visgraft.export.format import ExportError, Subject, register_format
+from visgraft.export.format import ExportError, Format, Subject, register_format
 from visgraft.export.graph import INPUTS, OPSET
 from visgraft.export.onnx import AGREEMENT, check_opset, open_session, save_proto
 from visgraft.export.onnx_adapter import (
@@ -80,11 +80,14 @@ class WebOptions(Options):
 
 
 @register_format("web")
-class Web(OnnxAdapter):
+class Web(Format):
     """A folder: a page, onnxruntime-web, the backbone once, and one file per adapter, which the page swaps."""
 
     Options = WebOptions
     summary = "a page that answers in the browser, from any static server and without internet; swaps adapters"
+    packages = OnnxAdapter.packages
+    extra = OnnxAdapter.extra
+    runtime = OnnxAdapter.runtime
 
     @classmethod
     def refusal(cls, adapted: Adapted, options: Any) -> str | None:
@@ -94,6 +97,18 @@ class Web(OnnxAdapter):
             reason = str(error).partition("; leave")[0]  # whose remedy is an option that this format has not
             return f"prepares its images in a way that no page does: {reason}; export it as onnx instead"
         return None
+
+    @classmethod
+    def check_data(cls, options: Any, given: bool) -> None:
+        OnnxAdapter.check_data(options, given)
+
+    @classmethod
+    def least_agreement(cls, options: Any) -> float | None:
+        return OnnxAdapter.least_agreement(options)
+
+    @classmethod
+    def prepares(cls, options: Any) -> bool:
+        return True
 
     @classmethod
     def write(cls, subject: Subject, options: Any, target: Path) -> Mapping[str, Any]:
