@@ -130,8 +130,8 @@ def _cached() -> Path:
             content = answer.read()
     except OSError as error:  # urllib's errors are of this kind
         raise ExportError(
-            f"onnxruntime-web {VERSION} is not in {kept.parent} and cannot be downloaded ({error}); connect, or run "
-            f"npm pack onnxruntime-web@{VERSION} elsewhere and name the file by --runtime"
+            f"onnxruntime-web {VERSION} is not in {kept.parent} and cannot be downloaded ({error}); connect, or get "
+            f"it by npm pack onnxruntime-web@{VERSION} elsewhere and name the file by --runtime"
         ) from error
     if _digest(content) != SHA512:
         raise ExportError(
