@@ -126,7 +126,10 @@ def new_directory(path: Path, marker: str) -> Iterator[Path]:
         raise VisgraftError(f"{path} cannot be written ({error.strerror}); choose another --out") from error
     try:
         yield temporary
-        for file in temporary.iterdir():
+        for file in temporary.rglob("*"):
+            if file.is_dir():
+                file.chmod(0o755)
+                continue
             file.chmod(0o644)  # some writers leave files that only their owner can read
             with file.open("rb") as written:
                 os.fsync(written.fileno())

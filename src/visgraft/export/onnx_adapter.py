@@ -45,13 +45,18 @@ class OnnxAdapterOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_agreement(self.least_agreement, self.precision)
-        if self.name is not None and not re.fullmatch(r"\w[\w.-]*", self.name):
-            raise ExportError(f"--name is {self.name!r}, but must be letters, digits, - and _ only")
+        check_name(self.name)
 
     @property
     def quantization(self) -> str:
         """How the backbone comes to int8."""
         return "dynamic"
+
+
+def check_name(name: str | None) -> None:
+    """Raise an ExportError where an adapter's file cannot be called so."""
+    if name is not None and not re.fullmatch(r"\w[\w.-]*", name):
+        raise ExportError(f"--name is {name!r}, but must be letters, digits, - and _ only")
 
 
 class _WithInputs(nn.Module):
@@ -81,17 +86,16 @@ class OnnxAdapter(Format):
     def write(cls, subject: Subject, options: Any, target: Path) -> Mapping[str, Any]:
         check_opset(options.opset)
         tensors = stored_tensors(subject)
-        about = _about(subject, options, tensors)
-        name = options.name or _file_name(subject.name)
+        about = about_backbone(subject, options, tensors)
+        name = options.name or file_name(subject.name)
         known: dict[str, Any] = {}
         if options.base is None:
-            save_proto(_backbone(subject, options, tensors), target / BACKBONE)
+            save_proto(backbone_proto(subject, options, tensors), target / BACKBONE)
         else:
-            known = _taken_over(Path(options.base), target, about, name)
+            known = taken_over(Path(options.base), target, about, name, cls.name)
         write_adapter({key: value.numpy() for key, value in tensors.items()}, target / f"{name}{SUFFIX}")
-        known[name] = {"file": f"{name}{SUFFIX}", **{k: _json(v) for k, v in metadata(subject, options).items()}}
-        text = json.dumps({"backbone": about, "adapters": known}, indent=2, ensure_ascii=False)
-        (target / ADAPTERS).write_text(text, encoding="utf-8")
+        known[name] = {"file": f"{name}{SUFFIX}", **facts_of(subject, options)}
+        write_adapters(target, about, known)
         return {
             "adapter": name,
             "adapters": list(known),
@@ -103,7 +107,7 @@ class OnnxAdapter(Format):
     def opened(cls, target: Path, options: Any) -> Callable[[Samples], Tensor]:
         import onnxruntime
 
-        name = list(json.loads((target / ADAPTERS).read_text(encoding="utf-8"))["adapters"])[-1]
+        name = list(read_adapters(target)["adapters"])[-1]
         adapter = onnxruntime.LoraAdapter()
         adapter.Load(str(target / f"{name}{SUFFIX}"))
         session = open_session(target / BACKBONE)
@@ -144,7 +148,7 @@ def stored_tensors(subject: Subject) -> dict[str, Tensor]:
     }
 
 
-def _about(subject: Subject, options: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def about_backbone(subject: Subject, options: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return what two adapters must have in common to share a backbone file."""
     record = subject.adapted.record
     bound = _class_bound(subject)
@@ -166,8 +170,14 @@ def _class_bound(subject: Subject) -> set[str]:
     return {f"{owner}.{kind}" for owner in owners for kind in ("weight", "bias")}
 
 
-def _backbone(subject: Subject, options: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Return the graph, whose further inputs are the adapter's tensors; left out, they are those of no task."""
+def backbone_proto(subject: Subject, options: Any, tensors: Mapping[str, Tensor], optional: bool = True) -> Any:
+    """Return the graph, whose further inputs are the adapter's tensors.
+
+    Where they are optional and left out, they are those of no task.
+
+    Raises:
+        ExportError: the adapter has one output only, or the graph cannot be made.
+    """
     from onnx import numpy_helper
 
     record, names, bound = subject.adapted.record, tuple(tensors), _class_bound(subject)
@@ -185,7 +195,7 @@ def _backbone(subject: Subject, options: Any, tensors: Mapping[str, Tensor]) -> 
     if options.precision == "int8":
         proto = quantized(proto, subject, options)
     # Only now: the quantiser takes an input with a default for a constant.
-    for name, tensor in neutral.items():
+    for name, tensor in neutral.items() if optional else ():
         proto.graph.initializer.append(numpy_helper.from_array(tensor.numpy(), name))
     return proto
 
@@ -203,19 +213,31 @@ def _neutral(subject: Subject, tensors: Mapping[str, Tensor], bound: set[str]) -
     return found
 
 
-def _taken_over(base: Path, target: Path, about: Mapping[str, Any], name: str) -> dict[str, Any]:
+def write_adapters(folder: Path, about: Mapping[str, Any], known: Mapping[str, Any], **more: Any) -> None:
+    """Write the list of a folder's adapters, with what their backbone is, and more that is compared with nothing."""
+    text = json.dumps({"backbone": about, "adapters": known, **more}, indent=2, ensure_ascii=False)
+    (folder / ADAPTERS).write_text(text, encoding="utf-8")
+
+
+def read_adapters(folder: Path) -> dict[str, Any]:
+    """Return what `write_adapters` wrote."""
+    found: dict[str, Any] = json.loads((folder / ADAPTERS).read_text(encoding="utf-8"))
+    return found
+
+
+def taken_over(base: Path, target: Path, about: Mapping[str, Any], name: str, form: str) -> dict[str, Any]:
     """Put the files of an earlier export into the new folder; returns its adapters.
 
     Raises:
         ExportError: there is none, its backbone is another, or the name is taken.
     """
     try:
-        found = json.loads((base / ADAPTERS).read_text(encoding="utf-8"))
+        found = read_adapters(base)
         known, theirs = dict(found["adapters"]), dict(found["backbone"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ExportError(f"--base is {base}, which is no export of the format onnx-adapter ({error})") from error
-    for key, value in about.items():
-        if theirs.get(key) != value:
+        raise ExportError(f"--base is {base}, which is no export of the format {form} ({error})") from error
+    for key in dict.fromkeys((*about, *theirs)):
+        if theirs.get(key) != about.get(key):
             raise ExportError(f"--base {base} does not fit this adapter: its {key} is another; export without --base")
     if name in known:
         raise ExportError(f"--base {base} has an adapter {name!r} already; give this one another --name")
@@ -252,10 +274,15 @@ def _swap_seconds(file: Path) -> float:
     return sorted(seconds)[len(seconds) // 2]
 
 
-def _file_name(adapter: str) -> str:
+def file_name(adapter: str) -> str:
     """Return a file's name made of an adapter's path."""
     made = re.sub(r"[^\w.-]+", "-", Path(adapter).name).strip("-.")
     return made or "adapter"
+
+
+def facts_of(subject: Subject, options: Any) -> dict[str, Any]:
+    """Return the adapter's metadata as JSON values."""
+    return {key: _json(value) for key, value in metadata(subject, options).items()}
 
 
 def _json(text: str) -> Any:
