@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from visgraft.backbones.heads import output_layers
+from visgraft.backbones.weights import first_line
 from visgraft.core.attached import get_attached
 from visgraft.export.format import ExportError, Format, Subject, register_format
 from visgraft.export.graph import INPUTS, OPSET, example_inputs, onnx_program, sizes_of, with_pixels
@@ -24,9 +25,12 @@ from visgraft.export.onnx import check_opset, open_session, save_proto, session_
 from visgraft.export.precision import LEAST_AGREEMENT, check_agreement, demanded_agreement
 from visgraft.export.quantize import quantized
 from visgraft.export.samples import Samples
+from visgraft.files import write_json
 from visgraft.options import Options, option
 
 BACKBONE, ADAPTERS, SUFFIX = "backbone.onnx", "adapters.json", ".onnx_adapter"
+_NAME = r"\w[\w.-]{,199}"
+"""What an adapter may be called: with its ending a file's name on every system."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,8 @@ class OnnxAdapterOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_agreement(self.least_agreement, self.precision)
-        if self.name is not None and not re.fullmatch(r"\w[\w.-]*", self.name):
-            raise ExportError(f"--name is {self.name!r}, but must be letters, digits, - and _ only")
+        if self.name is not None and not re.fullmatch(_NAME, self.name):
+            raise ExportError(f"--name is {self.name!r:.80}, but must be letters, digits, - and _ only, at most 200")
 
     @property
     def quantization(self) -> str:
@@ -90,8 +94,7 @@ class OnnxAdapter(Format):
             known = _taken_over(Path(options.base), target, about, name)
         write_adapter({key: value.numpy() for key, value in tensors.items()}, target / f"{name}{SUFFIX}")
         known[name] = {"file": f"{name}{SUFFIX}", **{k: _json(v) for k, v in metadata(subject, options).items()}}
-        text = json.dumps({"backbone": about, "adapters": known}, indent=2, ensure_ascii=False)
-        (target / ADAPTERS).write_text(text, encoding="utf-8")
+        write_json(target / ADAPTERS, {"backbone": about, "adapters": known})  # classes need not be valid UTF-8
         return {
             "adapter": name,
             "adapters": list(known),
@@ -212,19 +215,24 @@ def _taken_over(base: Path, target: Path, about: Mapping[str, Any], name: str) -
     try:
         found = json.loads((base / ADAPTERS).read_text(encoding="utf-8"))
         known, theirs = dict(found["adapters"]), dict(found["backbone"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ExportError(f"--base is {base}, which is no export of the format onnx-adapter ({error})") from error
+    for key, facts in known.items():  # its file is put under the same name, which must be no other file of the folder
+        if not re.fullmatch(_NAME, key) or not isinstance(facts, dict) or facts.get("file") != f"{key}{SUFFIX}":
+            raise ExportError(f"{base / ADAPTERS} is damaged: adapter {key!r:.80}; restore it or export without --base")
     for key, value in about.items():
         if theirs.get(key) != value:
             raise ExportError(f"--base {base} does not fit this adapter: its {key} is another; export without --base")
     if name in known:
         raise ExportError(f"--base {base} has an adapter {name!r} already; give this one another --name")
     for file in (BACKBONE, *(facts["file"] for facts in known.values())):
-        source = base / Path(file).name
+        source = (base / file).resolve()  # a link to a link would lead nowhere from the new folder
+        if not source.is_file():
+            raise ExportError(f"--base {base} is damaged: {file} is missing; restore it or export without --base")
         try:
-            os.link(source, target / source.name)  # the backbone is large, and neither copy is ever written to
+            os.link(source, target / file)  # the backbone is large, and neither copy is ever written to
         except OSError:
-            shutil.copyfile(source, target / source.name)
+            shutil.copyfile(source, target / file)
     return known
 
 
@@ -237,7 +245,12 @@ def write_adapter(tensors: Mapping[str, np.ndarray], file: Path) -> None:
     form.set_model_version(1)
     values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(t)) for name, t in tensors.items()}
     form.set_parameters(values)
-    form.export_adapter(str(file))
+    try:
+        form.export_adapter(str(file))
+    except RuntimeError as error:  # as onnxruntime says that a file cannot be opened or written
+        raise ExportError(
+            f"{file.name:.80} cannot be written ({first_line(error)}); make room, or give a shorter --name"
+        ) from error
 
 
 def _swap_seconds(file: Path) -> float:
@@ -253,8 +266,8 @@ def _swap_seconds(file: Path) -> float:
 
 
 def _file_name(adapter: str) -> str:
-    """Return a file's name made of an adapter's path."""
-    made = re.sub(r"[^\w.-]+", "-", Path(adapter).name).strip("-.")
+    """Return a file's name made of an adapter's path, which may be one of the hub with a revision."""
+    made = re.sub(r"[^\w.-]+", "-", Path(adapter).name).strip("-.")[:200]
     return made or "adapter"
 
 
