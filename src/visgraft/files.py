@@ -118,6 +118,8 @@ def new_directory(path: Path, marker: str) -> Iterator[Path]:
     """
     path = Path(path)
     check_target(path, marker)
+    if path.is_symlink():  # the folder it leads to is replaced, and the link stays
+        path = path.resolve()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))

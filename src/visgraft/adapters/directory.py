@@ -88,7 +88,7 @@ def save(
         model: a model with something attached.
         path: the directory to write.
         classes: names of the head's outputs, in order: a list, a tuple, a NumPy array of text.
-        data_config: timm's preprocessing facts; None: the model's own.
+        data_config: timm's preprocessing facts; what it does not say of size, mean and std, and None: the model's own.
         record: further facts to keep, e.g. how it was trained and what was measured (plain JSON values).
 
     Raises:
@@ -122,6 +122,9 @@ def make_record(
     if data_config and "input_size" in data_config:
         channels, *size = data_config["input_size"]
         check_shape(model, channels, size, "images prepared by data_config", kind=AdapterError)
+    prepared = dict(data_config or {})
+    if not {"input_size", "mean", "std"} <= prepared.keys():
+        prepared = {**model_data_config(model), **prepared}
     config = {
         "format_version": FORMAT_VERSION,
         "method": attached.config.method,
@@ -133,7 +136,7 @@ def make_record(
             "digest_precision": str(attached.digest_dtype).removeprefix("torch."),
             "own": list(attached.adopted),
         },
-        "data_config": dict(data_config or model_data_config(model)),
+        "data_config": prepared,
         "classes": names,
         "parameters": dataclasses.asdict(count_parameters(model)),
         "record": dict(facts or {}),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from visgraft.adapters.canary import Canary
+from visgraft.adapters.canary import Canary, check_facts
 from visgraft.backbones.creation import KINDS, Backbone
 from visgraft.data.dataset import Split
 from visgraft.errors import AdapterError, VisgraftError
@@ -133,6 +133,8 @@ class AdapterRecord:
         with _damage(file, "record"):
             kept = {each.name for each in dataclasses.fields(Split)}
             split = Split(**{name: value for name, value in data.items() if name in kept}) if data else None
+        with _damage(file, "data_config"):
+            check_facts(config["data_config"])
         with _damage(file, "canary"):
             canary = Canary.from_json(config["canary"]) if config.get("canary") is not None else None
         return cls(

@@ -174,5 +174,5 @@ def find_format(name: str, known: Mapping[str, type[Format]]) -> type[Format]:
         ExportError: there is none; the nearest names and all of them are told.
     """
     if name not in known:
-        raise ExportError(f"unknown format {name!r}{nearest(name, known)} (formats: {', '.join(known)})")
+        raise ExportError(f"unknown format {name!r}{nearest(str(name), known)} (formats: {', '.join(known)})")
     return known[name]

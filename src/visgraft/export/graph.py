@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from visgraft.adapters.canary import channel_values
 from visgraft.backbones.weights import first_line
 from visgraft.export.format import ExportError
 from visgraft.export.resizing import AnySize, resize_plan
@@ -30,10 +31,9 @@ class FromPixels(nn.Module):
         super().__init__()
         self.model = model
         self.resize = AnySize(resize_plan(data_config)) if any_size else None
-        channels = range(data_config["input_size"][0])
         for name in ("mean", "std"):
-            values = torch.tensor([data_config[name][i % len(data_config[name])] for i in channels])
-            self.register_buffer(name, values.view(1, -1, 1, 1), persistent=False)
+            values = channel_values(data_config, name, data_config["input_size"][0])
+            self.register_buffer(name, values, persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return logits [B, classes]."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from visgraft.backbones.heads import output_layers
+from visgraft.backbones.weights import first_line
 from visgraft.core.attached import get_attached
 from visgraft.export.format import ExportError, Format, Subject, register_format
 from visgraft.export.graph import INPUTS, OPSET, example_inputs, onnx_program, sizes_of, with_pixels
@@ -24,9 +25,12 @@ from visgraft.export.onnx import check_opset, open_session, save_proto, session_
 from visgraft.export.precision import LEAST_AGREEMENT, check_agreement, demanded_agreement
 from visgraft.export.quantize import quantized
 from visgraft.export.samples import Samples
+from visgraft.files import write_json
 from visgraft.options import Options, option
 
 BACKBONE, ADAPTERS, SUFFIX = "backbone.onnx", "adapters.json", ".onnx_adapter"
+_NAME = r"\w[\w.-]{,199}"
+"""What an adapter may be called: with its ending a file's name on every system."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,8 @@ class OnnxAdapterOptions(Options):
 
 def check_name(name: str | None) -> None:
     """Raise an ExportError where an adapter's file cannot be called so."""
-    if name is not None and not re.fullmatch(r"\w[\w.-]*", name):
-        raise ExportError(f"--name is {name!r}, but must be letters, digits, - and _ only")
+    if name is not None and not re.fullmatch(_NAME, name):
+        raise ExportError(f"--name is {name!r:.80}, but must be letters, digits, - and _ only, at most 200")
 
 
 class _WithInputs(nn.Module):
@@ -215,8 +219,7 @@ def _neutral(subject: Subject, tensors: Mapping[str, Tensor], bound: set[str]) -
 
 def write_adapters(folder: Path, about: Mapping[str, Any], known: Mapping[str, Any], **more: Any) -> None:
     """Write the list of a folder's adapters, with what their backbone is, and more that is compared with nothing."""
-    text = json.dumps({"backbone": about, "adapters": known, **more}, indent=2, ensure_ascii=False)
-    (folder / ADAPTERS).write_text(text, encoding="utf-8")
+    write_json(folder / ADAPTERS, {"backbone": about, "adapters": known, **more})  # classes need not be valid UTF-8
 
 
 def read_adapters(folder: Path) -> dict[str, Any]:
@@ -234,19 +237,25 @@ def taken_over(base: Path, target: Path, about: Mapping[str, Any], name: str, fo
     try:
         found = read_adapters(base)
         known, theirs = dict(found["adapters"]), dict(found["backbone"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ExportError(f"--base is {base}, which is no export of the format {form} ({error})") from error
+    for key, facts in known.items():  # its file is put under the same name, which must be no other file of the folder
+        file = str(facts.get("file")) if isinstance(facts, dict) else ""
+        if not (re.fullmatch(_NAME, key) and Path(file).name == file and file.rpartition(".")[0] == key):
+            raise ExportError(f"{base / ADAPTERS} is damaged: adapter {key!r:.80}; restore it or export without --base")
     for key in dict.fromkeys((*about, *theirs)):
         if theirs.get(key) != about.get(key):
             raise ExportError(f"--base {base} does not fit this adapter: its {key} is another; export without --base")
     if name in known:
         raise ExportError(f"--base {base} has an adapter {name!r} already; give this one another --name")
     for file in (BACKBONE, *(facts["file"] for facts in known.values())):
-        source = base / Path(file).name
+        source = (base / file).resolve()  # a link to a link would lead nowhere from the new folder
+        if not source.is_file():
+            raise ExportError(f"--base {base} is damaged: {file} is missing; restore it or export without --base")
         try:
-            os.link(source, target / source.name)  # the backbone is large, and neither copy is ever written to
+            os.link(source, target / file)  # the backbone is large, and neither copy is ever written to
         except OSError:
-            shutil.copyfile(source, target / source.name)
+            shutil.copyfile(source, target / file)
     return known
 
 
@@ -259,7 +268,12 @@ def write_adapter(tensors: Mapping[str, np.ndarray], file: Path) -> None:
     form.set_model_version(1)
     values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(t)) for name, t in tensors.items()}
     form.set_parameters(values)
-    form.export_adapter(str(file))
+    try:
+        form.export_adapter(str(file))
+    except RuntimeError as error:  # as onnxruntime says that a file cannot be opened or written
+        raise ExportError(
+            f"{file.name:.80} cannot be written ({first_line(error)}); make room, or give a shorter --name"
+        ) from error
 
 
 def _swap_seconds(file: Path) -> float:
@@ -275,8 +289,8 @@ def _swap_seconds(file: Path) -> float:
 
 
 def file_name(adapter: str) -> str:
-    """Return a file's name made of an adapter's path."""
-    made = re.sub(r"[^\w.-]+", "-", Path(adapter).name).strip("-.")
+    """Return a file's name made of an adapter's path, which may be one of the hub with a revision."""
+    made = re.sub(r"[^\w.-]+", "-", Path(adapter).name).strip("-.")[:200]
     return made or "adapter"
 
 

@@ -23,7 +23,7 @@ from visgraft.errors import AdapterError, SiteError
 from visgraft.export.affine import fold_target
 from visgraft.export.peft_open import FACTS, KEYS, NAME, PREFIXES, hosted, open_peft, peft_answers
 from visgraft.export.peft_read import PeftFolder, read_peft
-from visgraft.export.proof import TOLERANCE, torch_answers
+from visgraft.export.proof import compare_logits, torch_answers
 from visgraft.export.samples import drawn_samples
 from visgraft.files import check_target
 from visgraft.methods.lora import PROJECTIONS, LoRAConfig
@@ -330,8 +330,7 @@ def _prove(read: PeftFolder, model: Any, plain: nn.Module, data_config: Mapping[
     check_shape(plain, channels, size, told, kind=AdapterError, remedy="restore that file")
     samples = drawn_samples(data_config)
     expected, found = peft_answers(model, samples), torch_answers(plain, samples)
-    difference = (found - expected).abs().nan_to_num(nan=torch.inf).max().item()
-    allowed = TOLERANCE * max(1.0, expected.abs().max().item())
+    difference, allowed = compare_logits(expected, found)
     if not difference <= allowed:
         raise AdapterError(
             f"{read.path} answers otherwise as lora than in peft: a logit differs by {difference:.2g}, above "

@@ -23,7 +23,7 @@ from visgraft.export.merge import why_not_merged
 from visgraft.export.peft_change import Changes, LayerChange, changes_of, never_called, owners
 from visgraft.export.peft_open import FACTS, NAME, PREFIXES, hosted, open_peft, peft_answers, timm_arguments, timm_name
 from visgraft.export.precision import AGREEMENT
-from visgraft.export.proof import TOLERANCE, torch_answers
+from visgraft.export.proof import compare_logits, torch_answers
 from visgraft.export.samples import Samples
 from visgraft.files import write_json
 from visgraft.options import Options, option
@@ -245,14 +245,13 @@ def _check_merged(subject: Subject, options: Any, target: Path) -> float:
     merged = peft_answers(model.merge_and_unload(), few)
     expected = torch_answers(subject.adapted.model, few)
     against = expected if options.rank is None else before
-    allowed = TOLERANCE * max(1.0, expected.abs().max().item())
-    difference = (merged - against).abs().nan_to_num(nan=torch.inf).max().item()
+    difference, allowed = compare_logits(against, merged)
     if not difference <= allowed:
         raise ExportError(
             f"peft's merge_and_unload answers otherwise than the adapter: a logit differs by {difference:.2g}, above "
             f"{allowed:.2g}; nothing was written: export to another format"
         )
-    return (merged - expected).abs().max().item()
+    return compare_logits(expected, merged)[0]
 
 
 def _described(changes: Changes, options: Any, bias: str) -> dict[str, Any]:

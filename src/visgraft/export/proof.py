@@ -17,6 +17,9 @@ TOLERANCE = 1e-4
 """Largest difference of a logit between two runtimes in float32, per unit of the largest logit, but at least of 1: both
 sum the same products in another order."""
 
+SMALL_TOLERANCE = 0.01
+"""The same where all logits are small, so that the least tolerance could be the whole of them: this share at most."""
+
 TIMED = 5
 
 
@@ -67,6 +70,36 @@ def torch_answers(model: nn.Module, samples: Samples) -> Tensor:
     return torch.cat(chunks).flatten(1)
 
 
+def compare_logits(expected: Tensor, found: Tensor) -> tuple[float, float]:
+    """Return by how much any logit found differs, and what is allowed; infinite ones, of masked classes, must be equal.
+
+    The difference is infinite where one of both is not a number, or only one is infinite.
+    """
+    finite = expected[expected.isfinite()].abs()
+    largest = finite.max().item() if len(finite) else 0.0
+    allowed = min(TOLERANCE * max(1.0, largest), SMALL_TOLERANCE * largest + 1e-6)
+    apart = (found.double() - expected.double()).abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
+    return apart.masked_fill(found == expected, 0.0).max().item(), allowed
+
+
+def check_finite(expected: Tensor, found: Tensor) -> None:
+    """Raise where a model answers what is not a number, of which nothing can be proven, or only the file does.
+
+    Raises:
+        ExportError: it does; the share of equal answers would not show it.
+    """
+    if bool(expected.isnan().any()):
+        raise ExportError(
+            "the model answers what is not a number (NaN), so that nothing can be proven of a file; look for the cause "
+            "in its weights or pictures, or train again with a lower learning rate"
+        )
+    if not bool(found[expected.isfinite()].isfinite().all()):
+        raise ExportError(
+            "the exported file answers with infinite logits, or what is not a number, where the model does not; "
+            "nothing was written: export with --precision fp32"
+        )
+
+
 def agreement_of(expected: Tensor, found: Tensor, multi_label: bool) -> float:
     """Return the share of images with the same highest logit; of decisions where an image may have several classes."""
     if multi_label:
@@ -99,8 +132,8 @@ def measure(
             f"the exported file answers {tuple(found.shape)} where the model answers {tuple(expected.shape)}; export "
             "to another format, and report this"
         )
-    allowed = TOLERANCE * max(1.0, expected.abs().max().item())
-    difference = (found - expected).abs().nan_to_num(nan=torch.inf).max().item()
+    check_finite(expected, found)
+    difference, allowed = compare_logits(expected, found)
     agreement = agreement_of(expected, found, record.multi_label)
     measured = {
         "largest_difference": difference,

@@ -17,7 +17,9 @@ import torch
 from visgraft.adapters.directory import Adapted, load, read_record
 from visgraft.adapters.hub import settled
 from visgraft.backbones.creation import create_backbone
+from visgraft.backbones.wrappers import unwrapped
 from visgraft.core.attach import assemble
+from visgraft.core.tensors import eval_mode
 from visgraft.data.images import Loading
 from visgraft.data.read import AnySource
 from visgraft.errors import VisgraftError
@@ -135,12 +137,22 @@ def export_model(adapted: Adapted, out: str | Path, format: str = "onnx", **opti
     Raises:
         ExportError: as `export_adapter`.
     """
+    if not isinstance(adapted, Adapted):
+        raise ExportError(
+            f"export_model takes what load or Adapted.of returns, but was given a {type(adapted).__name__}"
+        )
+    if adapted.own_transform is not None:
+        raise ExportError(
+            "the model prepares its pictures with a transform of its own, which no file holds; export "
+            "dataclasses.replace(adapted, own_transform=None), and prepare pictures with yours before they go in"
+        )
     form = find_format(format, FORMATS)
     chosen = make_options(form, options)
     _check_packages(form)
     _check_out(Path(out), form)
     form.check_data(chosen, False)
     samples = drawn_samples(adapted.record.data_config)
+    adapted = dataclasses.replace(adapted, model=unwrapped(adapted.model))  # a compiled model would be compiled anew
     return export_subject(Subject(adapted, "the model", samples), form, chosen, Path(out))
 
 
@@ -153,7 +165,13 @@ def export_subject(subject: Subject, form: type[Format], chosen: Options, out: P
     if reason := form.refusal(subject.adapted, chosen):
         method = subject.adapted.record.method.method
         raise ExportError(f"{subject.name} cannot be exported as {form.name}: {method} {reason}")
-    with _writing(out, form) as target:
+    precision = next(subject.adapted.model.parameters()).dtype
+    if precision != torch.float32:
+        raise ExportError(
+            f"{subject.name} is in {str(precision).removeprefix('torch.')}, but is proven in float32; call "
+            "model.float() first"
+        )
+    with _writing(out, form) as target, eval_mode(subject.adapted.model):
         facts = form.write(subject, chosen, target)
         certificate = _prove(form, chosen, subject, target, facts)
         write_json(_certificate_of(target, form), dataclasses.asdict(certificate))
