@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from support import enliven, images, vit
+from test_cli import run as command_line
 from test_export import described
 from test_laws import adapted
 from torch import Tensor, nn
 
-from visgraft import Adapted, LoRAConfig, attach, export_model, load, save
+from visgraft import Adapted, LoRAConfig, attach, export_adapter, export_model, load, save
 from visgraft.adapters.directory import CONFIG
 from visgraft.errors import AdapterError, VisgraftError, VisgraftWarning
 from visgraft.export.format import ExportError, Format, register_format
@@ -186,6 +187,20 @@ def test_an_out_that_links_to_an_earlier_result_stays_a_link(tmp_path: Path) -> 
     assert (tmp_path / "latest").is_symlink() and (tmp_path / "next").is_symlink()
     digests = {(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two")}
     assert len(digests) == 1
+
+
+def test_an_export_does_not_replace_what_it_reads(shop: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(shop, tmp_path / "out")
+    adapter = save(lora(), out / "adapter", data_config=FACTS)
+    with pytest.raises(ExportError, match=r"lies in --out .* choose another --out"):
+        export_adapter(adapter, out, "onnx-adapter")
+    assert (adapter / CONFIG).is_file()
+
+
+def test_the_list_takes_no_options_that_would_do_nothing(tmp_path: Path) -> None:
+    adapter = save(lora(), tmp_path / "a", data_config=FACTS)
+    code, _, told = command_line("export", adapter, "--list", "--out", "m.onnx", "--precision", "int8")
+    assert code == 1 and "--out, --precision has no effect on --list" in told
 
 
 def test_facts_that_are_not_told_are_the_models_own_and_wrong_ones_are_named(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import typer
 
 from visgraft.cli.arguments import AdapterFolder, Background, Cache, Json, Quiet, Weights
 from visgraft.errors import VisgraftError
+from visgraft.options import flag_of
 
 
 def export(
@@ -32,6 +33,9 @@ def export(
     from visgraft.export.run import export_adapter, list_formats
 
     if list_:
+        given = {"format": form, "out": out, "data": data, "weights": weights, **values}
+        if idle := [flag_of(name) for name, value in given.items() if value is not None]:
+            raise VisgraftError(f"{', '.join(idle)} has no effect on --list, which is about all formats; leave it out")
         _print_list(list_formats(adapter), str(adapter), json)
         return
     if out is None:

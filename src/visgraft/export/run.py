@@ -117,6 +117,7 @@ def export_adapter(
     chosen = make_options(form, options)
     _check_packages(form)
     _check_out(out, form)
+    _check_apart(out, adapter, data, weights)
     record = read_record(adapter)
     form.check_data(chosen, data is not None)
     calibration: Callable[[], Samples] | None = None
@@ -240,6 +241,14 @@ def _check_out(out: Path, form: type[Format]) -> None:
         raise ExportError(
             f"{out} exists and is not an earlier export (its certificate is missing); choose another --out"
         )
+
+
+def _check_apart(out: Path, *sources: object) -> None:
+    """Raise where one of what is read lies in the folder `out`, which is replaced as a whole."""
+    for source in sources:
+        path = Path(source) if isinstance(source, str | Path) else None
+        if path is not None and path.exists() and path.resolve().is_relative_to(out.resolve()):
+            raise ExportError(f"{path} lies in --out {out}, which would be replaced with it; choose another --out")
 
 
 @contextmanager
