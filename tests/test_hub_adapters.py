@@ -536,7 +536,7 @@ def test_pretrained_weights_of_the_hub_are_the_cards_base_model() -> None:
 def test_an_adapter_of_peft_is_named_as_such(hub: Hub) -> None:
     hub.repos["user/peft"] = Repo()
     hub.repos["user/peft"].commit({CONFIG: b'{"peft_type": "LORA"}', TENSORS: b"x"})
-    assert "hf:user/peft is an adapter of peft" in fail("info", "hf:user/peft")
+    assert "hf:user/peft is of Hugging Face's peft" in fail("info", "hf:user/peft")
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b"{}", b"\xff", b"null", b'{"format_version": 1}'])

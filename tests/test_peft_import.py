@@ -231,11 +231,15 @@ def test_what_visgraft_wrote_beside_it_is_checked(tmp_path: Path) -> None:
         {**facts, "classes": [1]},
         {**facts, "preprocessing": {"input_size": "x"}},
         {**facts, "canary": 3},
-        {**facts, "preprocessing": {k: v for k, v in facts["preprocessing"].items() if k != "mean"}},
         {**facts, "preprocessing": {**facts["preprocessing"], "input_size": [3, 10**9, 10**9]}},
     ):
         file.write_text(json.dumps(wrong))
         refuse(tmp_path, weights, "visgraft.json is damaged")
+    # What is lacking, the model says; where that is another mean, the seeded picture tells.
+    file.write_text(
+        json.dumps({**facts, "preprocessing": {k: v for k, v in facts["preprocessing"].items() if k != "mean"}})
+    )
+    refuse(tmp_path, weights, "answers a seeded picture otherwise")
 
 
 def test_the_wrong_backbone_is_named(tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def read_record(path: str | Path) -> AdapterRecord:
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{file} is damaged ({error}); {remedy(path)}") from error
     if isinstance(config, dict) and "peft_type" in config:
-        raise AdapterError(f"{path} is an adapter of peft, not of visgraft; load it with peft, or pass another")
+        raise AdapterError(f"{path} is of Hugging Face's peft; turn it into an adapter with visgraft import")
     return AdapterRecord.from_json(config, file)
 
 

@@ -193,8 +193,6 @@ def _want(value: Any, kind: Any, file: Path, part: str) -> None:
 def _check_structure(config: Any, file: Path) -> None:
     """Raise an AdapterError where a config is no dictionary of this format with all its parts."""
     version = config.get("format_version") if isinstance(config, dict) else None
-    if version is None and isinstance(config, dict) and "peft_type" in config:
-        raise AdapterError(f"{file} is of Hugging Face's peft; turn it into an adapter with visgraft import")
     if version != FORMAT_VERSION:
         raise AdapterError(
             f"{file} has format version {version}, but this visgraft reads {FORMAT_VERSION}; update visgraft"
