@@ -19,6 +19,9 @@ from visgraft.export.samples import Samples
 from visgraft.options import Options
 
 FORMATS: dict[str, type["Format"]] = {}
+AGREEMENT = 0.98
+"""Least share of equal answers where weights have fewer bits, unless the user says otherwise."""
+
 F = TypeVar("F", bound="type[Format]")
 
 
@@ -105,7 +108,11 @@ class Format:
 
     @classmethod
     def check_data(cls, options: Any, given: bool) -> None:
-        """Raise an ExportError where these options need the user's pictures, and none are given."""
+        """Raise an ExportError where these options need the user's pictures, and none are given: int8 does."""
+        if getattr(options, "precision", None) == "int8" and not given:
+            raise ExportError(
+                "--precision int8 changes answers, and only your own pictures show how many; add --data DIR"
+            )
 
     @classmethod
     def write(cls, subject: Subject, options: Any, target: Path) -> Mapping[str, Any]:
@@ -124,13 +131,18 @@ class Format:
 
     @classmethod
     def least_agreement(cls, options: Any) -> float | None:
-        """Return the share of answers that must agree; None: every logit must, up to the rounding of float32."""
-        return None
+        """Return the share of answers that must agree; None: every logit must, up to the rounding of float32.
+
+        It counts with a `precision` of less than fp32, and is the option `least_agreement` where that is given.
+        """
+        if getattr(options, "precision", "fp32") == "fp32":
+            return None
+        return AGREEMENT if options.least_agreement is None else float(options.least_agreement)
 
     @classmethod
     def prepares(cls, options: Any) -> bool:
         """Whether what is written takes pictures of any size, and resizes and crops them by itself."""
-        return False
+        return bool(getattr(options, "pixels", None) == "any-size")
 
     @classmethod
     def usage(cls, out: Path, options: Any) -> str:

@@ -13,7 +13,7 @@ from visgraft.adapters.directory import Adapted
 from visgraft.export.format import ExportError, Format, Subject, register_format
 from visgraft.export.graph import INPUTS, LEAST_OPSET, OPSET, onnx_model
 from visgraft.export.metadata import PIXELS, metadata
-from visgraft.export.precision import LEAST_AGREEMENT, InHalf, check_agreement, demanded_agreement
+from visgraft.export.precision import LEAST_AGREEMENT, InHalf, check_agreement
 from visgraft.export.quantize import quantized
 from visgraft.export.resizing import why_not_resized
 from visgraft.export.samples import Samples, answers_of
@@ -55,13 +55,6 @@ class Onnx(Format):
         return why_not_resized(adapted.record.data_config) if options.pixels == "any-size" else None
 
     @classmethod
-    def check_data(cls, options: Any, given: bool) -> None:
-        if options.precision == "int8" and not given:
-            raise ExportError(
-                "--precision int8 changes answers, and only your own pictures show how many; add --data DIR"
-            )
-
-    @classmethod
     def write(cls, subject: Subject, options: Any, target: Path) -> Mapping[str, Any]:
         check_opset(options.opset)
         model = InHalf(subject.model, torch.float16) if options.precision == "fp16" else subject.model
@@ -79,14 +72,6 @@ class Onnx(Format):
     def opened(cls, target: Path, options: Any) -> Callable[[Samples], Tensor]:
         session = open_session(target)
         return lambda samples: session_answers(session, samples, options.pixels)
-
-    @classmethod
-    def least_agreement(cls, options: Any) -> float | None:
-        return demanded_agreement(options)
-
-    @classmethod
-    def prepares(cls, options: Any) -> bool:
-        return bool(options.pixels == "any-size")
 
     @classmethod
     def usage(cls, out: Path, options: Any) -> str:

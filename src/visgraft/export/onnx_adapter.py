@@ -22,7 +22,7 @@ from visgraft.export.format import ExportError, Format, Subject, register_format
 from visgraft.export.graph import INPUTS, OPSET, example_inputs, onnx_program, sizes_of, with_pixels
 from visgraft.export.metadata import PIXELS, metadata
 from visgraft.export.onnx import check_opset, open_session, save_proto, session_answers
-from visgraft.export.precision import LEAST_AGREEMENT, check_agreement, demanded_agreement
+from visgraft.export.precision import LEAST_AGREEMENT, check_agreement
 from visgraft.export.quantize import quantized
 from visgraft.export.samples import Samples
 from visgraft.files import write_json
@@ -122,21 +122,6 @@ class OnnxAdapter(Format):
             return session_answers(session, samples, options.pixels, run)
 
         return answer
-
-    @classmethod
-    def check_data(cls, options: Any, given: bool) -> None:
-        if options.precision == "int8" and not given:
-            raise ExportError(
-                "--precision int8 changes answers, and only your own pictures show how many; add --data DIR"
-            )
-
-    @classmethod
-    def least_agreement(cls, options: Any) -> float | None:
-        return demanded_agreement(options)
-
-    @classmethod
-    def prepares(cls, options: Any) -> bool:
-        return bool(options.pixels == "any-size")
 
     @classmethod
     def usage(cls, out: Path, options: Any) -> str:

@@ -15,7 +15,7 @@ from visgraft.backbones.weights import first_line
 from visgraft.export.format import ExportError, Format, Subject, register_format
 from visgraft.export.graph import OPSET, onnx_model
 from visgraft.export.metadata import FIXED_PIXELS, metadata
-from visgraft.export.precision import LEAST_AGREEMENT, check_agreement, demanded_agreement
+from visgraft.export.precision import LEAST_AGREEMENT, check_agreement
 from visgraft.export.samples import Samples, answers_of
 from visgraft.options import Options, option
 
@@ -89,10 +89,6 @@ class OpenVino(Format):
                 f"OpenVINO does not open the exported model ({first_line(error)}); export it again"
             ) from error
         return lambda samples: answers_of(lambda feed: compiled(feed)[0], samples, options.pixels)
-
-    @classmethod
-    def least_agreement(cls, options: Any) -> float | None:
-        return demanded_agreement(options)
 
     @classmethod
     def usage(cls, out: Path, options: Any) -> str:

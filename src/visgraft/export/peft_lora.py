@@ -18,11 +18,10 @@ from visgraft.backbones.creation import Backbone, create_backbone
 from visgraft.backbones.weights import first_line
 from visgraft.core.attached import get_attached
 from visgraft.export.affine import fold_target
-from visgraft.export.format import ExportError, Format, Subject, register_format
+from visgraft.export.format import AGREEMENT, ExportError, Format, Subject, register_format
 from visgraft.export.merge import why_not_merged
 from visgraft.export.peft_change import Changes, LayerChange, changes_of, never_called, owners
 from visgraft.export.peft_open import FACTS, NAME, PREFIXES, hosted, open_peft, peft_answers, timm_arguments, timm_name
-from visgraft.export.precision import AGREEMENT
 from visgraft.export.proof import compare_logits, torch_answers
 from visgraft.export.samples import Samples
 from visgraft.files import write_json

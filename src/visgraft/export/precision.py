@@ -1,14 +1,12 @@
 """Weights of a model in half precision, and which share of answers an export with compressed weights must keep."""
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from visgraft.export.format import ExportError
+from visgraft.export.format import AGREEMENT, ExportError
 
-AGREEMENT = 0.98
 LEAST_AGREEMENT = f"share of answers that must be the model's, in less than fp32; none: {AGREEMENT}"
 """Help of the option `least_agreement` of formats with a `precision`."""
 
@@ -37,10 +35,3 @@ def check_agreement(least: float | None, precision: str) -> None:
         )
     if least is not None and not 0 <= least <= 1:
         raise ExportError(f"--least-agreement is {least}, but must be between 0 and 1")
-
-
-def demanded_agreement(options: Any) -> float | None:
-    """Return the share of answers that must agree in options with `precision` and `least_agreement`; None in fp32."""
-    if options.precision == "fp32":
-        return None
-    return AGREEMENT if options.least_agreement is None else float(options.least_agreement)

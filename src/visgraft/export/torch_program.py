@@ -15,7 +15,7 @@ from visgraft.backbones.weights import first_line
 from visgraft.export.format import ExportError, Format, Subject, register_format
 from visgraft.export.graph import traced_model, tracing
 from visgraft.export.metadata import PIXELS, as_json, metadata
-from visgraft.export.precision import LEAST_AGREEMENT, InHalf, check_agreement, demanded_agreement
+from visgraft.export.precision import LEAST_AGREEMENT, InHalf, check_agreement
 from visgraft.export.resizing import why_not_resized
 from visgraft.export.samples import Samples, answers_of
 from visgraft.options import Options, option
@@ -80,14 +80,6 @@ class TorchProgram(Format):
             return answer
 
         return lambda samples: answers_of(run, samples, options.pixels)
-
-    @classmethod
-    def least_agreement(cls, options: Any) -> float | None:
-        return demanded_agreement(options)
-
-    @classmethod
-    def prepares(cls, options: Any) -> bool:
-        return bool(options.pixels == "any-size")
 
     @classmethod
     def usage(cls, out: Path, options: Any) -> str:

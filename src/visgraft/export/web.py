@@ -98,14 +98,6 @@ class Web(Format):
         return None
 
     @classmethod
-    def check_data(cls, options: Any, given: bool) -> None:
-        OnnxAdapter.check_data(options, given)
-
-    @classmethod
-    def least_agreement(cls, options: Any) -> float | None:
-        return OnnxAdapter.least_agreement(options)
-
-    @classmethod
     def prepares(cls, options: Any) -> bool:
         return True
 
