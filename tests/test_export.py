@@ -207,10 +207,14 @@ def test_pillow_is_asked_in_which_order_it_resizes() -> None:
 @pytest.mark.parametrize(
     ("options", "smaller"),
     [
-        ({"precision": "fp16"}, 0.6),
+        pytest.param({"precision": "fp16"}, 0.6, marks=pytest.mark.long),
         ({"precision": "fp16", "pixels": "any-size"}, 0.7),
         ({"precision": "int8", "least_agreement": 0.5}, 0.5),
-        ({"precision": "int8", "least_agreement": 0.5, "quantization": "static", "pixels": "any-size"}, 0.6),
+        pytest.param(
+            {"precision": "int8", "least_agreement": 0.5, "quantization": "static", "pixels": "any-size"},
+            0.6,
+            marks=pytest.mark.long,
+        ),
     ],
     ids=str,
 )

@@ -212,6 +212,7 @@ def seldom(pairs: list[tuple[str, str]], *always: str) -> list[Any]:
 
 
 TRAINED = [(name, "plain") for name in CONFIGS] + [("alore-0", "swin"), ("lora-0", "convnext"), ("fact-0", "beit")]
+COMPILED = [("alore-0", kind) for kind in ("swin", "convnext", "mixer", "beit", "eva_fused")]
 ANSWERING = [(name, kind) for name in ("sct-0", "alore-0") for kind in ALL_FAMILIES[1:] if (name, kind) in OBEYING]
 
 
@@ -223,7 +224,11 @@ def test_11_it_compiles_into_one_graph_with_the_same_gradients(name: str, kind: 
     torch.testing.assert_close(gradients(compiled, model, x), gradients(model, model, x))
 
 
-@pytest.mark.parametrize(("name", "kind"), seldom(ANSWERING, "alore-0"), ids=lambda value: value)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [pair if pair in COMPILED else pytest.param(*pair, marks=pytest.mark.long) for pair in ANSWERING],
+    ids=lambda value: value,
+)
 def test_11_every_family_compiles_into_one_graph(name: str, kind: str) -> None:
     torch._dynamo.reset()
     model, x = adapted(name, kind).double(), pictures(kind).double()

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_cli import SMALL, draw, run
@@ -57,6 +58,11 @@ def small_benchmark(words: list[str]) -> list[str]:
     return words + SMALL + extra + (["--tasks", "digits"] if words[2] == "offline" else [])
 
 
+def rarely(page: str) -> Any:
+    """A page; with `-m long` those on exports, each of whose commands traces a model."""
+    return pytest.param(page, marks=pytest.mark.long) if page.startswith("docs/export_") else page
+
+
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the pages' commands are run on: photos, new-photos, labels.csv and trained adapters."""
@@ -84,7 +90,7 @@ def test_python_blocks_run(page: str, number: int, tmp_path: Path, monkeypatch: 
     exec(compile(blocks(page)[number], f"{page}, block {number}", "exec", dont_inherit=True), {"__name__": "page"})
 
 
-@pytest.mark.parametrize("page", [page for page in ["README.md", *PAGES] if commands(page)])
+@pytest.mark.parametrize("page", [rarely(page) for page in ["README.md", *PAGES] if commands(page)])
 def test_commands_run(page: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(photos, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
