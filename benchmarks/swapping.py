@@ -2,8 +2,8 @@
 
     python benchmarks/swapping.py --backbones vit_small_patch16_224,convnext_atto     # some minutes
 
-Both graphs are written by visgraft, of random weights, and answer the same images in turn, by onnxruntime. Times are the
-medians of all rounds; a file is loaded as often as there are rounds.
+Both graphs are written by visgraft, of random weights, and answer the same images in turn, by onnxruntime. The ratio is
+that of each round, with its quartiles.
 """
 
 import tempfile

@@ -1,6 +1,7 @@
 """Every exported file answers as the model, in its own runtime; pictures of any size are resized as Pillow does."""
 
 import json
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -260,6 +261,14 @@ def test_a_file_that_answers_otherwise_is_not_written(
         export(trained, tmp_path / "new.onnx", precision="fp16")
     assert out.read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "m.onnx.certificate.json"]
+
+
+def test_what_proves_a_graph_did_not_calibrate_it(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    adapter, folder = trained
+    alone = tmp_path / "alone"
+    shutil.copytree(folder / "train", alone / "train")
+    with pytest.raises(ExportError, match="would calibrate on the very images that prove the result"):
+        export((adapter, alone), tmp_path / "m.onnx", precision="int8", quantization="static")
 
 
 BAD: list[tuple[dict[str, Any], str]] = [

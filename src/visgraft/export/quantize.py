@@ -9,7 +9,7 @@ import numpy as np
 
 from visgraft.export.format import ExportError, Subject
 from visgraft.export.graph import INPUTS, tracing
-from visgraft.export.samples import feed_of
+from visgraft.export.samples import TRAINING, feed_of
 
 OPERATORS = ["MatMul", "Gemm"]
 """Convolutions stay as they are: on CPUs onnxruntime runs them in 8 bits slower than in 32."""
@@ -60,6 +60,11 @@ def quantized(proto: Any, subject: Subject, options: Any) -> Any:
 def _feeds(subject: Subject, pixels: str) -> Iterator[dict[str, np.ndarray]]:
     """Yield training images in the graph's form, one by one; those that prove the result are others."""
     assert subject.calibration is not None  # int8 is refused without data
+    if subject.samples.source == TRAINING:
+        raise ExportError(
+            "--quantization static would calibrate on the very images that prove the result, because there are only "
+            "training images; give --data val or test images too, or leave --quantization out"
+        )
     samples = subject.calibration()
     for number in range(min(len(samples), CALIBRATION_IMAGES)):
         yield {INPUTS[pixels]: feed_of(samples, number, pixels)}

@@ -22,6 +22,8 @@ from visgraft.measure.measuring import adapter_data, load_as_trained
 
 SAMPLES = 200
 PROOF_PARTS = ("val", "test", "train")
+TRAINING = "training images"
+"""What samples are called where there were only those."""
 DRAWN_SIZES = ((320, 240), (97, 211), (224, 224), (640, 480), (50, 40), (333, 500), (512, 128), (231, 229))
 """Width and height of the pictures drawn where there are none: larger and smaller than models take, of odd shapes."""
 
@@ -82,9 +84,9 @@ def read_samples(
     def original(number: int) -> np.ndarray:
         return np.asarray(open_image(kept[images.paths[number]], background).convert("RGB"))
 
-    names = {"val": "validation", "test": "test", "train": "training"}
+    names = {"val": "validation images", "test": "test images", "train": TRAINING}
     pixels = torch.as_tensor(images.pixels[:])
-    return Samples(pixels, images.labels, record.data_config, f"{names[part]} images", original)
+    return Samples(pixels, images.labels, record.data_config, names[part], original)
 
 
 def _spread(examples: Sequence[Example]) -> list[Example]:
