@@ -115,6 +115,7 @@ def main() -> None:
             options = make_options(form, {"pixels": "any-size"})
             found = export_subject(Subject(adapted, "the model", samples), form, options, Path(folder) / "any.onnx")
         print(f"\nany-size, {found.images} photographs: {100 * found.agreement:.2f} % the same, {found.verdict}")
+    shared.report(asked, {"rows": rows})
 
 
 if __name__ == "__main__":

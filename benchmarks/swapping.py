@@ -59,7 +59,6 @@ def main() -> None:
     parser.add_argument("--backbones", default="vit_small_patch16_224,convnext_atto")
     parser.add_argument("--methods", default="alore,lora")
     parser.add_argument("--images", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=15)
     asked = parser.parse_args()
     torch.manual_seed(0)
     found = [
@@ -69,6 +68,7 @@ def main() -> None:
     ]
     head = ["backbone", "method", "swapped ÷ merged", "merged, ms/image", "loading a file, ms", "file, KB"]
     print(shared.table(head, found))
+    shared.report(asked, {"rows": found})
 
 
 if __name__ == "__main__":
