@@ -102,5 +102,5 @@ def report(asked: argparse.Namespace, results: Mapping[str, Any]) -> None:
     print("\n" + ", ".join(f"{name} {value}" for name, value in facts.items()))
     if asked.json:
         options = {name: value for name, value in vars(asked).items() if name != "json"}
-        text = json.dumps({"machine": facts, "options": options, **results}, indent=1)
+        text = json.dumps({"machine": facts, "options": options, **results}, indent=1, default=str)
         asked.json.write_text(text + "\n", encoding="utf-8")

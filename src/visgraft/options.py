@@ -83,6 +83,11 @@ class Options:
         return cls(**{name: convert(value, hints[name], f"{cls.__name__}.{name}") for name, value in values.items()})
 
 
+ALSO_TRAINED = ("biases", "norms", "biases+norms")
+PLACED = ("last_blocks", "also_train")
+"""Options of `MethodConfig` that have an effect only on methods with modules in blocks."""
+
+
 @dataclass(frozen=True)
 class MethodConfig(Options):
     """Base of every method's options, with the one that all methods with modules in blocks share.
@@ -91,11 +96,12 @@ class MethodConfig(Options):
     nothing but the head trains, so that the backbone's features never change; the class of the method sets all three.
     The properties say what follows from the options; a config overrides those that differ for it. `last_blocks` K
     adapts only the last K blocks, counted over all stages; of the blocks that a method would choose by itself, those
-    among them. Modules outside the blocks stay where they stand behind them.
+    among them. Modules outside the blocks stay where they stand behind them. `also_train` trains tensors of the
+    backbone itself beside the modules, of the same blocks.
 
     Raises:
-        VisgraftError: `last_blocks` is not above zero, or the method trains nothing but the backbone's own tensors; on
-            attaching, it exceeds what the backbone has.
+        VisgraftError: `last_blocks` is not above zero, or either is given though the method trains nothing but the
+            backbone's own tensors; on attaching, `last_blocks` exceeds what the backbone has.
     """
 
     method: ClassVar[str] = ""
@@ -108,13 +114,21 @@ class MethodConfig(Options):
         kw_only=True,
         younger=True,
     )
+    also_train: str | None = option(
+        None,
+        "tensors of the backbone itself that train too, with --backbone-lr; none: its weights stay as they are",
+        ALSO_TRAINED,
+        kw_only=True,
+        younger=True,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.last_blocks is not None and not self.has_places:
-            raise VisgraftError(
-                f"last_blocks has no effect on {self.method}, which puts no modules into blocks; leave it out"
-            )
+        for name in PLACED:
+            if getattr(self, name) is not None and not self.has_places:
+                raise VisgraftError(
+                    f"{name} has no effect on {self.method}, which puts no modules into blocks; leave it out"
+                )
         self.check_positive("last_blocks")
 
     @property
@@ -139,8 +153,8 @@ class MethodConfig(Options):
 
 
 def method_fields(config: type[MethodConfig]) -> tuple["dataclasses.Field[Any]", ...]:
-    """Return the fields of the options that a method takes; `last_blocks` is none of them where it has no effect."""
-    return tuple(f for f in dataclasses.fields(config) if config.has_places or f.name != "last_blocks")
+    """Return the fields of the options that a method takes; those that have no effect on it are none of them."""
+    return tuple(f for f in dataclasses.fields(config) if config.has_places or f.name not in PLACED)
 
 
 WEIGHTINGS = ("none", "balanced", "sqrt")
@@ -156,6 +170,14 @@ class TrainConfig(Options):
     batch_size: int = option(32, "images per step")
     lr: float = option(2e-3, "peak learning rate of AdamW")
     head_lr: float | None = option(None, "peak learning rate of the head; none: the same as --lr")
+    backbone_lr: float | None = option(
+        None, "peak learning rate of the backbone's own tensors that train; none: the same as --lr", younger=True
+    )
+    head_first: int | None = option(
+        None,
+        "epochs over which the head trains alone first, on the plain model's features; none: it starts with the rest",
+        younger=True,
+    )
     min_lr: float = option(0.0, "learning rate that the cosine ends at")
     warmup_lr: float | None = option(None, "learning rate that the warm-up starts at; none: a thousandth of the peak")
     schedule: str = option("step", "change the learning rate with every step, or once per epoch", ("step", "epoch"))
@@ -169,6 +191,11 @@ class TrainConfig(Options):
     drop_path: float = option(0.0, "stochastic depth: the last block's rate, rising linearly from 0")
     flip: bool = option(False, "flip training images left to right with probability 0.5")
     rand_augment: str | None = option(None, "RandAugment in timm's notation, e.g. rand-m9-mstd0.5-inc1")
+    crop_scale: float | None = option(
+        None, "cut out pieces of at least this share of each picture's area; none: whole pictures", younger=True
+    )
+    mixup: float | None = option(None, "blend pairs of images, by shares from a beta distribution", younger=True)
+    cutmix: float | None = option(None, "put a piece of one image into another, likewise", younger=True)
     cached_views: int | None = option(
         None,
         "augment each image K times in all and take turns, so that frozen blocks run once per view; none: ever anew",
@@ -184,9 +211,31 @@ class TrainConfig(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("epochs", "batch_size", "lr", "head_lr", "warmup_lr", "cached_views")
-        if self.cached_views and not (self.flip or self.rand_augment):
-            raise VisgraftError("cached_views has no effect without augmentation; add flip or rand_augment")
+        self.check_positive("backbone_lr", "head_first", "crop_scale", "mixup", "cutmix")
+        if self.crop_scale is not None and self.crop_scale >= 1:
+            raise VisgraftError(
+                f"crop_scale is {self.crop_scale}, but must be below 1; leave it out for whole pictures"
+            )
+        if self.cached_views and not self.augmented:
+            raise VisgraftError("cached_views has no effect without augmentation; add flip, crop_scale or rand_augment")
+        if self.cached_views and self.mixed:
+            raise VisgraftError("cached_views keeps what frozen blocks make of images, which mixup and cutmix change")
         self.check_rates("label_smoothing", "drop_path")
         for name in ("weight_decay", "warmup_epochs", "min_lr", "seed"):
             if getattr(self, name) < 0:
                 raise VisgraftError(f"{name} is {getattr(self, name)}, but must not be negative")
+
+    @property
+    def augmented(self) -> bool:
+        """Whether each image is changed at random by itself."""
+        return bool(self.flip or self.rand_augment or self.crop_scale)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the images of a batch are mixed with each other."""
+        return bool(self.mixup or self.cutmix)
+
+    @property
+    def anew(self) -> bool:
+        """Whether an image looks different every time, so that nothing computed from it can be kept."""
+        return self.mixed or (self.augmented and not self.cached_views)

@@ -11,7 +11,7 @@ from visgraft.backbones.heads import head_paths
 from visgraft.backbones.wrappers import refuse_wrapped, unwrapped
 from visgraft.core.attached import AdoptHook, Attached, find_attached, get_attached
 from visgraft.core.dryrun import prove_sites
-from visgraft.core.method import Batches, FrozenLayer, Method, Position, ReadsLayer, TokenMethod
+from visgraft.core.method import Batches, FrozenLayer, Method, OwnTensor, Position, ReadsLayer, TokenMethod
 from visgraft.core.placing import find_positions, first_block, own_from_block
 from visgraft.core.registry import get_method
 from visgraft.core.sites import Site
@@ -65,7 +65,7 @@ def assemble(
         prove_sites(model, list(dict.fromkeys(site for position in positions for site in sites.at(position))))
     attached = Attached(model, config, sites)
     tensors = own_tensors(model)
-    attached.unfrozen = tuple(method.unfrozen(config, tensors))
+    attached.unfrozen = tuple((*method.unfrozen(config, tensors), *_also_trained(config, tensors)))
     if config.last_blocks:
         adapted = own_from_block(first_block(config, sites, type(model).__name__), tensors, sites)
         attached.unfrozen = tuple(name for name in attached.unfrozen if name in adapted)
@@ -90,6 +90,24 @@ def assemble(
     model.add_module(CHILD, attached)
     model.train(model.training)
     return model
+
+
+def _also_trained(config: MethodConfig, tensors: Sequence[OwnTensor]) -> list[str]:
+    """Return the names of the backbone's own tensors that train beside the method's modules.
+
+    Raises:
+        VisgraftError: the backbone has none of the kind.
+    """
+    kinds = (config.also_train or "").split("+")
+    found = [
+        tensor.name
+        for tensor in tensors
+        if ("norms" in kinds and tensor.norm)
+        or ("biases" in kinds and (tensor.role == "bias" or (tensor.norm and tensor.role == "buffer")))
+    ]
+    if config.also_train and not found:
+        raise VisgraftError(f"also_train is {config.also_train!r}, but this backbone has none; leave it out")
+    return found
 
 
 def _show_layers(model: nn.Module, attached: Attached) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from visgraft.data.images import Images
 from visgraft.errors import VisgraftError
+from visgraft.options import TrainConfig
 
 
 class _Draws(threading.local):
@@ -38,9 +39,9 @@ class _Generator:
 
 
 @cache
-def _auto_augment() -> Any:
+def _timms(name: str) -> Any:
     """Return a copy of timm's module that draws from our generators: the module itself knows only the global ones."""
-    spec = importlib.util.find_spec("timm.data.auto_augment")
+    spec = importlib.util.find_spec(f"timm.data.{name}")
     assert spec is not None and spec.loader is not None
     module: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -48,19 +49,22 @@ def _auto_augment() -> Any:
     return module
 
 
-def augmentation(
-    images: Images, flip: bool, rand_augment: str | None, seed: int
-) -> Callable[[Tensor, int], Tensor] | None:
+def augmentation(images: Images, config: TrainConfig) -> Callable[[Tensor, int], Tensor] | None:
     """Return a function (indices [B], epoch) -> augmented uint8 pixels [B, 3, H, W], or None for no augmentation.
 
-    What happens to an image depends on (seed, epoch, index) alone.
+    What happens to an image depends on (seed, epoch, index) alone. Pieces are cut out of pictures that are already of
+    the backbone's size.
 
     Raises:
         VisgraftError: the policy is unknown, or it changes colours and the images have none.
     """
-    if not (flip or rand_augment):
+    if not config.augmented:
         return None
-    policy = None
+    crop, policy, rand_augment = None, None, config.rand_augment
+    if config.crop_scale:
+        size = tuple(images.pixels.shape[-2:])
+        scale = (config.crop_scale, 1.0)
+        crop = _timms("transforms").RandomResizedCropAndInterpolation(size, scale, interpolation="bilinear")
     if rand_augment:
         if images.pixels.shape[1] != 3:
             raise VisgraftError(
@@ -68,18 +72,19 @@ def augmentation(
             )
         fill = tuple(round(255 * value) for value in images.mean)
         try:
-            policy = _auto_augment().rand_augment_transform(rand_augment, {"img_mean": fill})
+            policy = _timms("auto_augment").rand_augment_transform(rand_augment, {"img_mean": fill})
         except (AssertionError, ValueError, KeyError) as error:
             raise VisgraftError(
                 f"rand_augment {rand_augment!r} is not in timm's notation; use e.g. rand-m9-mstd0.5-inc1"
             ) from error
 
         for op in policy.ops:
-            if op.aug_fn is _auto_augment().posterize:
+            if op.aug_fn is _timms("auto_augment").posterize:
                 op.aug_fn = _posterize
 
     def augment(indices: Tensor, epoch: int) -> Tensor:
-        return torch.stack([_augment(images.pixels[i], flip, policy, (seed, epoch, int(i))) for i in indices])
+        keys = [(config.seed, epoch, int(i)) for i in indices]
+        return torch.stack([_augment(images.pixels[key[2]], config.flip, crop, policy, key) for key in keys])
 
     return augment
 
@@ -105,15 +110,17 @@ class View:
 
 def _posterize(picture: Image.Image, bits: int, **options: Any) -> Image.Image:
     """Keep so many bits of each colour, at least one: timm also asks for none, which newer Pillows refuse."""
-    return cast(Image.Image, _auto_augment().posterize(picture, max(bits, 1), **options))
+    return cast(Image.Image, _timms("auto_augment").posterize(picture, max(bits, 1), **options))
 
 
-def _augment(pixels: Tensor, flip: bool, policy: Any, key: tuple[int, int, int]) -> Tensor:
+def _augment(pixels: Tensor, flip: bool, crop: Any, policy: Any, key: tuple[int, int, int]) -> Tensor:
     words = np.random.SeedSequence(key).generate_state(2)
     _draws.python.seed(int(words[0]))
     _draws.numpy.seed(words[1])
     if flip and _draws.python.random() < 0.5:
         pixels = pixels.flip(-1)
+    if crop is not None:
+        pixels = crop(pixels)
     if policy is not None:
         picture = policy(Image.fromarray(pixels.permute(1, 2, 0).numpy()))
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)

@@ -163,9 +163,10 @@ def training_loop(
             with _fast(model, compute):
                 for step, (x, y) in enumerate(_batches(task, config, number, loader, clock)):
                     schedule.step_update((number - 1) * steps + (step if config.schedule == "step" else 0))
+                    mixed, target = task.mix(x, y) if task.mix else (x, y)
                     with compute.autocast():
-                        logits = task.network(x)
-                    loss = task.loss(logits.float(), y)
+                        logits = task.network(mixed)
+                    loss = task.loss(logits.float(), target)
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
                     if not torch.isfinite(loss):

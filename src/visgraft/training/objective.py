@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.transforms import v2
 
 from visgraft.backbones.heads import head_outputs
 from visgraft.core.attached import get_attached
@@ -21,6 +22,7 @@ from visgraft.training.prefix import Prefix, run_prefix
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Features = dict[str, Tensor]
+Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Objective:
     """The network that trains, its inputs (images, or what a frozen part makes of them once), its labels and its loss.
 
     `inputs` takes (indices [B], epoch), `val_inputs` indices [B]; `loss` takes logits [B, classes] and labels.
-    `kept_bytes` is the memory that inputs computed once take.
+    `kept_bytes` is the memory that inputs computed once take. `mix` mixes a batch's images with each other and their
+    labels, which become shares of the classes [B, classes].
     """
 
     network: nn.Module
@@ -38,6 +41,7 @@ class Objective:
     val_inputs: Callable[[Tensor], Tensor] | None
     val_labels: Tensor | None
     kept_bytes: int = 0
+    mix: Mix | None = None
 
 
 def make_objective(
@@ -62,7 +66,7 @@ def make_objective(
         VisgraftError: an option does not go with these labels, or has no effect.
     """
     device, turns = compute.device, config.cached_views
-    augment = augmentation(images, config.flip, config.rand_augment, config.seed)
+    augment = augmentation(images, config)
     views: tuple[Images, ...] = (images,)
     if augment and turns:
         facts = (tuple(images.pixels.shape), images.distinct)
@@ -90,7 +94,25 @@ def make_objective(
         assert val is not None
         return val.normalised(val.pixels[indices], device)
 
-    return Objective(network, inputs, labels, loss, None if val is None else val_inputs, val_labels)
+    mix = mixing(config, images.labels, head_outputs(model) or 0)
+    return Objective(network, inputs, labels, loss, None if val is None else val_inputs, val_labels, mix=mix)
+
+
+def mixing(config: TrainConfig, labels: Tensor, classes: int) -> Mix | None:
+    """Return what mixes a batch of images with each other, by torchvision; None where nothing does.
+
+    Both kinds take turns at random where both are wanted. It draws from torch's generator in the calling thread.
+
+    Raises:
+        VisgraftError: the images may have several classes, whose presence cannot be shared out.
+    """
+    kinds = [kind(alpha=a) for kind, a in ((v2.MixUp, config.mixup), (v2.CutMix, config.cutmix)) if a]
+    if not kinds:
+        return None
+    if labels.ndim == 2:
+        raise VisgraftError("mixup and cutmix need one class per image; leave them out")
+    chosen = v2.RandomChoice(kinds)
+    return lambda x, y: chosen(x, F.one_hot(y, classes).float())
 
 
 def _turn(epoch: int, turns: int | None) -> int:
@@ -133,9 +155,9 @@ def _prefix(
     Raises:
         VisgraftError: views are to be cached, but no block is frozen before the first trained one.
     """
-    anew = (config.flip or config.rand_augment) and not config.cached_views
-    reason = "images are augmented (cached_views makes a fixed number of views)"
-    found = reason if anew else run_prefix(model, parts, compute)
+    mixed = "images are mixed with each other"
+    reason = mixed if config.mixed else "images are augmented (cached_views makes a fixed number of views)"
+    found = reason if config.anew else run_prefix(model, parts, compute)
     if isinstance(found, Prefix):
         return found
     if not found and config.cached_views:
@@ -155,8 +177,7 @@ def sees_features(model: nn.Module, config: TrainConfig) -> bool:
         VisgraftError: nothing is attached.
     """
     attached = get_attached(model)
-    anew = (config.flip or config.rand_augment) and not config.cached_views
-    changing = attached.where or attached.unfrozen or anew or config.drop_path
+    changing = attached.where or attached.unfrozen or config.anew or config.drop_path
     return not changing and len(attached.head) == 1  # a distilled model's head has two parts, which see two tokens
 
 

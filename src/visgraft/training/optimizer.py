@@ -12,21 +12,33 @@ from visgraft.options import TrainConfig
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig, images: int) -> tuple[torch.optim.Optimizer, Any]:
-    """Return AdamW with a group for the head, and timm's warm-up and cosine schedule, stepped per update.
+    """Return AdamW with groups for the head and the backbone's own tensors, and timm's warm-up and cosine schedule.
+
+    The schedule is stepped per update.
 
     Raises:
-        VisgraftError: `min_lr` lies above the peak, or `drop_last` leaves no step.
+        VisgraftError: `min_lr` lies above the peak, `drop_last` leaves no step, or `backbone_lr` has no effect.
     """
-    inside = tuple(f"{path}." for path in get_attached(model).head)
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    head = [p for name, p in trained if inside and name.startswith(inside)]
-    rest = [p for name, p in trained if not (inside and name.startswith(inside))]
-    groups = [{"params": rest, "lr": config.lr}, {"params": head, "lr": config.head_lr or config.lr}]
-    groups = [group for group in groups if group["params"]]
-    fused = trained[0][1].device.type in ("cpu", "cuda", "mps")  # a fifth of the time for many small tensors
+    attached = get_attached(model)
+    inside = tuple(f"{path}." for path in attached.head)
+    own = set(attached.unfrozen)
+    parts: dict[str, list[nn.Parameter]] = {"method": [], "head": [], "backbone": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            in_head = bool(inside) and name.startswith(inside)
+            parts["head" if in_head else "backbone" if name in own else "method"].append(parameter)
+    if config.backbone_lr and not parts["backbone"]:
+        raise VisgraftError(
+            f"backbone_lr has no effect: {attached.config.method} trains no tensor of the backbone itself; "
+            "leave it out, or let some train with --also-train"
+        )
+    steps = {"method": config.lr, "head": config.head_lr or config.lr, "backbone": config.backbone_lr or config.lr}
+    groups = [{"params": parts[name], "lr": steps[name]} for name in ("method", "backbone", "head") if parts[name]]
+    device = next(p for group in parts.values() for p in group).device.type
+    fused = device in ("cpu", "cuda", "mps")  # a fifth of the time for many small tensors
     optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
     per_epoch = steps_per_epoch(images, config)
-    lowest = min(config.lr, config.head_lr or config.lr)
+    lowest = min(steps.values())
     if config.min_lr > lowest:
         raise VisgraftError(f"min_lr is {config.min_lr}, above the peak of {lowest}; lower it")
     warmup = min(round(config.warmup_epochs * per_epoch), config.epochs * per_epoch - 1)
@@ -35,7 +47,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig, images: int) -> tuple[
         t_initial=config.epochs * per_epoch - warmup,
         warmup_t=warmup,
         lr_min=config.min_lr,
-        warmup_lr_init=config.warmup_lr or lowest * 1e-3,  # one start for both groups; both rise
+        warmup_lr_init=config.warmup_lr or lowest * 1e-3,  # one start for all groups; all rise
         warmup_prefix=True,
         t_in_epochs=False,
     )

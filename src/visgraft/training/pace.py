@@ -116,7 +116,7 @@ def _not_run(task: Objective, images: Images, val: Images | None, config: TrainC
     repeats = views * (len(images) - images.distinct) + (len(val) - val.distinct if val else 0)
     if not repeats or not isinstance(task.network, Tail):
         return 0.0
-    augment = augmentation(images, config.flip, config.rand_augment, config.seed)
+    augment = augmentation(images, config)
     shape = tuple(images.pixels.shape)
     seen = replace(images, pixels=View(augment, shape, images.distinct, 1)) if augment else images
     return repeats * seconds_per_image(task.network, seen, make_compute(config.precision))

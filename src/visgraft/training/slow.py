@@ -34,7 +34,7 @@ def faster_options(
         free: whether the method's options can be chosen; those of an adapter to start from cannot.
     """
     found = [(f"--epochs {max(1, config.epochs // 2)}", 0.5)] if config.epochs > 1 else []
-    attached, anew = find_attached(model), bool(config.flip or config.rand_augment) and not config.cached_views
+    attached, anew = find_attached(model), config.anew
     blocks = len(attached.sites.blocks) if attached else 0
     if free and method.has_places and method.last_blocks is None and not anew and blocks >= 4:
         kept = blocks // 4
