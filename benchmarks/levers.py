@@ -26,12 +26,12 @@ from PIL import Image
 from visgraft.adapters.directory import adapter_tensors
 from visgraft.backbones.creation import Backbone, create_backbone, model_data_config
 from visgraft.bench.settings import configured
-from visgraft.files import cache_folder
 from visgraft.data.dataset import Example
 from visgraft.data.folders import read_folder
 from visgraft.data.images import load_images
 from visgraft.drawn.sprites import TASKS as SPRITES
 from visgraft.drawn.sprites import draw_sprites
+from visgraft.files import cache_folder
 from visgraft.measure.evaluation import score
 from visgraft.protocols.offline import FASHION_CLASSES, OFFLINE, _fashion_part, prepare
 from visgraft.training.fit import fit

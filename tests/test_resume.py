@@ -21,7 +21,8 @@ from visgraft.training.resume import read_state, state_file, write_state
 LONG = replace(RECIPE, epochs=4)
 VARIANTS = {
     "plain": LONG,
-    "augmented": replace(LONG, flip=True, rand_augment="rand-m5"),
+    "augmented": replace(LONG, flip=True, rand_augment="rand-m5", crop_scale=0.5),
+    "mixed": replace(LONG, mixup=0.4, cutmix=1.0, head_first=3),
     "select": replace(LONG, select="val"),
     "balanced": replace(LONG, sampler="balanced", class_weights="sqrt"),
 }

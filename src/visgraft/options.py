@@ -84,7 +84,7 @@ class Options:
 
 
 ALSO_TRAINED = ("biases", "norms", "biases+norms")
-PLACED = ("last_blocks", "also_train")
+PLACED = ("last_blocks", "also_train", "blend")
 """Options of `MethodConfig` that have an effect only on methods with modules in blocks."""
 
 
@@ -97,7 +97,7 @@ class MethodConfig(Options):
     The properties say what follows from the options; a config overrides those that differ for it. `last_blocks` K
     adapts only the last K blocks, counted over all stages; of the blocks that a method would choose by itself, those
     among them. Modules outside the blocks stay where they stand behind them. `also_train` trains tensors of the
-    backbone itself beside the modules, of the same blocks.
+    backbone itself beside the modules, of the same blocks. `blend` is set where adapters were blended.
 
     Raises:
         VisgraftError: `last_blocks` is not above zero, or either is given though the method trains nothing but the
@@ -120,6 +120,9 @@ class MethodConfig(Options):
         ALSO_TRAINED,
         kw_only=True,
         younger=True,
+    )
+    blend: tuple[float, ...] | None = option(
+        None, "weights of several adapters whose modules stand side by side; none: one", kw_only=True, younger=True
     )
 
     def __post_init__(self) -> None:
@@ -147,14 +150,21 @@ class MethodConfig(Options):
         return False
 
     @property
+    def additive(self) -> bool:
+        """Whether `delta` is linear in the module's tensors, so that the mean of tensors adds the mean of the maps."""
+        return False
+
+    @property
     def diagonal(self) -> bool:
         """Whether that map treats every channel apart, so that even a normalisation layer can take it over."""
         return False
 
 
 def method_fields(config: type[MethodConfig]) -> tuple["dataclasses.Field[Any]", ...]:
-    """Return the fields of the options that a method takes; those that have no effect on it are none of them."""
-    return tuple(f for f in dataclasses.fields(config) if config.has_places or f.name not in PLACED)
+    """Return the fields of the options that a user sets; those that have no effect on the method are none of them."""
+    return tuple(
+        f for f in dataclasses.fields(config) if f.name != "blend" and (config.has_places or f.name not in PLACED)
+    )
 
 
 WEIGHTINGS = ("none", "balanced", "sqrt")

@@ -2,6 +2,7 @@
 
 # ruff: noqa: F401  (everything imported here is for users)
 # mypy: implicit-reexport
+from visgraft.adapters.blending import blend
 from visgraft.adapters.directory import Adapted, load, save
 from visgraft.adapters.publish import push
 from visgraft.backbones.creation import Backbone, create_backbone, model_data_config
@@ -25,6 +26,7 @@ from visgraft.methods import list_methods
 from visgraft.methods.salience import salient_channels
 from visgraft.options import MethodConfig, TrainConfig
 from visgraft.report.page import build_report
+from visgraft.search.blending import BlendSearch, search_blend
 from visgraft.search.result import Comparison
 from visgraft.search.run import compare
 from visgraft.serve.prediction import Prediction, predict, predict_stream

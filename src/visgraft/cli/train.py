@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from visgraft.cli.arguments import Background, Cache, CropMode, Csv, Data, Json, Quiet, SkipBroken, source
+from visgraft.cli.arguments import Background, Cache, CropMode, Csv, Data, Json, Pool, Quiet, SkipBroken, source
 from visgraft.errors import VisgraftError
 
 METHOD, BACKBONE, WEIGHTS = "alore", "vit_base_patch16_224.augreg_in21k", "hub"
@@ -47,6 +47,7 @@ def train(
     weights: WeightsSource = None,
     image_size: Annotated[int | None, typer.Option(help="pixels; none: the model's own")] = None,
     crop_mode: CropMode = None,
+    pool: Pool = None,
     val_fraction: Annotated[float, typer.Option(help="share of validation images drawn from the data")] = 0.15,
     test_fraction: Annotated[float, typer.Option(help="share of test images drawn where no part is given")] = 0.2,
     init_from: Annotated[
@@ -65,16 +66,20 @@ def train(
     **values: Any,
 ) -> None:
     """Train a method on labelled images and write a small adapter."""
+    from visgraft.backbones.creation import with_pool
     from visgraft.cli.options import train_config
     from visgraft.cli.show import emit, print_figures, warn
     from visgraft.data.dataset import Split
     from visgraft.data.images import Loading
     from visgraft.data.read import read_data
 
+    if pool and init_from:
+        raise VisgraftError("--pool is given by the adapter that --init-from names; leave one out")
     if dry_run:
         _check_dry_run({"--resume": resume, "--folds": folds, "--log": log})
     origin, config = _start(init_from, method, backbone, weights, image_size, values)
     origin = origin if crop_mode is None else dataclasses.replace(origin, crop_mode=crop_mode)
+    origin = origin if pool is None else with_pool(origin, pool)
     recipe = train_config(config.method, values)
     origin = dataclasses.replace(origin, seed=recipe.seed)  # the seed of the new head
     if origin.weights == "none":

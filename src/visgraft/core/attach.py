@@ -14,6 +14,7 @@ from visgraft.core.dryrun import prove_sites
 from visgraft.core.method import Batches, FrozenLayer, Method, OwnTensor, Position, ReadsLayer, TokenMethod
 from visgraft.core.placing import find_positions, first_block, own_from_block
 from visgraft.core.registry import get_method
+from visgraft.core.side_by_side import side_by_side
 from visgraft.core.sites import Site
 from visgraft.core.taps import Act, Add, Apply, Insert, Read, Remove
 from visgraft.core.tensors import CHILD, own_tensors
@@ -47,6 +48,8 @@ def attach(model: nn.Module, config: MethodConfig, batches: Batches | None = Non
         SiteError: the backbone lacks a place that the method needs, or a hook would sit in the wrong one.
         VisgraftError: something is attached already, nothing would train, or the method needs `batches`.
     """
+    if config.blend is not None:
+        raise VisgraftError("blend is what visgraft.blend writes; attach the method without it")
     return assemble(model, config, lambda method, modules: method.calibrate(config, model, modules, batches))
 
 
@@ -75,8 +78,7 @@ def assemble(
         )
     like = next(model.parameters())
     with torch.device(like.device):
-        attached.shared.update(method.shared(config, positions))
-        modules = [method(config, position, dict(attached.shared.items())) for position in positions]
+        modules = _make_modules(method, config, positions, attached.shared)
     attached.where = {position.key: position for position in positions}
     attached.positions.update(dict(zip(attached.where, modules, strict=True)))
     attached.to(like.dtype)
@@ -90,6 +92,16 @@ def assemble(
     model.add_module(CHILD, attached)
     model.train(model.training)
     return model
+
+
+def _make_modules(
+    method: type[Method], config: MethodConfig, positions: Sequence[Position], shared: nn.ModuleDict
+) -> list[Method]:
+    """Return the module of every position; what they share is put into `shared`."""
+    if config.blend is not None:
+        return side_by_side(method, config, positions, shared)
+    shared.update(method.shared(config, positions))
+    return [method(config, position, dict(shared.items())) for position in positions]
 
 
 def _also_trained(config: MethodConfig, tensors: Sequence[OwnTensor]) -> list[str]:

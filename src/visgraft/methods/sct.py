@@ -55,6 +55,10 @@ class SCTConfig(MethodConfig):
             if self.mode != "qkv" and getattr(self, name) is None:
                 object.__setattr__(self, name, default)
 
+    @property
+    def additive(self) -> bool:
+        return self.form != "B"  # which adds (s - 1)z besides
+
 
 PLACES = {"attn": Place.at("stream.mid"), "mlp": Place.at("mlp.out"), "qkv": Place.at("attn.q", "attn.v")}
 SCORED_AT = {"stream.mid": "stream.mid", "mlp.out": "stream.out", "attn.q": "attn.q", "attn.v": "attn.v"}

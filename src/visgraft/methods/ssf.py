@@ -40,7 +40,7 @@ class SSFConfig(MethodConfig):
     operations: tuple[str, ...] | None = option(None, "operations to scale and shift behind; none: all", tuple(SITES))
     init: str = option("identity", "start: scale 1 and shift 0, or around them with std 0.02", ("identity", "normal"))
 
-    affine = diagonal = True
+    affine = diagonal = additive = True
 
     @property
     def shifts(self) -> bool:

@@ -30,6 +30,8 @@ from visgraft.measure.precision import Compute, make_compute, resolve_precision
 
 BATCH_SIZE = 64  # that of `evaluate`, so that both see the same rounding
 THRESHOLD = 0.5
+ENSEMBLE = "ensemble"
+"""What the adapters of an ensemble are called together."""
 
 Classes = list[tuple[str, float]]
 """Names of classes with their probabilities, most probable first."""
@@ -82,6 +84,7 @@ def predict_stream(
     threshold: float | None = None,
     batch_size: int = BATCH_SIZE,
     background: str | None = None,
+    ensemble: bool = False,
     on_broken: Callable[[Path, str], None] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Iterator[Prediction]:
@@ -99,6 +102,7 @@ def predict_stream(
         threshold: least probability of a class to be named, of adapters trained on images with several classes; 0.5.
         batch_size: images per forward.
         background: the colour behind transparent places, by name or as #rrggbb; None: as in training.
+        ensemble: answer once for all adapters, by the mean of their probabilities.
         on_broken: called with path and reason for each file that is no image, which is left out; None: it is an error.
         on_progress: called with the number of images read so far, after each batch.
 
@@ -115,7 +119,8 @@ def predict_stream(
     transform, colour = ready[0].adapted.transform, background or _background(ready)
     decoded = _decoded(map(_path, images), lambda path: _prepared(path, transform, colour), 2 * batch_size)
     named = partial(_name, top=top, threshold=THRESHOLD if threshold is None else threshold)
-    return _run(ready, _batches(decoded, batch_size), named, on_broken, on_progress)
+    asked = _together(ready) if ensemble else _each
+    return _run(ready, _batches(decoded, batch_size), asked, named, on_broken, on_progress)
 
 
 def _check_options(
@@ -181,6 +186,7 @@ def _stacked(good: Sequence[tuple[Path, Tensor]]) -> Tensor:
 def _run(
     ready: Sequence[_Ready],
     batches: Iterator[list[tuple[Path, Tensor | DataError]]],
+    asked: Callable[[Sequence[_Ready], Tensor], "_Answers"],
     named: Callable[[_Ready, Tensor], list[Classes]],
     on_broken: Callable[[Path, str], None] | None,
     on_progress: Callable[[int], None] | None,
@@ -196,12 +202,37 @@ def _run(
                 if x.shape[1:] not in fitting:
                     _check_prepared(ready, x.shape[1], x.shape[2:])
                     fitting.add(x.shape[1:])
-                columns = [named(one, _probabilities(one, x)) for one in ready]
-                for (path, _), *answers in zip(good, *columns, strict=True):
-                    yield from (Prediction(path, one.name, answers[i]) for i, one in enumerate(ready))
+                columns = [(name, named(one, found)) for name, one, found in asked(ready, x)]
+                for row, (path, _) in enumerate(good):
+                    yield from (Prediction(path, name, answers[row]) for name, answers in columns)
             done += len(batch)
             if on_progress is not None:
                 on_progress(done)
+
+
+_Answers = list[tuple[str, _Ready, Tensor]]
+"""What a batch is answered: by which name, the adapter that names the classes, probabilities [B, classes]."""
+
+
+def _each(ready: Sequence[_Ready], x: Tensor) -> _Answers:
+    """Let every adapter answer for itself."""
+    return [(one.name, one, _probabilities(one, x)) for one in ready]
+
+
+def _together(ready: Sequence[_Ready]) -> Callable[[Sequence[_Ready], Tensor], _Answers]:
+    """Return what lets the adapters answer together, by the mean of their probabilities.
+
+    Raises:
+        AdapterError: there is one only, or two answer other classes.
+    """
+    first = ready[0]
+    if len(ready) < 2:
+        raise AdapterError("an ensemble needs two adapters or more; name another, or leave out ensemble (--ensemble)")
+    for one in ready[1:]:
+        kind = (one.adapted.classes, one.adapted.record.outputs, one.multi_label)
+        if kind != (first.adapted.classes, first.adapted.record.outputs, first.multi_label):
+            raise AdapterError(f"{first.name} and {one.name} do not answer the same classes, so no mean says anything")
+    return lambda ready, x: [(ENSEMBLE, first, torch.stack([_probabilities(one, x) for one in ready]).mean(0))]
 
 
 def _readable(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from visgraft.core.attach import attach, strip
 from visgraft.core.configure import configure
 from visgraft.data.images import Images
-from visgraft.errors import TrainingDiverged
+from visgraft.errors import TrainingDiverged, VisgraftError
 from visgraft.measure.evaluation import logits_of
 from visgraft.measure.precision import make_compute
 from visgraft.options import MethodConfig, TrainConfig
@@ -71,7 +71,7 @@ def fit(
     begin, training = time.perf_counter(), None
     torch.manual_seed(config.seed)
     if config.head_first and not told.get("resume"):
-        train_head(model, images, config)
+        train_head(model, images, method, config)
     if start is None:
         attach(model, method, images.batches())
     else:
@@ -87,15 +87,20 @@ def fit(
     return Fitted(training, attaching, seconds, answers)
 
 
-def train_head(model: nn.Module, images: Images, config: TrainConfig) -> None:
+def train_head(model: nn.Module, images: Images, method: MethodConfig, config: TrainConfig) -> None:
     """Train the head of a plain model in place for `head_first` epochs, on features, by linear probing's recipe.
 
     Source: arXiv:2202.10054, by which features are distorted less where the head does not start at random.
+
+    Raises:
+        VisgraftError: the method trains nothing but the head.
     """
+    if method.head_only:
+        raise VisgraftError(f"head_first has no effect: {method.method} trains the head alone anyway; leave it out")
     kept = ("seed", "precision", "batch_size", "class_weights", "sampler", "label_smoothing")
     given = {"epochs": config.head_first, **{name: getattr(config, name) for name in kept}}
-    method, recipe = configure("linear", given)
-    attach(model, method)
+    probing, recipe = configure("linear", given)
+    attach(model, probing)
     train(model, images, recipe)
     strip(model)
 

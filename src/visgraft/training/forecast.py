@@ -24,10 +24,11 @@ from visgraft.files import check_target
 from visgraft.measure.evaluation import evaluate, peak_memory_bytes
 from visgraft.measure.precision import make_compute, resolve_precision
 from visgraft.options import MethodConfig, TrainConfig
+from visgraft.training.fit import train_head
 from visgraft.training.objective import Features, features_of, sees_features
 from visgraft.training.pace import Pace, measure_pace
 from visgraft.training.resume import TrainState, pack_state
-from visgraft.training.run import STATE_SECONDS, Watch, attach_as_asked, read_and_check
+from visgraft.training.run import STATE_SECONDS, Watch, attach_as_asked, check_start, read_and_check
 
 SAMPLE = 64
 """Images read of each part."""
@@ -129,6 +130,7 @@ def forecast_folder(
     begin = time.perf_counter()
     if out is not None:
         check_target(out, CONFIG)
+    check_start(init_from, train_config)
     dataset = read_and_check(data, split, watch)
     config = replace(train_config, precision=resolve_precision(train_config.precision))
     model = create_backbone(backbone, len(dataset.classes), config.drop_path)
@@ -138,10 +140,11 @@ def forecast_folder(
     def attach_with(batches: Iterator[Any]) -> None:
         attach_as_asked(model, method_config, batches, dataset, init_from, config.seed, watch)
 
+    heading = _head_seconds(model, sample.train, method_config, config)
     attaching = _attaching_seconds(sample.train, attach_with)
     file_bytes = len(safetensors.torch.save(adapter_tensors(model)))
     pace, validation, later = _training_seconds(model, sample, config, watch)
-    seconds = {"preparing": preparing, "reading_images": sample.seconds, "attaching": attaching, **later}
+    seconds = {"preparing": preparing, "reading_images": sample.seconds, **heading, "attaching": attaching, **later}
     counts = count_parameters(model)
     return {
         "method": method_config.method,
@@ -193,6 +196,15 @@ def _spread(examples: Sequence[Example]) -> list[Example]:
     examples = [example for example in examples if example.label != ()] or examples  # figures need some with a class
     count = min(len(examples), SAMPLE)
     return [examples[i * len(examples) // count] for i in range(count)]
+
+
+def _head_seconds(model: nn.Module, part: _Part, method: MethodConfig, config: TrainConfig) -> dict[str, float]:
+    """Train the head alone, where it goes first, and return the seconds that it takes on all images."""
+    if not config.head_first:
+        return {}
+    begin = time.perf_counter()
+    train_head(model, part.read, method, config)
+    return {"head_first": part.share * (time.perf_counter() - begin)}
 
 
 def _attaching_seconds(part: _Part, attach_with: Callable[[Iterator[Any]], None]) -> float:

@@ -90,6 +90,7 @@ def train_folder(
         VisgraftError: the data, the backbone, an option or `out` cannot be used.
     """
     check_target(out, CONFIG)
+    check_start(init_from, train_config)
     dataset = read_and_check(data, split, watch)
     train_config = replace(train_config, precision=resolve_precision(train_config.precision))
     run = _facts(dataset, backbone, method_config, train_config, split, loading) | {"init_from": str(init_from)}
@@ -238,6 +239,12 @@ def read_and_check(data: AnySource, split: Split, watch: Watch) -> Dataset:
     for line in quick_check(dataset):
         watch.warning(line)
     return dataset
+
+
+def check_start(init_from: Path | None, config: TrainConfig) -> None:
+    """Raise a VisgraftError where the head would be trained first, though an adapter brings one."""
+    if init_from is not None and config.head_first:
+        raise VisgraftError(f"head_first has no effect: the head is that of {init_from}; leave one of them out")
 
 
 def attach_as_asked(
