@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from support import CONFIGS, DEFAULTS, enliven, fitted, images, logits
+from support import CONFIGS, enliven, fitted, images, logits
 from typer.testing import CliRunner
 
 import visgraft
@@ -86,6 +86,14 @@ def test_tensors_are_averaged_where_that_averages_the_maps(tmp_path: Path) -> No
     same = all(torch.equal(a.index, b.index) for a, b in zip(*_scts(tmp_path), strict=True))
     assert (made.record.method.blend is None) == same
     assert blend(saved("lora-0", tmp_path), [0.25, 0.75], backbone=plain("lora-0")).record.method.blend == (0.25, 0.75)
+
+
+def test_an_adapter_without_weight_takes_no_room(tmp_path: Path) -> None:
+    paths = saved("alore-0", tmp_path)
+    made = blend(paths, [0.0, 1.0], scale=0.5, backbone=plain("alore-0"))
+    assert made.record.method.blend == (0.5,)
+    alone = blend(paths[1:], scale=0.5, backbone=plain("alore-0"))
+    assert torch.equal(logits(made.model), logits(alone.model))
 
 
 def _scts(folder: Path) -> list[list[Any]]:
@@ -178,7 +186,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]
     paths = []
     for seed in range(3):
         visgraft.train_folder(
-            root / "data", root / f"seed{seed}", backbone=TINY_VIT, method_config=DEFAULTS["alore"],
+            root / "data", root / f"seed{seed}", backbone=TINY_VIT, method_config=CONFIGS["alore-0"],
             train_config=visgraft.TrainConfig(epochs=2, batch_size=8, seed=seed, precision="fp32"),
         )  # fmt: skip
         paths.append(root / f"seed{seed}")

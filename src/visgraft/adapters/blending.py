@@ -75,6 +75,7 @@ def blend(
     parts = [
         part
         for path, record, share in zip(paths, records, shares, strict=True)
+        if share  # a weight of nothing need not take up room
         for part in parts_of(read_tensors(path), record.method, share)
     ]
     config = blended_config(records[0].method, parts, scale)

@@ -94,8 +94,7 @@ def _figure(
     paths: Sequence[Path], weights: Sequence[float], scale: float, plain: nn.Module, images: Images, precision: str
 ) -> float:
     """Return a blend's figure; the plain model is plain again afterwards."""
-    chosen = [(path, weight) for path, weight in zip(paths, weights, strict=True) if weight]
-    blended = blend([path for path, _ in chosen], [w for _, w in chosen], scale=scale, backbone=plain)
+    blended = blend(paths, weights, scale=scale, backbone=plain)
     try:
         return evaluate(blended.model, images, precision).figure
     finally:
