@@ -38,6 +38,8 @@ model.graphs.backbone.run = (feeds) => {
   devices.at(-1).destroy();
   return made;
 }; 0"""
+LOST = "devices.at(-1).destroy(); 0"
+ERROR = "devices.at(-1).createBuffer({size: 16, usage: 0xffff}); 0"
 NONE = "Object.defineProperty(Navigator.prototype, 'gpu', {value: undefined});"
 NULL = "GPU.prototype.requestAdapter = async () => null;"
 NO_JSPI = "delete WebAssembly.Suspending;"
@@ -119,14 +121,11 @@ def test_a_gpu_that_answers_otherwise_gives_way_to_the_cpu(site: tuple[Path, str
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("during", [False, True])
-def test_a_gpu_that_is_lost_gives_way_to_the_cpu(during: bool, site: tuple[Path, str], tab: Page) -> None:
+@pytest.mark.parametrize("failing", [LOST, LOSING, ERROR])
+def test_a_gpu_that_is_lost_or_fails_gives_way_to_the_cpu(failing: str, site: tuple[Path, str], tab: Page) -> None:
     folder, address = site
     assert opened(tab, address, REAL, DEVICES) == "Runs on WebGPU."
-    if during:
-        tab.evaluate(LOSING)
-    else:
-        tab.evaluate("devices.at(-1).destroy()")
+    tab.evaluate(failing)
     answer = tab.choose(folder / "check.png")
     assert answer.get("device") == "wasm", answer
     assert tab.evaluate("at('device').textContent").startswith("Runs on the CPU, because WebGPU failed: ")

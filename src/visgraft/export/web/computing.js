@@ -98,7 +98,7 @@ function answerOf({ logits }, device) {
   return { logits: Array.from(logits.data), device };
 }
 
-/** A promise that fails as soon as the GPU does: a run on a GPU that was lost would wait forever. */
+/** A promise that fails where the GPU is lost or reports an error, of which a run by itself need not hear. */
 function failureOf(device) {
   const failure = new Promise((_, fail) => {
     device.lost.then(({ message }) => fail(new Error(message || "the GPU was lost")));
