@@ -28,18 +28,23 @@ from visgraft.export import web_runtime
 from visgraft.export.format import ExportError
 from visgraft.export.onnx import save_proto
 from visgraft.export.web import PAGE, answers_of_folder, check_picture, stored_in_half
-from visgraft.export.web_runtime import WASM, write_runtime
+from visgraft.export.web_runtime import WASM, WEBGPU, write_runtime
 
 __all__ = ["trained"]  # a fixture
 NAMES = ["<img src=x onerror=alert(1)>", "two\nlines 🚀", "a" * 80, "ä|b"]
 
 
-def fake_runtime(folder: Path, files: tuple[str, ...] = WASM) -> Path:
+def fake_runtime(folder: Path, files: tuple[str, ...] = (*WASM, *WEBGPU)) -> Path:
     (folder / "dist").mkdir(parents=True)
     (folder / "package.json").write_text(json.dumps({"name": "onnxruntime-web", "version": "9.9.9"}))
     for name in files:
         (folder / "dist" / name).write_text(name)
     return folder
+
+
+def casts_to_float64(graph: onnx.GraphProto) -> bool:
+    kinds = {value.i for node in graph.node for value in node.attribute if node.op_type == "Cast"}
+    return onnx.TensorProto.DOUBLE in kinds | {tensor.data_type for tensor in graph.initializer}
 
 
 def other_task(adapter: Path, out: Path) -> Path:
@@ -75,12 +80,16 @@ def test_the_folder_holds_all_that_the_page_asks_for_and_nothing_from_elsewhere(
     folders: tuple[Path, Path, Path],
 ) -> None:
     one, both, _ = folders
-    top = {"backbone.onnx", "adapters.json", "check.png", "certificate.json", "runtime", *PAGE}
+    top = {"backbone.onnx", "resize.onnx", "adapters.json", "check.png", "certificate.json", "runtime", *PAGE}
     assert {path.name for path in one.iterdir()} == top | {"first.safetensors"}
     assert {path.name for path in both.iterdir()} == top | {"first.safetensors", "zweite-ü.safetensors"}
-    assert {path.name for path in (one / "runtime").iterdir()} == {*WASM, "LICENSE"}
+    assert {path.name for path in (one / "runtime").iterdir()} == {*WASM, *WEBGPU, "LICENSE"}
     assert "Microsoft" in (one / "runtime" / "LICENSE").read_text()
-    assert (one / "backbone.onnx").read_bytes() == (both / "backbone.onnx").read_bytes()
+    for name in ("backbone.onnx", "resize.onnx"):
+        assert (one / name).read_bytes() == (both / name).read_bytes()
+    # Kernels for WebGPU know no float64, and nothing of it must come back into the backbone.
+    doubles = {name for name in ("backbone", "resize") if casts_to_float64(onnx.load(one / f"{name}.onnx").graph)}
+    assert doubles == {"resize"}
     text = "".join((one / name).read_text() for name in PAGE)
     assert "innerHTML" not in text and set(re.findall(r"https?://[^\s\"']+", text)) == {"http://localhost:8000."}
     for name in re.findall(r'(?:href|src)="([^"#:]+)"', (one / "index.html").read_text()):
@@ -99,7 +108,7 @@ def test_each_adapter_is_plain_inputs_and_answers_as_predict_on_pictures_as_they
     files = sorted((trained[1] / "val").rglob("*.png"))[:5]
     for adapter, facts in zip((trained[0], trained[0].parent / "other"), about["adapters"].values(), strict=True):
         tensors = load_file(both / facts["file"])
-        assert set(tensors) | {"picture"} == inputs and facts["bytes"] == (both / facts["file"]).stat().st_size
+        assert set(tensors) | {"pixels"} == inputs and facts["bytes"] == (both / facts["file"]).stat().st_size
         assert facts["background_rgb"] == [255, 255, 255] and len(facts["check"]) == facts["outputs"]
         answer = answers_of_folder(both, both / facts["file"])
         np.testing.assert_allclose(answer(check_picture()[None])[0], facts["check"], rtol=1e-5, atol=1e-5)
@@ -112,7 +121,8 @@ def test_each_adapter_is_plain_inputs_and_answers_as_predict_on_pictures_as_they
 
 def test_weights_in_half_take_half_the_place_and_answer_alike(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
     one = folders[0]
-    shutil.copyfile(one / "first.safetensors", tmp_path / "first.safetensors")
+    for name in ("first.safetensors", "resize.onnx"):
+        shutil.copyfile(one / name, tmp_path / name)
     save_proto(stored_in_half(onnx.load(one / "backbone.onnx")), tmp_path / "backbone.onnx")
     assert (tmp_path / "backbone.onnx").stat().st_size < 0.6 * (one / "backbone.onnx").stat().st_size
     whole, half = (answers_of_folder(at, at / "first.safetensors") for at in (one, tmp_path))
@@ -127,6 +137,8 @@ def test_bad_input_is_one_line(
     other = tmp_path / "other"
     other.mkdir()
     (other / "package.json").write_text('["onnxruntime-web"]')
+    earlier = shutil.copytree(one, tmp_path / "earlier")
+    (earlier / "resize.onnx").unlink()
     (tmp_path / "broken.tgz").write_bytes(b"\x1f\x8b\x08 no archive")
     bad: list[tuple[dict[str, Any], str]] = [
         ({"runtime": str(tmp_path / "nowhere")}, "cannot be read as the npm package"),
@@ -137,6 +149,7 @@ def test_bad_input_is_one_line(
         ({"name": "../evil"}, "must be letters, digits"),
         ({"base": str(one)}, "its precision is another"),
         ({"base": str(one), "precision": "fp32", "name": "first"}, "has an adapter 'first' already"),
+        ({"base": str(earlier), "precision": "fp32"}, "has no resize.onnx: an earlier visgraft wrote it"),
         ({"base": str(tmp_path)}, "which is no export of the format web"),
         ({"pixels": "uint8"}, "--pixels has no effect on the format web"),
     ]
@@ -235,7 +248,7 @@ def test_chromium_answers_photographs_as_predict_and_swaps_adapters(
     files = photographs(tmp_path / "photos")
     with served(folder, isolated) as address, browser() as page:
         assert page.open(address) == "ready"
-        assert (page.evaluate("model.threads") > 1) == isolated
+        assert (page.evaluate("model.graphs.threads") > 1) == isolated
         for number, adapter in enumerate((trained[0], trained[0].parent / "other")):
             page.evaluate(f"at('adapter').selectedIndex = {number}; at('adapter').dispatchEvent(new Event('change'))")
             loaded = load(adapter, weights=weights_of(adapter))
@@ -251,6 +264,9 @@ def test_chromium_answers_photographs_as_predict_and_swaps_adapters(
             assert set(shown) == set(loaded.classes) and page.evaluate("document.images.length") == 1
         loads = [said for said in page.said if '"request"' in said and '"type": "Fetch"' in said]
         assert sum("backbone.onnx" in said for said in loads) == 1
+        assert page.evaluate("at('device').textContent") == "Runs on the CPU." and not any(
+            "jspi" in said for said in loads
+        )
         asked = {json.loads(said)["request"]["url"] for said in page.said if '"request"' in said}
         assert all(url.startswith((address, "blob:", "data:")) for url in asked), asked
 

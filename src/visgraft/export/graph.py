@@ -100,18 +100,25 @@ def traced_model(model: nn.Module, data_config: Mapping[str, Any], pixels: str, 
     return traced(whole, example, (sizes_of(pixels, most),))
 
 
-def onnx_model(model: nn.Module, data_config: Mapping[str, Any], pixels: str, opset: int) -> Any:
-    """Return an `onnx.ModelProto` with the input `pixels` or `picture` and the output `logits`.
+def onnx_model(
+    model: nn.Module, data_config: Mapping[str, Any], pixels: str, opset: int, output: str = "logits"
+) -> Any:
+    """Return an `onnx.ModelProto` with the input `pixels` or `picture` and one output.
 
     Raises:
         ExportError: the model cannot be traced, or an operation has no form in this opset.
     """
     whole, example = with_pixels(model, data_config, pixels), (example_inputs(data_config, pixels),)
-    return onnx_program(whole, example, (sizes_of(pixels),), opset, [INPUTS[pixels]])
+    return onnx_program(whole, example, (sizes_of(pixels),), opset, [INPUTS[pixels]], output)
 
 
 def onnx_program(
-    model: nn.Module, example: tuple[Tensor, ...], sizes: tuple[Any, ...], opset: int, names: Sequence[str]
+    model: nn.Module,
+    example: tuple[Tensor, ...],
+    sizes: tuple[Any, ...],
+    opset: int,
+    names: Sequence[str],
+    output: str = "logits",
 ) -> Any:
     """Return an `onnx.ModelProto` whose inputs have these names; free axes are called as their sizes are.
 
@@ -132,7 +139,7 @@ def onnx_program(
                 verbose=False,
                 opset_version=opset,
                 input_names=list(names),
-                output_names=["logits"],
+                output_names=[output],
                 dynamic_shapes=free,
                 optimize=True,
             )

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -213,8 +213,10 @@ def read_adapters(folder: Path) -> dict[str, Any]:
     return found
 
 
-def taken_over(base: Path, target: Path, about: Mapping[str, Any], name: str, form: str) -> dict[str, Any]:
-    """Put the files of an earlier export into the new folder; returns its adapters.
+def taken_over(
+    base: Path, target: Path, about: Mapping[str, Any], name: str, form: str, graphs: Sequence[str] = (BACKBONE,)
+) -> dict[str, Any]:
+    """Put the graphs and adapters of an earlier export into the new folder; returns its adapters.
 
     Raises:
         ExportError: there is none, its backbone is another, or the name is taken.
@@ -233,7 +235,7 @@ def taken_over(base: Path, target: Path, about: Mapping[str, Any], name: str, fo
             raise ExportError(f"--base {base} does not fit this adapter: its {key} is another; export without --base")
     if name in known:
         raise ExportError(f"--base {base} has an adapter {name!r} already; give this one another --name")
-    for file in (BACKBONE, *(facts["file"] for facts in known.values())):
+    for file in (*graphs, *(facts["file"] for facts in known.values())):
         source = (base / file).resolve()  # a link to a link would lead nowhere from the new folder
         if not source.is_file():
             raise ExportError(f"--base {base} is damaged: {file} is missing; restore it or export without --base")

@@ -11,16 +11,18 @@ import numpy as np
 import torch
 from PIL import Image, ImageColor
 from safetensors.numpy import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from visgraft.adapters.directory import Adapted
 from visgraft.errors import VisgraftError
 from visgraft.export.format import ExportError, Format, Subject, register_format
-from visgraft.export.graph import INPUTS, OPSET
+from visgraft.export.graph import INPUTS, OPSET, onnx_model
 from visgraft.export.onnx import check_opset, open_session, save_proto
 from visgraft.export.onnx_adapter import (
+    ADAPTERS,
     BACKBONE,
     OnnxAdapter,
+    OnnxAdapterOptions,
     about_backbone,
     backbone_proto,
     check_name,
@@ -34,16 +36,16 @@ from visgraft.export.onnx_adapter import (
 from visgraft.export.precision import LEAST_AGREEMENT
 from visgraft.export.resizing import resize_plan
 from visgraft.export.samples import Samples, feed_of
-from visgraft.export.web_runtime import write_runtime
+from visgraft.export.web_runtime import WASM, WEBGPU, write_runtime
 from visgraft.options import Options, option
 
-PAGE = ("index.html", "page.js", "answering.js", "style.css")
-SUFFIX, CHECK, RUNTIME = ".safetensors", "check.png", "runtime"
+PAGE = ("index.html", "page.js", "answering.js", "computing.js", "loading.js", "style.css")
+SUFFIX, CHECK, RUNTIME, RESIZE = ".safetensors", "check.png", "runtime", "resize.onnx"
 CHECK_SIZE = (97, 131)
 """Height and width of the picture that the page checks itself with: of odd sides, so that it is resized."""
 
 LARGE = 1024
-"""Constants of fewer numbers stay as they are in fp16: among them are those that normalise and resize."""
+"""Constants of fewer numbers stay as they are in fp16: they weigh nothing."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,6 @@ class WebOptions(Options):
     def pixels(self) -> str:
         """What goes in: pictures as they are, since the graph resizes as Pillow does and a browser does not."""
         return "any-size"
-
-    @property
-    def quantization(self) -> str:
-        """How the backbone comes to int8."""
-        return "dynamic"
 
 
 @register_format("web")
@@ -105,17 +102,20 @@ class Web(Format):
     def write(cls, subject: Subject, options: Any, target: Path) -> Mapping[str, Any]:
         check_opset(options.opset)
         # First of all, because it may be lacking, and the graph takes a minute.
-        facts = write_runtime(options.runtime, target / RUNTIME)
+        facts = write_runtime(options.runtime, target / RUNTIME, files_for(options.precision))
         tensors = stored_tensors(subject)
-        about = about_backbone(subject, options, tensors) | {"format": cls.name}
+        inner = _backbone_options(options)
+        about = about_backbone(subject, inner, tensors) | {"format": cls.name, "precision": options.precision}
         name = options.name or file_name(subject.name)
         known: dict[str, Any] = {}
         if options.base is None:
             # onnxruntime-web takes an input that may be left out for none at all.
-            proto = backbone_proto(subject, options, tensors, optional=False)
+            proto = backbone_proto(subject, inner, tensors, optional=False)
             save_proto(stored_in_half(proto) if options.precision == "fp16" else proto, target / BACKBONE)
+            save_proto(resizing_proto(subject, options.opset), target / RESIZE)
         else:
-            known = taken_over(Path(options.base), target, about, name, cls.name)
+            _check_base(Path(options.base))
+            known = taken_over(Path(options.base), target, about, name, cls.name, (RESIZE, BACKBONE))
         file = target / f"{name}{SUFFIX}"
         save_file({key: np.ascontiguousarray(value.numpy()) for key, value in tensors.items()}, file)
         write_page(target)
@@ -154,12 +154,36 @@ class Web(Format):
         return f"python -m http.server -d {str(out)!r}, and then http://localhost:8000 in a browser"
 
 
+def files_for(precision: str) -> tuple[str, ...]:
+    """Return which files of onnxruntime-web a page needs: products in int8 have no form on WebGPU."""
+    return WASM if precision == "int8" else (*WASM, *WEBGPU)
+
+
+def _backbone_options(options: WebOptions) -> OnnxAdapterOptions:
+    """Return as what the backbone is exported: of pixels that are resized already, since that needs float64."""
+    return OnnxAdapterOptions(precision="int8" if options.precision == "int8" else "fp32", opset=options.opset)
+
+
+def resizing_proto(subject: Subject, opset: int) -> Any:
+    """Return the graph from `picture`, uint8 [B, H, W, 3] of any size, to `pixels`, normalised [B, 3, h, w]."""
+    return onnx_model(nn.Identity(), subject.adapted.record.data_config, "any-size", opset, INPUTS["float"])
+
+
+def _check_base(base: Path) -> None:
+    """Raise an ExportError where an earlier export has its resizing in the backbone."""
+    if (base / ADAPTERS).is_file() and not (base / RESIZE).is_file():
+        raise ExportError(
+            f"--base {base} has no {RESIZE}: an earlier visgraft wrote it, or a file is missing; export without --base"
+        )
+
+
 def answers_of_folder(folder: Path, adapter: Path) -> Callable[[np.ndarray], np.ndarray]:
     """Return what computes logits [B, classes] of pictures uint8 [B, H, W, 3], as the page does: by plain inputs."""
-    session, tensors = open_session(folder / BACKBONE), load_file(adapter)
+    resize, backbone, tensors = open_session(folder / RESIZE), open_session(folder / BACKBONE), load_file(adapter)
 
     def run(picture: np.ndarray) -> np.ndarray:
-        (logits,) = session.run(None, {INPUTS["any-size"]: picture, **tensors})
+        (pixels,) = resize.run(None, {INPUTS["any-size"]: picture})
+        (logits,) = backbone.run(None, {INPUTS["float"]: pixels, **tensors})
         return np.asarray(logits)
 
     return run
@@ -185,7 +209,7 @@ def write_page(target: Path) -> None:
 def stored_in_half(proto: Any) -> Any:
     """Return the graph with its large constants in float16, each cast back to float32 where it is used.
 
-    The arithmetic stays in float32: browsers' processors have no float16, and resizing needs all of float32's digits.
+    The arithmetic stays in float32: browsers' processors have no float16.
 
     Raises:
         ExportError: there is none that fits.

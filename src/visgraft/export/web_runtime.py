@@ -5,7 +5,7 @@ import hashlib
 import json
 import tarfile
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path, PurePosixPath
@@ -19,19 +19,22 @@ ADDRESS = f"https://registry.npmjs.org/onnxruntime-web/-/onnxruntime-web-{VERSIO
 SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 """Of that file, as the registry publishes it."""
 
-# The builds for WebGPU have no float64, in which the graph finds the places of pixels.
 WASM = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
+# The builds for WebGPU lack float64, in which the places of pixels are found, so that they do not replace the other.
+# Of the two this is the smaller by 10 MB; it needs a browser in which WebAssembly waits for promises (JSPI).
+WEBGPU = ("ort.jspi.min.mjs", "ort-wasm-simd-threaded.jspi.mjs", "ort-wasm-simd-threaded.jspi.wasm")
 LICENSE = "LICENSE"
 TIMEOUT = 60
 """Seconds without an answer after which a download has failed."""
 
 
-def write_runtime(source: str | None, folder: Path) -> dict[str, Any]:
+def write_runtime(source: str | None, folder: Path, wanted: Sequence[str] = (*WASM, *WEBGPU)) -> dict[str, Any]:
     """Copy what a page needs of onnxruntime-web into a new folder; returns its version, files and bytes.
 
     Args:
         source: an unpacked npm package or its .tgz; None: the cache, or npm's registry.
         folder: where to.
+        wanted: which files of its `dist`.
 
     Raises:
         ExportError: it is not to be had, or is not onnxruntime-web.
@@ -39,20 +42,20 @@ def write_runtime(source: str | None, folder: Path) -> dict[str, Any]:
     given = Path(source) if source is not None else _cached()
     with _opened(given) as files:
         package = _package_json(files.get("package.json"), given)
-        if lacking := [name for name in WASM if f"dist/{name}" not in files]:
+        if lacking := [name for name in wanted if f"dist/{name}" not in files]:
             raise ExportError(
                 f"{given} is onnxruntime-web {package.get('version')} without {', '.join(lacking)}, which the page "
                 f"needs; take version {VERSION}, or leave --runtime out"
             )
         folder.mkdir()
-        for name in WASM:
+        for name in wanted:
             (folder / name).write_bytes(files[f"dist/{name}"].read())
         # The npm package holds no copy of its licence, which asks to go along.
         own = files.get(LICENSE)
         (folder / LICENSE).write_bytes(own.read() if own else _licence())
     return {
         "onnxruntime_web": package.get("version"),
-        "runtime_files": list(WASM),
+        "runtime_files": list(wanted),
         "runtime_bytes": sum(file.stat().st_size for file in folder.iterdir()),
     }
 
@@ -85,7 +88,7 @@ def _opened(source: Path) -> Iterator[Mapping[str, _Member]]:
     """
     try:
         if source.is_dir():
-            names = ("package.json", LICENSE, *(f"dist/{name}" for name in WASM))
+            names = ("package.json", LICENSE, *(f"dist/{name}" for name in (*WASM, *WEBGPU)))
             yield {name: _Member(source / name) for name in names if (source / name).is_file()}
             return
         with tarfile.open(source, "r:gz") as archive:

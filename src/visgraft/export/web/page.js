@@ -77,11 +77,10 @@ function showAnswers(answer) {
 
 function showFacts(answer) {
   const { decode, answer: run } = answer.milliseconds;
-  const threads = model.threads === 1 ? "one thread" : `${model.threads} threads`;
   const facts = {
     "answered in": `${number.format(Math.round(run))} ms`,
     "picture read in": `${number.format(Math.round(decode))} ms`,
-    "computed by": `WebAssembly, ${threads}`,
+    "computed by": deviceInWords(answer.device),
     "model": `${megabytes(model.about.page.backbone_bytes)}, ${model.about.backbone.precision}`,
     "adapter": megabytes(model.about.adapters[answer.adapter].bytes),
   };
@@ -93,6 +92,18 @@ function showFacts(answer) {
   at("facts").hidden = false;
 }
 
+function deviceInWords(device) {
+  if (device === "webgpu") return "WebGPU";
+  const { threads } = model.graphs;
+  return `the CPU, ${threads === 1 ? "one thread" : `${threads} threads`}`;
+}
+
+function showDevice() {
+  const { device, note } = model.graphs;
+  at("device").textContent = `Runs on ${device === "webgpu" ? "WebGPU" : "the CPU"}${note ? `, because ${note}` : ""}.`;
+  at("device").hidden = false;
+}
+
 async function answer() {
   if (!shown || !model) return;
   const turn = ++latest;
@@ -101,6 +112,8 @@ async function answer() {
   try {
     const found = await model.answer(at("adapter").value, shown.blob);
     if (turn !== latest) return; // another picture or adapter was chosen meanwhile
+    await checkAdapter(); // anew where the GPU failed meanwhile
+    if (turn !== latest) return;
     showAnswers(found);
     at("caption").textContent = `${shown.name}, ${sides(found.from)} pixels`;
     document.dispatchEvent(new CustomEvent("visgraft-answer", { detail: { ...found, name: shown.name } }));
@@ -138,6 +151,7 @@ function listen() {
   }
   at("adapter").disabled = false;
   at("adapter").addEventListener("change", async () => {
+    latest++; // what is being computed is another adapter's
     await checkAdapter();
     answer();
   });
@@ -164,9 +178,14 @@ const checked = new Map();
 
 async function checkAdapter() {
   const name = at("adapter").value;
+  const known = () => checked.get(`${model.graphs.device} ${name}`);
   try {
-    if (!checked.has(name)) checked.set(name, await model.check(name));
-    const told = checked.get(name);
+    while (known() === undefined) { // again where the GPU gave way to the CPU meanwhile
+      const { device, told } = await model.check(name);
+      checked.set(`${device} ${name}`, told);
+    }
+    const told = known();
+    showDevice();
     if (at("adapter").value === name) warn(told ? `Do not rely on these answers: ${told}` : "");
   } catch (error) {
     warn(inWords(error));
@@ -184,7 +203,7 @@ async function begin() {
     at("progress").hidden = of === 0;
     at("progress").value = of ? loaded / of : 1;
     say(of ? `Loading the model: ${megabytes(loaded)} of ${megabytes(of)}` : "Starting the model…");
-  });
+  }, new URLSearchParams(location.search).get("device"));
   at("adapter").replaceChildren(...Object.keys(model.about.adapters).map((name) => new Option(name, name)));
   at("adapter").hidden = at("adapter").options.length < 2;
   at("only").textContent = at("adapter").hidden ? at("adapter").value : "";
