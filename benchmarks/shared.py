@@ -3,6 +3,8 @@
 import argparse
 import json
 import os
+import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +13,8 @@ from typing import Any
 
 import timm
 import torch
+
+from visgraft.files import new_file
 
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_tile")
 
@@ -26,8 +30,13 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
 def machine() -> dict[str, Any]:
     """Return what the figures depend on: CPUs, threads, the instructions that matter, the libraries' versions."""
     cpuinfo = Path("/proc/cpuinfo")
-    known = set(cpuinfo.read_text(encoding="utf-8").split()) if cpuinfo.is_file() else set()
+    told = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else ""
+    known = set(told.split())
+    named = re.search(r"^model name\s*: (.+)$", told, flags=re.M | re.I) or re.search(
+        r"^Model\s*: (.+)$", told, flags=re.M
+    )
     return {
+        "cpu": named[1] if named else platform.machine(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -98,9 +107,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def report(asked: argparse.Namespace, results: Mapping[str, Any]) -> None:
     """Print the machine's facts, and write all to the file of `--json`."""
-    facts = machine()
-    print("\n" + ", ".join(f"{name} {value}" for name, value in facts.items()))
+    print("\n" + ", ".join(f"{name} {value}" for name, value in machine().items()))
+    write(asked, results)
+
+
+def write(asked: argparse.Namespace, results: Mapping[str, Any]) -> None:
+    """Write the machine's facts, the options and what was measured to the file of `--json`, if one was named."""
     if asked.json:
         options = {name: value for name, value in vars(asked).items() if name != "json"}
-        text = json.dumps({"machine": facts, "options": options, **results}, indent=1, default=str)
-        asked.json.write_text(text + "\n", encoding="utf-8")
+        text = json.dumps({"machine": machine(), "options": options, **results}, indent=1, default=str)
+        with new_file(asked.json) as file:
+            file.write(text.encode() + b"\n")

@@ -44,6 +44,7 @@ HEAD = """# What works where
 Probed, not claimed: `python tests/capabilities.py` attaches every method with its default options to a small backbone
 of every family and writes this page; `tests/test_capabilities.py` fails when the two differ, and `tests/test_laws.py`
 measures every merge. `visgraft methods --backbone NAME` answers the same for one timm model.
+[Another table](export_table.md) says what becomes of each in other formats, and by how much answers differ there.
 
 - **merges**: the trained model folds into the plain backbone (or is one already), with the same answers and no extra
   cost.

@@ -9,7 +9,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from support import CLASSES, batches, enliven, family, live, size_of
-from timm.models import register_model
+from timm.models import load_pretrained, register_model
 
 from visgraft import Backbone, MethodConfig, attach, create_backbone, save
 
@@ -20,14 +20,17 @@ FACTS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "interpolation": "bicu
 def known_to_timm(kind: str) -> str:
     """Register a tiny family under a name of its own with timm; returns the name."""
 
-    def make(pretrained: bool = False, num_classes: int = CLASSES, **others: Any) -> Any:
+    def make(pretrained: bool = False, num_classes: int = CLASSES, pretrained_cfg: Any = None, **others: Any) -> Any:
         model = family(kind, num_classes=num_classes)
         size = size_of(kind)
         model.pretrained_cfg = {
             **(getattr(model, "pretrained_cfg", None) or {}),
             **FACTS,
+            "architecture": make.__name__,
             "input_size": (3, size, size),
         }
+        if pretrained:  # from a folder, as timm's own models are opened
+            load_pretrained(model, {**model.pretrained_cfg, **pretrained_cfg}, num_classes)
         return model
 
     make.__name__, make.__module__ = f"tiny_{kind}", __name__

@@ -315,6 +315,12 @@ def test_an_adapter_that_does_not_fold_is_exported_as_it_is_but_not_to_timm(tmp_
     assert json.loads({e.key: e.value for e in onnx.load(tmp_path / "m.onnx").metadata_props}["classes"]) == NAMES
 
 
+def test_a_model_that_timm_did_not_create_is_no_folder_that_timm_opens(tmp_path: Path) -> None:
+    with pytest.raises(VisgraftError, match=r"this VisionTransformer has none; create it by timm\.create_model"):
+        export_model(described(adapted("lora-0", "plain"), "plain"), tmp_path / "timm", "timm")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_model_that_cannot_be_traced_names_the_operation(tmp_path: Path) -> None:
     model = adapted("lora-0", "plain")
 

@@ -1,5 +1,7 @@
 """The forecast: what it says of sizes is what training then writes, it reads a few images and writes nothing."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +95,22 @@ def test_memory_counts_the_images_that_are_not_read_yet(
     assert forecast(colours, loading=Loading(cache))["peak_memory_bytes"] == missing * PIXELS
     if not torch.cuda.is_available():
         assert peak_memory_bytes(10**15) > 10**15
+
+
+LARGE = 1_500_000_000
+STARTED = "from visgraft.measure.evaluation import peak_memory_bytes as peak; print(peak())"
+STARTING = f"""
+import subprocess, sys
+held = bytearray(b"1") * {LARGE}
+subprocess.run([sys.executable, "-c", {STARTED!r}], check=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process does not begin with its parent's peak")
+def test_the_memory_of_a_process_is_not_that_of_the_one_which_started_it() -> None:
+    done = subprocess.run([sys.executable, "-c", STARTING], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert 0 < int(done.stdout) < LARGE
 
 
 def test_images_that_an_earlier_run_left_decoded_take_no_time(

@@ -60,7 +60,7 @@ def small_benchmark(words: list[str]) -> list[str]:
 
 def rarely(page: str) -> Any:
     """A page; with `-m long` those on exports, each of whose commands traces a model."""
-    return pytest.param(page, marks=pytest.mark.long) if page.startswith("docs/export_") else page
+    return pytest.param(page, marks=pytest.mark.long) if page.startswith(("docs/export_", "docs/edge")) else page
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from visgraft.backbones.creation import origin_of
 from visgraft.backbones.input_size import built_size
 from visgraft.data.images import Loading
 from visgraft.data.read import AnySource
-from visgraft.errors import VisgraftError
+from visgraft.errors import MergeError, VisgraftError
 from visgraft.export.merge import merge
 from visgraft.files import check_target, new_directory, write_json
 from visgraft.measure.measuring import adapter_data, load_as_trained
@@ -34,8 +34,17 @@ def save_plain(
 
 
 def write_plain(model: nn.Module, folder: Path, classes: Sequence[str], data_config: Mapping[str, Any]) -> None:
-    """Fill a folder with a plain model in timm's own format."""
-    own: Any = getattr(model, "pretrained_cfg", {})
+    """Fill a folder with a plain model in timm's own format.
+
+    Raises:
+        MergeError: timm did not create the model by a name, so that it could not open it either.
+    """
+    own: Any = getattr(model, "pretrained_cfg", None) or {}
+    if not own.get("architecture"):
+        raise MergeError(
+            f"timm opens folders by the name of a model, and this {type(model).__name__} has none; create it by "
+            "timm.create_model, or export it to another format"
+        )
     facts = {
         # What timm goes by when it loads the file; the other facts are of where the weights came from.
         **{key: own[key] for key in ("classifier", "first_conv", "fixed_input_size") if key in own},

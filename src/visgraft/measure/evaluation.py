@@ -1,8 +1,10 @@
 """Accuracy with its interval, macro-F1, and what a run costs."""
 
+import re
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -112,6 +114,8 @@ def peak_memory_bytes(to_come: int = 0) -> int:
     """
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
+    if (resident := _peak_of_linux()) is not None:
+        return resident + to_come
     try:
         import resource
     except ImportError:  # Windows, where psutil knows the peak; elsewhere it only knows what is held now
@@ -119,6 +123,19 @@ def peak_memory_bytes(to_come: int = 0) -> int:
         return int(getattr(held, "peak_wset", held.rss)) + to_come
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024) + to_come
+
+
+def _peak_of_linux() -> int | None:
+    """Return the largest resident set in bytes as Linux counts it; None elsewhere.
+
+    Its `ru_maxrss` begins at that of the process which started this one, such as a notebook that holds another model.
+    """
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    found = re.search(r"^VmHWM:\s+(\d+) kB$", status, flags=re.M)
+    return int(found[1]) * 1024 if found else None
 
 
 def confusion(evaluation: Evaluation, classes: int) -> Any:
