@@ -15,12 +15,12 @@ SOURCE = Path(__file__).parents[1] / "src" / "visgraft"
 MEASURING = ("eval", "merge", "export", "report", "predict")
 TRAINING = ("train", "compare", "bench run")
 REACHED = {
+    "adapters/blending": ("blend",),
     "adapters/directory": MEASURING,
     "adapters/publish": ("push",),
     "adapters/record": MEASURING,
     "adapters/warm_start": ("train",),
     "backbones": (*TRAINING, *MEASURING),
-    "adapters/blending": ("blend",),
     "bench/ledger": ("bench run",),
     "bench/plot": ("bench plot",),
     "bench/running": ("bench run",),
@@ -28,6 +28,7 @@ REACHED = {
     "bench/statistics": ("bench table", "bench plot"),
     "bench/sweep": ("bench run",),
     "check": ("check",),
+    "cli/blend": ("blend",),
     "core/configure": ("bench run",),
     "data/cache": (*TRAINING, "eval", "merge", "export", "report"),
     "export": ("export",),
