@@ -35,7 +35,7 @@ POSITIONS, SHARED = f"{CHILD}.positions.", f"{CHILD}.shared."
 
 
 @dataclass(frozen=True)
-class Part:
+class BlendPart:
     """One of the adapters that a blend is made of: its tensors, by the names that the method gives them.
 
     `weight` is that of its modules, `share` that of its head and of the backbone's own tensors; all shares add up to 1.
@@ -139,12 +139,12 @@ def check_alike(paths: Sequence[Path], records: Sequence[AdapterRecord]) -> None
                 )
 
 
-def parts_of(tensors: Mapping[str, Tensor], method: MethodConfig, weight: float) -> list[Part]:
+def parts_of(tensors: Mapping[str, Tensor], method: MethodConfig, weight: float) -> list[BlendPart]:
     """Return an adapter as parts of a blend: itself, or those that it was blended of."""
     if method.blend is None:
-        return [Part(tensors, weight, weight)]
+        return [BlendPart(tensors, weight, weight)]
     return [
-        Part(_one_of(tensors, number), own * weight, weight / len(method.blend))
+        BlendPart(_one_of(tensors, number), own * weight, weight / len(method.blend))
         for number, own in enumerate(method.blend)
     ]
 
@@ -167,7 +167,7 @@ def _one_of(tensors: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
     return found
 
 
-def blended_config(method: MethodConfig, parts: Sequence[Part], scale: float) -> MethodConfig:
+def blended_config(method: MethodConfig, parts: Sequence[BlendPart], scale: float) -> MethodConfig:
     """Return the blend's options: modules stand side by side, unless the mean of their tensors does the same."""
     plain = dataclasses.replace(method, blend=None)
     if not method.has_places or (method.additive and _same_buffers(parts)):
@@ -175,7 +175,7 @@ def blended_config(method: MethodConfig, parts: Sequence[Part], scale: float) ->
     return dataclasses.replace(plain, blend=tuple(part.weight * scale for part in parts))
 
 
-def _same_buffers(parts: Sequence[Part]) -> bool:
+def _same_buffers(parts: Sequence[BlendPart]) -> bool:
     """Whether what is no floating-point number, such as indices of channels, is the same in all modules."""
     return all(
         torch.equal(tensor, part.tensors[name])
@@ -185,7 +185,7 @@ def _same_buffers(parts: Sequence[Part]) -> bool:
     )
 
 
-def fill(model: nn.Module, parts: Sequence[Part], scale: float) -> None:
+def fill(model: nn.Module, parts: Sequence[BlendPart], scale: float) -> None:
     """Copy the parts' tensors, or their weighted means, into a model with the blend's method attached.
 
     Raises:
