@@ -109,7 +109,11 @@ def files(backbone: str, asked: argparse.Namespace) -> list[dict[str, Any]]:
             if missing_packages(form):
                 continue
             out = Path(place) / f"{len(known)}{form.suffix}"
-            certificate = export_subject(subject, form, make_options(form, options), out)
+            try:
+                certificate = export_subject(subject, form, make_options(form, options), out)
+            except visgraft.VisgraftError as error:
+                print(f"{backbone}, {name}: {error}")
+                continue
             target = out / MODEL if kind == "openvino" else out
             started = [child(kind, target) for _ in range(asked.starts)]
             known[name] = {"bytes": certificate.bytes, "started": started}

@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from PIL import Image
-from support import CLASSES, DEFAULTS, enliven, images, size_of
+from support import CLASSES, DEFAULTS, enliven, family, images, size_of
 from test_laws import OBEYING, adapted, pictures
 from torch import Tensor, nn
 
@@ -31,11 +31,12 @@ from visgraft import (
 from visgraft.backbones.creation import Backbone, create_backbone, image_transform
 from visgraft.errors import VisgraftError
 from visgraft.export import proof, run
-from visgraft.export.format import ExportError, Format, register_format
+from visgraft.export.format import ExportError, Format, Subject, register_format
 from visgraft.export.formats import FORMATS
 from visgraft.export.graph import onnx_model
 from visgraft.export.onnx import Onnx
 from visgraft.export.resizing import pillow_resizes_tall_first, resize_plan
+from visgraft.export.run import export_subject, make_options
 from visgraft.export.samples import drawn_samples
 
 NAMES = ["ä|b", "two\nlines", "{x}", "🚀", "e"]
@@ -269,6 +270,15 @@ def test_what_proves_a_graph_did_not_calibrate_it(trained: tuple[Path, Path], tm
     shutil.copytree(folder / "train", alone / "train")
     with pytest.raises(ExportError, match="would calibrate on the very images that prove the result"):
         export((adapter, alone), tmp_path / "m.onnx", precision="int8", quantization="static")
+
+
+def test_int8_is_refused_where_most_weights_are_of_convolutions(tmp_path: Path) -> None:
+    adapted = Adapted.of(attach(family("convnext_conv"), LoRAConfig()).eval())
+    subject = Subject(adapted, "the model", drawn_samples(adapted.record.data_config))
+    options = make_options(Onnx, {"precision": "int8", "least_agreement": 0.0})
+    with pytest.raises(ExportError, match=r"would store only \d% of the weights in 8 bits.*use fp16 instead"):
+        export_subject(subject, Onnx, options, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
