@@ -69,7 +69,9 @@ def test_every_method_and_every_family_has_its_turn_in_slow_laws() -> None:
 
 @functools.cache
 def _attached(name: str, kind: str, alive: bool) -> nn.Module:
-    return fitted(CONFIGS[name], kind, alive)
+    if alive:  # attaching takes much longer than copying
+        return enliven(copy.deepcopy(_attached(name, kind, False))).eval()
+    return fitted(CONFIGS[name], kind, alive=False)
 
 
 def adapted(name: str, kind: str, alive: bool = True) -> Any:
