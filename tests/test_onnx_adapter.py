@@ -8,7 +8,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-from support import CONFIGS, batches, enliven, family, size_of
+from support import CONFIGS, SHALLOW, batches, enliven, family, size_of
 from test_export import described, export, trained
 from test_laws import pictures
 
@@ -34,7 +34,7 @@ RARELY = [
 def task(name: str, kind: str, classes: int, seed: int) -> Adapted:
     """A tiny adapted model of another task: as many classes, tensors of its own."""
     torch.manual_seed(seed)
-    model = family(kind)
+    model = family(kind, **SHALLOW.get(kind, {}))
     model.reset_classifier(classes)
     attach(model, CONFIGS[name], batches(size=size_of(kind)))
     return described(enliven(model, seed=seed).eval(), kind, [f"{seed}-{i}" for i in range(classes)])

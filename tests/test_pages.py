@@ -6,12 +6,15 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_cli import SMALL, draw, run
 from test_docs import ROOT, blocks
+
+from visgraft import list_methods
 
 PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
 TRAINED = ("linear", "alore")
@@ -52,10 +55,21 @@ def small(words: list[str]) -> list[str]:
 
 
 def small_benchmark(words: list[str]) -> list[str]:
-    """The same benchmark on a tiny backbone, of one task and two settings."""
+    """The same benchmark on a tiny backbone, of one task with few images and two settings."""
     words = without(words, "--workers", "--seeds", "--trials", "--tasks")
     extra = ["--set", "epochs=1", "--workers", "0", "--trials", "2", "--precision", "fp32"]
-    return words + SMALL + extra + (["--tasks", "digits"] if words[2] == "offline" else [])
+    return words + SMALL + extra + (["--tasks", "digits", "--any-size"] if words[2] == "offline" else [])
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few epochs of a linear probe, folds, shuffles and images of the suite: the subject is that commands run."""
+    kind = list_methods()["linear"]
+    monkeypatch.setattr(kind, "recipe", replace(kind.recipe, epochs=5, warmup_epochs=1.0))
+    monkeypatch.setattr("visgraft.search.budget.DIVISIONS", ((2, 1),))
+    monkeypatch.setattr("visgraft.check.shortcuts.PERMUTATIONS", 10)
+    for part, count in {"TRAIN": 60, "VAL": 20, "TESTED": 40}.items():
+        monkeypatch.setattr(f"visgraft.protocols.offline.{part}", count)
 
 
 def rarely(page: str) -> Any:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Mapping
@@ -185,24 +186,38 @@ def fit_image_size(backbone: Backbone) -> tuple[dict[str, Any], list[str]]:
     Raises:
         VisgraftError: the model does not run on images of that size.
     """
-    size = backbone.image_size
-    if size is None:
+    if backbone.image_size is None:
         return {}, []
+    asked = (backbone.name, backbone.image_size, tuple(backbone.arguments.items()), backbone.weights != "none")
+    try:
+        fit = _fit if ":" in backbone.name else _known_fit  # what lies in a folder or on the hub may change
+        sizing, size_bound = fit(*asked)
+    except TypeError:  # an argument that is a list, or another value without a hash
+        sizing, size_bound = _fit(*asked)
+    return dict(sizing), list(size_bound)
+
+
+def _fit(name: str, size: int, given: tuple[tuple[str, Any], ...], weighted: bool) -> tuple[dict[str, Any], list[str]]:
+    arguments = dict(given)
     with torch.device("meta"):
-        own: Any = _create(backbone.name, **backbone.arguments)
+        own: Any = _create(name, **arguments)
         patch = patch_size(own)
         if patch is not None and (size <= 0 or size % patch[0]):
             lower = max(size // patch[0], 1) * patch[0]
             raise VisgraftError(
-                f"image size {size} is not a multiple of the patch size {patch[0]} of {backbone.name}; "
+                f"image size {size} is not a multiple of the patch size {patch[0]} of {name}; "
                 f"use {lower} or {lower + patch[0]}"
             )
         if built_size(own) is None:
-            _prove_image_size(own, backbone.name, size, input_size(own)[1])
+            _prove_image_size(own, name, size, input_size(own)[1])
             return {}, []
-        sized = _create(backbone.name, **{**backbone.arguments, "img_size": size})
-        _prove_image_size(sized, backbone.name, size, input_size(own)[1])
-    return {"img_size": size}, size_bound_tensors(own, sized) if backbone.weights != "none" else []
+        sized = _create(name, **{**arguments, "img_size": size})
+        _prove_image_size(sized, name, size, input_size(own)[1])
+    return {"img_size": size}, size_bound_tensors(own, sized) if weighted else []
+
+
+_known_fit = functools.lru_cache(maxsize=64)(_fit)
+"""`_fit` makes the model twice to find out, which takes longer than to make it; the answer is always the same."""
 
 
 def _prove_image_size(model: nn.Module, name: str, size: int, own: int) -> None:
