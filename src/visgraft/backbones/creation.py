@@ -233,9 +233,7 @@ def with_pool(backbone: Backbone, pool: str) -> Backbone:
             with contextlib.suppress(VisgraftError, AssertionError):  # as timm refuses what a model does not have
                 if _create(backbone.name, **{**arguments, "num_classes": 0}).state_dict().keys() == own:
                     return dataclasses.replace(backbone, arguments=arguments)
-    raise VisgraftError(
-        f"{backbone.name} does not pool by {pool!r} with the tensors that it has; leave pool (--pool) out"
-    )
+    raise VisgraftError(f"{backbone.name} does not pool by {pool!r} with the tensors that it has; leave pool out")
 
 
 def model_data_config(model: nn.Module) -> dict[str, Any]:
