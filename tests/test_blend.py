@@ -9,16 +9,18 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from support import CONFIGS, enliven, fitted, images, logits
 from typer.testing import CliRunner
 
 import visgraft
 from visgraft import Backbone, VisgraftError, blend, detach, load, merge, save
-from visgraft.adapters.directory import read_record
+from visgraft.adapters.directory import CONFIG, TENSORS, read_record
 from visgraft.cli.app import build
 from visgraft.core.attached import get_attached
 from visgraft.core.method import Grid, Method
 from visgraft.core.tensors import CHILD
+from visgraft.errors import AdapterError
 from visgraft.search.blending import search_blend
 
 GRID = Grid(4, 4, 1)
@@ -138,6 +140,7 @@ def test_a_blend_trains_on(tmp_path: Path) -> None:
         ([0.6, 0.6], 1.0, "the weights add up to 1.2, but must to 1"),
         ([1.0], 1.0, "2 adapters, but 1 weights; give one for each"),
         ([float("nan"), 1.0], 1.0, "the weights add up to nan"),
+        ([1e9, 1 - 1e9], 1.0, r"a weight is 1e\+09, but must be between -10 and 10"),
         (None, 0.0, "scale is 0, but must be above 0"),
         (None, float("nan"), "scale is nan, but must be above 0"),
     ],
@@ -171,6 +174,88 @@ def test_adapters_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
     assert backbone.state_dict().keys() == before.keys()  # plain again
 
 
+def first_of(tensors: dict[str, Any]) -> str:
+    return next(name for name in tensors if name.startswith(CHILD))
+
+
+DAMAGES: dict[str, Any] = {
+    "is not finite": lambda t: {**t, first_of(t): t[first_of(t)] * float("nan")},
+    "does not fit its config: head.bias": lambda t: {name: x for name, x in t.items() if name != "head.bias"},
+    "does not fit its config: visgraft.more": lambda t: {**t, "visgraft.more": torch.ones(1)},
+    "does not fit its config: visgraft": lambda t: {**t, first_of(t): torch.ones(3, 3)},
+    "does not fit its config: visgraft.pos": lambda t: {**t, first_of(t): t[first_of(t)].long()},
+    "answers a seeded picture otherwise": lambda t: {**t, first_of(t): t[first_of(t)] + 9},
+}
+
+
+@pytest.mark.parametrize("told", DAMAGES)
+@pytest.mark.parametrize("place", [0, 1])
+def test_damaged_tensors_are_refused_as_load_refuses_them(told: str, place: int, tmp_path: Path) -> None:
+    paths = saved("alore-0", tmp_path)
+    file = paths[place] / TENSORS
+    save_file(DAMAGES[told](load_file(file)), file)
+    backbone = plain("alore-0")
+    with pytest.raises(AdapterError, match=f"{paths[place].name}.*{told}"):
+        blend(paths, backbone=backbone)
+    assert CHILD not in dict(backbone.named_children())
+
+
+@pytest.mark.parametrize(
+    ("weights", "told"),
+    [
+        ([], "must be finite weights, at least one"),
+        ([float("nan"), 0.5], "must be finite weights"),
+        ([0.5], "does not fit its config"),  # one part would be left out
+        ([0.5, 0.25, 0.25], "does not fit its config"),
+        ("x", "must be a tuple of numbers"),
+    ],
+)
+@pytest.mark.parametrize("of_blend", [True, False])
+def test_a_config_with_other_weights_is_refused(weights: Any, told: str, of_blend: bool, tmp_path: Path) -> None:
+    paths = saved("alore-0", tmp_path)
+    if of_blend:
+        save(blend(paths, backbone=plain("alore-0")).model, paths[0])
+    config = json.loads((paths[0] / CONFIG).read_text())
+    config["method_config"]["blend"] = weights
+    (paths[0] / CONFIG).write_text(json.dumps(config))
+    for read in (load, lambda path, backbone: blend([path, path], backbone=backbone)):
+        with pytest.raises(AdapterError, match=told):
+            read(paths[0], backbone=plain("alore-0"))
+
+
+def test_a_blend_whose_means_overflow_is_refused(tmp_path: Path) -> None:
+    paths = saved("ssf-0", tmp_path)
+    for path in paths:
+        model = load(path, backbone=plain("ssf-0")).model
+        model.head.bias.data.fill_(3e38)
+        save(model, path)
+    assert blend(paths, backbone=plain("ssf-0")).model.head.bias.isfinite().all()
+    model.head.bias.data.fill_(-3e38)
+    save(model, paths[1])
+    with pytest.raises(AdapterError, match=r"head\.bias of the blend is not finite"):
+        blend(paths, [2.0, -1.0], backbone=plain("ssf-0"))
+
+
+def test_images_divided_otherwise_cannot_be_divided_again(tmp_path: Path) -> None:
+    """What one adapter has as test images, the other has learned."""
+    data = {"fingerprint": "f", "val_fraction": 0.15, "test_fraction": 0.2, "layout": "flat", "background": "white"}
+    for seeds, kept in (((0, 0), {**data, "seed": 0}), ((0, 1), {"layout": "flat", "background": "white"})):
+        paths = [
+            save(fitted(CONFIGS["ssf-0"]), tmp_path / str(number), record={"data": {**data, "seed": seed}})
+            for number, seed in enumerate(seeds)
+        ]
+        record = blend(paths, backbone=plain("ssf-0")).record
+        assert record.facts["data"] == kept
+        out = save(blend(paths, backbone=plain("ssf-0")).model, tmp_path / "out", record=record.facts)
+        assert (read_record(out).split is None) == (seeds == (0, 1))
+
+
+def test_the_card_says_what_was_blended(tmp_path: Path) -> None:
+    made = blend(saved("ssf-0", tmp_path), backbone=plain("ssf-0"))
+    card = (save(made.model, tmp_path / "out", record=made.record.facts) / "README.md").read_text()
+    assert "It was blended of ssf-0-1, ssf-0-2" in card and "one training with one seed" not in card
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
     """A data set and three adapters of it that differ in their seed."""
@@ -201,7 +286,7 @@ def test_a_search_starts_from_the_best_and_only_goes_up(trained: tuple[Path, lis
     assert [one.weights for one in found.tried[:3]] == [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)]
     assert all(sum(one.weights) == pytest.approx(1) for one in found.tried)
     assert found.best.figure == max(one.figure for one in found.tried)
-    for one in found.tried:
+    for one in (found.tried[0], found.tried[4], found.tried[-1]):
         assert one.figure == visgraft.evaluate(
             blend(paths, one.weights, scale=one.scale).model,
             visgraft.load_images(visgraft.read_folder(data).val, load(paths[0]).record.data_config),
@@ -233,13 +318,14 @@ def test_the_verb_writes_an_adapter_and_says_what_it_did(trained: tuple[Path, li
         (("--search", "DATA", "--scale", "0.5"), "leave out --weights and --scale"),
         (("--csv", "x.csv"), "add --search, or leave --csv out"),
         (("--out", "FIRST"), "is one of the adapters that are blended"),
+        (("--out", "INSIDE"), "is one of the adapters that are blended, or in one"),
     ],
 )
 def test_mistakes_get_one_line(
     words: tuple[str, ...], told: str, trained: tuple[Path, list[Path]], tmp_path: Path
 ) -> None:
     data, paths = trained
-    given = [{"DATA": data, "FIRST": paths[0]}.get(word, word) for word in words]
+    given = [{"DATA": data, "FIRST": paths[0], "INSIDE": paths[0] / "more"}.get(word, word) for word in words]
     out = [] if "--out" in words else ["--out", tmp_path / "out"]
     done = run("blend", *paths, *given, *out)
     assert isinstance(done.exception, VisgraftError) and told in str(done.exception)

@@ -1,6 +1,7 @@
 """Frozen dataclasses that hold every option; the command line generates its flags from them."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -133,6 +134,8 @@ class MethodConfig(Options):
                     f"{name} has no effect on {self.method}, which puts no modules into blocks; leave it out"
                 )
         self.check_positive("last_blocks")
+        if self.blend is not None and not (self.blend and all(map(math.isfinite, self.blend))):
+            raise VisgraftError(f"blend is {self.blend!r:.80}, but must be finite weights, at least one")
 
     @property
     def starts_as_identity(self) -> bool:

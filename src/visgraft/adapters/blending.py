@@ -14,23 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visgraft.adapters.directory import (
-    CONFIG,
-    Adapted,
-    adapter_tensors,
-    check_backbone,
-    read_record,
-    read_tensors,
-)  # fmt: skip
+from visgraft.adapters.directory import Adapted, adapter_tensors, load, read_record
 from visgraft.adapters.hub import settled
 from visgraft.adapters.record import AdapterRecord
 from visgraft.backbones.creation import create_backbone
 from visgraft.core.attach import assemble, count_parameters, detach
 from visgraft.core.attached import get_attached
 from visgraft.core.tensors import CHILD
+from visgraft.data.dataset import Split
 from visgraft.errors import AdapterError
 from visgraft.options import MethodConfig
 
+DIVISION = {"fingerprint", *(field.name for field in dataclasses.fields(Split))}
+"""What an adapter's record says of its data by which they are divided again as they were."""
+_NOTHING = object()
+LARGEST = 10.0
+"""A weight beyond is a slip, and such ones that cancel each other leave rounding errors."""
 POSITIONS, SHARED = f"{CHILD}.positions.", f"{CHILD}.shared."
 
 
@@ -72,33 +71,76 @@ def blend(
     records = [read_record(path) for path in paths]
     shares = check_weights(paths, weights, scale)
     check_alike(paths, records)
-    parts = [
-        part
-        for path, record, share in zip(paths, records, shares, strict=True)
-        if share  # a weight of nothing need not take up room
-        for part in parts_of(read_tensors(path), record.method, share)
-    ]
-    config = blended_config(records[0].method, parts, scale)
     model = backbone
     if model is None:
         model = create_backbone(records[0].located(paths[0], backbone_weights), records[0].outputs)
+    # A weight of nothing need not take up room.
+    tensors = [checked_tensors(path, model) if share else {} for path, share in zip(paths, shares, strict=True)]
+    return blended(model, paths, records, tensors, shares, scale)
+
+
+def checked_tensors(path: Path, model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of an adapter, after all that `load` checks on a plain model, which is plain again then.
+
+    Raises:
+        AdapterError: the adapter is damaged, or of another backbone.
+    """
+    tensors = {name: tensor.clone() for name, tensor in adapter_tensors(load(path, backbone=model).model).items()}
+    detach(model)
+    return tensors
+
+
+def blended(
+    model: nn.Module,
+    paths: Sequence[Path],
+    records: Sequence[AdapterRecord],
+    tensors: Sequence[Mapping[str, Tensor]],
+    shares: Sequence[float],
+    scale: float,
+) -> Adapted:
+    """Attach the blend of adapters that go together to a plain model, in place.
+
+    Raises:
+        AdapterError: the blend has values that are not finite.
+    """
+    parts = [
+        part
+        for own, record, share in zip(tensors, records, shares, strict=True)
+        if share
+        for part in parts_of(own, record.method, share)
+    ]
+    config = blended_config(records[0].method, parts, scale)
     assemble(model, config)
     try:
-        check_backbone(model, records[0], paths[0])
+        get_attached(model).adopt(records[0].own)
         fill(model, parts, scale)
     except AdapterError:
         detach(model)
         raise
-    told = {"adapters": [path.name for path in paths], "weights": shares, "scale": scale}
-    kept = {name: records[0].facts[name] for name in ("data", "precision") if name in records[0].facts}
+    told = {"adapters": [path.absolute().name for path in paths], "weights": list(shares), "scale": scale}
+    facts = {name: records[0].facts[name] for name in ("precision",) if name in records[0].facts}
+    data = common_data([record.facts.get("data", {}) for record in records])
     record = dataclasses.replace(
         records[0],
         method=config,
-        facts={**kept, "blend": told},
+        facts={**facts, **({"data": data} if data else {}), "blend": told},
         parameters=dataclasses.asdict(count_parameters(model)),
         canary=None,
     )
     return Adapted(model.eval(), record)
+
+
+def common_data(data: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what adapters have in common of the data that they were trained on.
+
+    Where those were divided otherwise, nothing is left by which they could be divided again: what one adapter has as
+    test images, another may have learned.
+    """
+    first = data[0]
+    common = {name: value for name, value in first.items() if all(o.get(name, _NOTHING) == value for o in data)}
+    if not common.keys() >= first.keys() & DIVISION:
+        return {name: value for name, value in common.items() if name not in DIVISION}
+    return common
 
 
 def check_weights(paths: Sequence[Path], weights: Sequence[float] | None, scale: float) -> list[float]:
@@ -110,6 +152,8 @@ def check_weights(paths: Sequence[Path], weights: Sequence[float] | None, scale:
         raise AdapterError(f"there are {len(paths)} adapters, but {len(shares)} weights; give one for each")
     if not abs(sum(shares) - 1) < 1e-6:
         raise AdapterError(f"the weights add up to {sum(shares):g}, but must to 1; a --scale below 1 is something else")
+    if far := [share for share in shares if abs(share) > LARGEST]:
+        raise AdapterError(f"a weight is {far[0]:g}, but must be between {-LARGEST:g} and {LARGEST:g}")
     if not 0 < scale <= 2:
         raise AdapterError(f"scale is {scale:g}, but must be above 0 and at most 2")
     return shares
@@ -189,8 +233,9 @@ def fill(model: nn.Module, parts: Sequence[BlendPart], scale: float) -> None:
     """Copy the parts' tensors, or their weighted means, into a model with the blend's method attached.
 
     Raises:
-        AdapterError: a tensor is missing or has another shape.
+        AdapterError: a mean is not finite.
     """
+    like = next(model.parameters())
     attached, found = get_attached(model), dict[str, Tensor]()
     head = tuple(f"{path}." for path in attached.head)
     for name, first in parts[0].tensors.items():
@@ -212,11 +257,8 @@ def fill(model: nn.Module, parts: Sequence[BlendPart], scale: float) -> None:
     if attached.config.blend is not None:
         for number, part in enumerate(parts):
             found |= {_placed(name, number): t for name, t in part.tensors.items() if name.startswith(CHILD)}
-    own_tensors = adapter_tensors(model)
-    wrong = sorted(found.keys() ^ own_tensors.keys())
-    wrong += [name for name in own_tensors if name in found and own_tensors[name].shape != found[name].shape]
-    if wrong:
-        raise AdapterError(f"the adapters' tensors do not fit their {CONFIG}: {', '.join(wrong[:3])}; restore them")
+    if broken := [name for name, tensor in found.items() if not bool(tensor.to(like.dtype).isfinite().all())]:
+        raise AdapterError(f"{broken[0]} of the blend is not finite; give smaller weights, or train with a lower --lr")
     state = model.state_dict()
     with torch.no_grad():
         for name, tensor in found.items():

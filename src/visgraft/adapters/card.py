@@ -180,7 +180,11 @@ def _limits(record: AdapterRecord, figures: Sequence[Mapping[str, Any]]) -> list
         )
     if record.backbone.weights == "none":
         found.append("The backbone is random, not pretrained.")
-    found.append("It is one training with one seed; another would differ somewhat.")
+    if "blend" in facts:
+        parts = ", ".join(map(plain, facts["blend"].get("adapters", ())))
+        found.append(f"It was blended of {parts}, not trained as it is; their own cards say what each was taught.")
+    else:
+        found.append("It is one training with one seed; another would differ somewhat.")
     return found
 
 

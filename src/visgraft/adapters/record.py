@@ -124,6 +124,8 @@ class AdapterRecord:
             ("record.data", data, dict), ("record.train", facts.get("train", {}), dict),
             ("record.metrics", facts.get("metrics", {}), dict),
             ("record.history", facts.get("history", []), list | tuple),
+            ("record.blend", blend := facts.get("blend", {}), dict),
+            ("record.blend.adapters", blend.get("adapters", []) if isinstance(blend, dict) else [], list | tuple),
             ("record.precision", facts.get("precision", "fp32"), str),
             ("record.data.background", None if not isinstance(data, dict) else data.get("background"), str | None),
         ):  # fmt: skip
@@ -132,7 +134,8 @@ class AdapterRecord:
             raise AdapterError(f"{file}: precision is {facts['precision']!r}, not fp32 or bf16; update visgraft")
         with _damage(file, "record"):
             kept = {each.name for each in dataclasses.fields(Split)}
-            split = Split(**{name: value for name, value in data.items() if name in kept}) if data else None
+            told = {name: value for name, value in data.items() if name in kept}
+            split = Split(**told) if told else None
         with _damage(file, "data_config"):
             check_facts(config["data_config"])
         with _damage(file, "canary"):

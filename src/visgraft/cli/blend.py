@@ -48,8 +48,8 @@ def blend(
         raise VisgraftError("--csv says which images --search reads; add --search, or leave --csv out")
     if search is not None and (shares is not None or scale is not None):
         raise VisgraftError("--search chooses the weights and the scale; leave out --weights and --scale")
-    if any(out.resolve() == path.resolve() for path in adapters):
-        raise VisgraftError(f"--out {out} is one of the adapters that are blended; name another folder")
+    if any(out.resolve().is_relative_to(path.resolve()) for path in adapters):
+        raise VisgraftError(f"--out {out} is one of the adapters that are blended, or in one; name another folder")
     if len(adapters) == 1 and scale is None and search is None:
         raise VisgraftError("one adapter by itself is no blend; name a second one, or give --scale")
     check_target(out, CONFIG)

@@ -63,7 +63,7 @@ def augmentation(images: Images, config: TrainConfig) -> Callable[[Tensor, int],
     crop, policy, rand_augment = None, None, config.rand_augment
     if config.crop_scale:
         size = tuple(images.pixels.shape[-2:])
-        scale = (config.crop_scale, 1.0)
+        scale = (max(config.crop_scale, 1 / (size[0] * size[1])), 1.0)  # at least a pixel
         crop = _timms("transforms").RandomResizedCropAndInterpolation(size, scale, interpolation="bilinear")
     if rand_augment:
         if images.pixels.shape[1] != 3:

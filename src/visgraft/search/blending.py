@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from torch import nn
 
-from visgraft.adapters.blending import blend, check_alike
+from visgraft.adapters.blending import blended, check_alike, checked_tensors
 from visgraft.adapters.directory import read_record
 from visgraft.adapters.hub import settled
 from visgraft.backbones.creation import create_backbone
@@ -67,10 +66,13 @@ def search_blend(
     check_alike(paths, records)
     images = _validation_images(paths, data, loading)
     plain = create_backbone(records[0].located(paths[0], backbone_weights), records[0].outputs)
+    tensors = [checked_tensors(path, plain) for path in paths]
     tried: list[TriedBlend] = []
 
     def measure(weights: Sequence[float], scale: float = 1.0) -> TriedBlend:
-        found = TriedBlend(tuple(weights), scale, _figure(paths, weights, scale, plain, images, records[0].precision))
+        made = blended(plain, paths, records, tensors, weights, scale)
+        found = TriedBlend(tuple(weights), scale, evaluate(made.model, images, records[0].precision).figure)
+        detach(plain)
         tried.append(found)
         on_tried(found)
         return found
@@ -90,17 +92,6 @@ def _with_share(weights: Sequence[float], number: int, share: float) -> list[flo
     return [(1 - share) * weight + share * (other == number) for other, weight in enumerate(weights)]
 
 
-def _figure(
-    paths: Sequence[Path], weights: Sequence[float], scale: float, plain: nn.Module, images: Images, precision: str
-) -> float:
-    """Return a blend's figure; the plain model is plain again afterwards."""
-    blended = blend(paths, weights, scale=scale, backbone=plain)
-    try:
-        return evaluate(blended.model, images, precision).figure
-    finally:
-        detach(plain)
-
-
 def _validation_images(paths: Sequence[Path], data: AnySource, loading: Loading) -> Images:
     """Return the validation images that all adapters were trained beside."""
     parts = [adapter_data(path, data) for path in paths]
@@ -114,7 +105,7 @@ def _validation_images(paths: Sequence[Path], data: AnySource, loading: Loading)
     if any({e.path for e in other.val} != {e.path for e in first.val} for other, _ in parts[1:]):
         raise DataError(
             "the adapters were trained with other validation images each, so some have learned those of others; "
-            "train them with the same --val-fraction, or give data with a val folder"
+            "train them with one --seed and --val-fraction, or give data with a val folder"
         )
     if not first.val:
         raise DataError(f"{first.root} has no validation images to choose a blend on; add a val folder")

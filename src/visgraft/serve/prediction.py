@@ -231,7 +231,9 @@ def _together(ready: Sequence[_Ready]) -> Callable[[Sequence[_Ready], Tensor], _
     for one in ready[1:]:
         kind = (one.adapted.classes, one.adapted.record.outputs, one.multi_label)
         if kind != (first.adapted.classes, first.adapted.record.outputs, first.multi_label):
-            raise AdapterError(f"{first.name} and {one.name} do not answer the same classes, so no mean says anything")
+            raise AdapterError(
+                f"{first.name} and {one.name} do not answer the same classes in one order, so no mean says anything"
+            )
     return lambda ready, x: [(ENSEMBLE, first, torch.stack([_probabilities(one, x) for one in ready]).mean(0))]
 
 

@@ -69,9 +69,9 @@ def fit(
         TrainingDiverged: the loss stopped being finite, and `keep_last_good` is not set.
     """
     begin, training = time.perf_counter(), None
-    torch.manual_seed(config.seed)
     if config.head_first and not told.get("resume"):
         train_head(model, images, method, config)
+    torch.manual_seed(config.seed)  # afterwards, so that the method starts as without
     if start is None:
         attach(model, method, images.batches())
     else:
@@ -93,6 +93,7 @@ def train_head(model: nn.Module, images: Images, method: MethodConfig, config: T
     Source: arXiv:2202.10054, by which features are distorted less where the head does not start at random.
 
     Raises:
+        TrainingDiverged: the loss stopped being finite; the model is plain again.
         VisgraftError: the method trains nothing but the head.
     """
     if method.head_only:
@@ -101,8 +102,14 @@ def train_head(model: nn.Module, images: Images, method: MethodConfig, config: T
     given = {"epochs": config.head_first, **{name: getattr(config, name) for name in kept}}
     probing, recipe = configure("linear", given)
     attach(model, probing)
-    train(model, images, recipe)
-    strip(model)
+    try:
+        train(model, images, recipe)
+    except TrainingDiverged as error:  # none of these epochs is one of the method's
+        raise TrainingDiverged(
+            "the loss of the head, which trains first, is not finite; leave out head_first", 0
+        ) from error
+    finally:
+        strip(model)
 
 
 def answer(model: nn.Module, images: Images, precision: str) -> Answers:
