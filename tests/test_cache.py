@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from test_cli import SMALL, draw, run, succeed
 
-from visgraft import DataError, Example, Images, load_images
+from visgraft import DataError, Example, Images, TrainConfig, load_images
 from visgraft.adapters.directory import TENSORS
 from visgraft.data import cache as caches
 from visgraft.data.augment import augmentation
@@ -56,7 +56,8 @@ def test_all_caches_give_the_same_pixels_however_they_are_indexed(cache: str, ex
     assert torch.equal(pixels(other), pixels(plain))
     assert torch.equal(other.pixels[2:5], plain.pixels[2:5]) and torch.equal(other.pixels[3], plain.pixels[3])
     assert torch.equal(other.pixels[torch.tensor(3)], plain.pixels[3])
-    assert torch.equal(*(augmentation(kind, True, "rand-m5", 0)(torch.arange(12), 1) for kind in (plain, other)))
+    config = TrainConfig(flip=True, rand_augment="rand-m5")
+    assert torch.equal(*(augmentation(kind, config)(torch.arange(12), 1) for kind in (plain, other)))
     assert len(other.pixels) == 12 and other.paths == plain.paths
 
 

@@ -86,13 +86,13 @@ def test_the_seed_alone_decides_the_weights_bit_for_bit(name: str) -> None:
 
 def test_augmentation_depends_on_seed_epoch_and_index_alone() -> None:
     images, everything = task(), torch.arange(20)
-    augment = augmentation(images, True, "rand-m9-mstd0.5-inc1", 0)
+    augment = augmentation(images, TrainConfig(flip=True, rand_augment="rand-m9-mstd0.5-inc1"))
     assert augment is not None
     whole = augment(everything, 1)
     torch.manual_seed(5)
     for chosen in (torch.tensor([3]), torch.tensor([11, 3, 7]), everything.flip(0)):
         assert torch.equal(augment(chosen, 1), whole[chosen])
-    again = augmentation(images, True, "rand-m9-mstd0.5-inc1", 1)
+    again = augmentation(images, TrainConfig(flip=True, rand_augment="rand-m9-mstd0.5-inc1", seed=1))
     assert again is not None
     assert not torch.equal(augment(everything, 2), whole)
     assert not torch.equal(again(everything, 1), whole)
@@ -100,7 +100,7 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone() -> None:
 
 def test_augmentation_takes_the_strongest_magnitude_of_every_operation() -> None:
     images = task(4)
-    augment = augmentation(images, False, "rand-m10-n8-mstd0.5-inc1", 0)
+    augment = augmentation(images, TrainConfig(rand_augment="rand-m10-n8-mstd0.5-inc1"))
     assert augment is not None
     for epoch in range(60):
         assert augment(torch.arange(4), epoch).shape == (4, 3, 16, 16)
