@@ -66,20 +66,16 @@ def train(
     **values: Any,
 ) -> None:
     """Train a method on labelled images and write a small adapter."""
-    from visgraft.backbones.creation import with_pool
     from visgraft.cli.options import train_config
     from visgraft.cli.show import emit, print_figures, warn
     from visgraft.data.dataset import Split
     from visgraft.data.images import Loading
     from visgraft.data.read import read_data
 
-    if pool and init_from:
-        raise VisgraftError("--pool is given by the adapter that --init-from names; leave one out")
     if dry_run:
         _check_dry_run({"--resume": resume, "--folds": folds, "--log": log})
     origin, config = _start(init_from, method, backbone, weights, image_size, values)
-    origin = origin if crop_mode is None else dataclasses.replace(origin, crop_mode=crop_mode)
-    origin = origin if pool is None else with_pool(origin, pool)
+    origin = _seen_as_asked(origin, crop_mode, pool, init_from)
     recipe = train_config(config.method, values)
     origin = dataclasses.replace(origin, seed=recipe.seed)  # the seed of the new head
     if origin.weights == "none":
@@ -100,6 +96,16 @@ def train(
     emit(figures, json, lambda: print_figures(figures))
     if figures["unlabelled"] and not json:
         _offer_predict(out, figures["unlabelled"])
+
+
+def _seen_as_asked(origin: Any, crop_mode: str | None, pool: str | None, init_from: Path | None) -> Any:
+    """Return the backbone with the crop of pictures and the pooling that were asked for."""
+    from visgraft.backbones.creation import with_pool
+
+    if pool and init_from:
+        raise VisgraftError("--pool is given by the adapter that --init-from names; leave one out")
+    origin = origin if crop_mode is None else dataclasses.replace(origin, crop_mode=crop_mode)
+    return origin if pool is None else with_pool(origin, pool)
 
 
 def _check_before(out: Path, images: Any, split: Any, folds: int, repeats: int) -> None:

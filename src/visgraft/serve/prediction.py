@@ -119,8 +119,9 @@ def predict_stream(
     transform, colour = ready[0].adapted.transform, background or _background(ready)
     decoded = _decoded(map(_path, images), lambda path: _prepared(path, transform, colour), 2 * batch_size)
     named = partial(_name, top=top, threshold=THRESHOLD if threshold is None else threshold)
-    asked = _together(ready) if ensemble else _each
-    return _run(ready, _batches(decoded, batch_size), asked, named, on_broken, on_progress)
+    if ensemble:
+        _check_ensemble(ready)
+    return _run(ready, _batches(decoded, batch_size), ensemble, named, on_broken, on_progress)
 
 
 def _check_options(
@@ -186,7 +187,7 @@ def _stacked(good: Sequence[tuple[Path, Tensor]]) -> Tensor:
 def _run(
     ready: Sequence[_Ready],
     batches: Iterator[list[tuple[Path, Tensor | DataError]]],
-    asked: Callable[[Sequence[_Ready], Tensor], "_Answers"],
+    ensemble: bool,
     named: Callable[[_Ready, Tensor], list[Classes]],
     on_broken: Callable[[Path, str], None] | None,
     on_progress: Callable[[int], None] | None,
@@ -202,7 +203,7 @@ def _run(
                 if x.shape[1:] not in fitting:
                     _check_prepared(ready, x.shape[1], x.shape[2:])
                     fitting.add(x.shape[1:])
-                columns = [(name, named(one, found)) for name, one, found in asked(ready, x)]
+                columns = [(name, named(one, found)) for name, one, found in _answers(ready, x, ensemble)]
                 for row, (path, _) in enumerate(good):
                     yield from (Prediction(path, name, answers[row]) for name, answers in columns)
             done += len(batch)
@@ -210,31 +211,24 @@ def _run(
                 on_progress(done)
 
 
-_Answers = list[tuple[str, _Ready, Tensor]]
-"""What a batch is answered: by which name, the adapter that names the classes, probabilities [B, classes]."""
+def _answers(ready: Sequence[_Ready], x: Tensor, ensemble: bool) -> list[tuple[str, _Ready, Tensor]]:
+    """Return who answers a batch: the name, the adapter that names the classes, and probabilities [B, classes]."""
+    each = [_probabilities(one, x) for one in ready]
+    if ensemble:
+        return [(ENSEMBLE, ready[0], torch.stack(each).mean(0))]
+    return [(one.name, one, found) for one, found in zip(ready, each, strict=True)]
 
 
-def _each(ready: Sequence[_Ready], x: Tensor) -> _Answers:
-    """Let every adapter answer for itself."""
-    return [(one.name, one, _probabilities(one, x)) for one in ready]
-
-
-def _together(ready: Sequence[_Ready]) -> Callable[[Sequence[_Ready], Tensor], _Answers]:
-    """Return what lets the adapters answer together, by the mean of their probabilities.
-
-    Raises:
-        AdapterError: there is one only, or two answer other classes.
-    """
-    first = ready[0]
+def _check_ensemble(ready: Sequence[_Ready]) -> None:
+    """Raise an AdapterError where there is one adapter only, or two answer other classes."""
     if len(ready) < 2:
         raise AdapterError("an ensemble needs two adapters or more; name another, or leave out ensemble (--ensemble)")
-    for one in ready[1:]:
-        kind = (one.adapted.classes, one.adapted.record.outputs, one.multi_label)
-        if kind != (first.adapted.classes, first.adapted.record.outputs, first.multi_label):
+    kinds = [(one.adapted.classes, one.adapted.record.outputs, one.multi_label) for one in ready]
+    for one, kind in zip(ready, kinds, strict=True):
+        if kind != kinds[0]:
             raise AdapterError(
-                f"{first.name} and {one.name} do not answer the same classes in one order, so no mean says anything"
+                f"{ready[0].name} and {one.name} do not answer the same classes in one order, so no mean says anything"
             )
-    return lambda ready, x: [(ENSEMBLE, first, torch.stack([_probabilities(one, x) for one in ready]).mean(0))]
 
 
 def _readable(

@@ -136,12 +136,11 @@ def forecast_folder(
     model = create_backbone(backbone, len(dataset.classes), config.drop_path)
     plain, preparing = count_parameters(model), time.perf_counter() - begin
     sample = _read_sample(dataset, model, loading, watch)
-
-    def attach_with(batches: Iterator[Any]) -> None:
-        attach_as_asked(model, method_config, batches, dataset, init_from, config.seed, watch)
-
     heading = _head_seconds(model, sample.train, method_config, config)
-    attaching = _attaching_seconds(sample.train, attach_with)
+    attaching = _attaching_seconds(
+        sample.train,
+        lambda batches: attach_as_asked(model, method_config, batches, dataset, init_from, config.seed, watch),
+    )
     file_bytes = len(safetensors.torch.save(adapter_tensors(model)))
     pace, validation, later = _training_seconds(model, sample, config, watch)
     seconds = {"preparing": preparing, "reading_images": sample.seconds, **heading, "attaching": attaching, **later}
