@@ -57,6 +57,7 @@ REACHED = {
     "data/decode": (),
     "cli/check": ("check",),
     "cli/compare": ("compare",),
+    "cli/auto": ("train",),
     "cli/log": ("train",),
     "cli/predict": ("predict",),
     "cli/report": ("report",),

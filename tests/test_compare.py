@@ -18,6 +18,8 @@ from test_search import answers, pretend, reach
 from typer.testing import CliRunner
 
 from visgraft import Backbone, VisgraftError, list_methods, load
+from visgraft.adapters.directory import read_record
+from visgraft.cli.app import build
 from visgraft.cli.compare import compare as verb
 from visgraft.cli.compare import describe
 from visgraft.data import images as images_module
@@ -124,6 +126,71 @@ def test_a_better_method_is_recommended_with_its_setting(colours: Path, monkeypa
     )
     method, recipe = found.best_config()
     assert method.method == "alore" and recipe.epochs == list_methods()["alore"].recipe.epochs
+
+
+def shortened(monkeypatch: pytest.MonkeyPatch, right: dict[str, int]) -> None:
+    """Let an automatic choice be among methods that get so many of 36 images right, in no time."""
+    pretend(monkeypatch)
+    reach(lambda method, setting: right[method])
+    monkeypatch.setattr("visgraft.search.run.AUTO_METHODS", tuple(right))
+    monkeypatch.setattr("visgraft.search.run.measure_cost", lambda task, name: Cost(0.0, 1e-4, 1e-4, name == "linear"))
+    monkeypatch.setattr("visgraft.search.race.fit_fold", lambda bench, method, config, images, fold, *rest: (
+        SimpleNamespace(probabilities=answers(images.labels, right[method.method])[fold[1]])
+    ))  # fmt: skip
+
+
+def test_an_automatic_choice_is_the_most_accurate_and_says_how_sure_that_is(
+    colours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shortened(monkeypatch, {"linear": 20, "ssf": 26, "lora": 25, "full": 9})
+    found = compared(colours, names=("auto",), trials=1)
+    assert [row.method for row in found.results] == ["linear", "ssf", "lora"], "the last does not reach the folds"
+    assert found.recommended == "ssf" and "full fell behind on the validation images" in found.notes[1]
+    assert re.fullmatch(
+        r"ssf is the best of 3 on 30 images, 3\.3 ± \d\.\d points above the next, lora, which 30 images cannot tell "
+        r"from 0; use --method ssf --lr .*",
+        found.sentence,
+    )
+
+
+def train(*arguments: object) -> Any:
+    words = ["train", *(str(argument) for argument in arguments)]
+    return CliRunner().invoke(build(words), words)
+
+
+def test_train_with_method_auto_chooses_trains_and_keeps_why(colours: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("visgraft.search.run.AUTO_METHODS", ("linear", "bitfit"))
+        done = train(colours, *SMALL, "--method", "auto", "--trials", 1, "--epochs", 2, "--seed", 3, "--precision",
+                     "fp32", "--out", tmp_path / "a", "--json")  # fmt: skip
+    assert done.exit_code == 0, done.exception
+    figures, record = json.loads(done.stdout), read_record(tmp_path / "a")
+    chosen = record.facts["chosen"]
+    assert [row["method"] for row in chosen["methods"]] == ["linear", "bitfit"]
+    assert figures["method"] == record.method.method and f"--method {record.method.method}" in chosen["sentence"]
+    assert record.facts["train"]["seed"] == 3 and "the best of 2 on 30 images" in chosen["sentence"]
+    assert figures["chosen"] == chosen
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--method", "auto", "--lr", "0.1"], "--lr is among what --method auto chooses"),
+        (["--method", "auto", "--rank", "2"], "--rank is among what --method auto chooses"),
+        (["--method", "auto", "--resume"], "--resume needs a method that is known already"),
+        (["--method", "auto", "--dry-run"], "--dry-run needs a method that is known already"),
+        (["--method", "sct", "--budget", "3m"], "--budget is for --method auto"),
+        (["--trials", "3"], "--trials is for --method auto"),
+        (["--method", "auto", "--budget", "x"], "budget 'x' is no length of time"),
+        (["--method", "auto", "--budget", "2s"], "a budget of 2s is too short"),
+    ],
+)
+def test_what_does_not_go_with_an_automatic_choice_is_one_line(
+    words: list[str], said: str, colours: Path, tmp_path: Path
+) -> None:
+    done = train(colours, *SMALL, *words, "--out", tmp_path / "a")
+    assert isinstance(done.exception, VisgraftError) and said in str(done.exception), done.exception
+    assert not (tmp_path / "a").exists()
 
 
 def test_images_with_several_classes_are_compared_by_average_precision(tmp_path: Path) -> None:

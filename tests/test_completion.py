@@ -29,7 +29,7 @@ def test_verbs_are_completed() -> None:
 @pytest.mark.parametrize(
     ("words", "found"),
     [
-        (("train", "--method", ""), set(list_methods())),
+        (("train", "--method", ""), {"auto", *list_methods()}),
         (("train", "--ra"), {"--rand-augment", "--rank"}),
         (("train", "--backbone", "vit_small_patch14_d"), {"vit_small_patch14_dinov2"}),
         (("predict", "--skip"), {"--skip-broken"}),

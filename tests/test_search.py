@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from visgraft import Backbone, Epoch, VisgraftError, list_methods
-from visgraft.core.configure import configure
+from visgraft.core.configure import COLOURS, configure, default_setting, search_space
 from visgraft.data.images import Images
 from visgraft.errors import TrainingDiverged
 from visgraft.search import parse_budget
 from visgraft.search.budget import MIN_TRIALS, Clock, Cost, OutOfTime, Plan, Size, make_plan
 from visgraft.search.race import Race
-from visgraft.search.settings import Search, TuningTask, default_setting
+from visgraft.search.settings import Search, TuningTask
 from visgraft.training.crossval import Bench, Fit
 from visgraft.training.pace import duration
 
@@ -38,8 +38,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any], 
     reach(lambda method, setting: 50)
 
     def fit(self: Bench, method: Any, config: Any, images: Images, val: Images, **options: Any) -> Fit:
-        knobs = list_methods()[method.method].knobs
-        setting = {name: getattr(method, name, getattr(config, name, None)) for name in knobs}
+        names = search_space(method.method)
+        setting = {name: getattr(method, name, getattr(config, name, None)) for name in names}
         seen.append((method.method, setting, 0))
         right = REACHED[0](method.method, setting)
         if right is None:
@@ -150,12 +150,13 @@ def test_every_value_of_a_methods_knobs_is_an_option_and_the_default_is_among_th
     kind = list_methods()[name]
     assert configure(name, default_setting(name)) == (kind.Config(), kind.recipe)
     assert kind.knobs, "a comparison would try the default alone"
-    for values in itertools.product(*kind.knobs.values()):
-        method, recipe = configure(name, {"epochs": 6, **dict(zip(kind.knobs, values, strict=True))})
+    space = search_space(name)
+    for values in itertools.product(*space.values()):
+        method, recipe = configure(name, {"epochs": 6, **dict(zip(space, values, strict=True))})
         assert recipe.epochs == 6 and recipe.warmup_epochs == pytest.approx(
             kind.recipe.warmup_epochs * 6 / kind.recipe.epochs
         )
-        for option, value in zip(kind.knobs, values, strict=True):
+        for option, value in zip(space, values, strict=True):
             assert value in (getattr(method, option, None), getattr(recipe, option, None))
 
 
@@ -167,13 +168,14 @@ def test_wrong_knobs_are_named(knobs: Any, said: str, monkeypatch: pytest.Monkey
 
 
 def test_the_search_starts_with_the_default_and_finds_what_is_better(trained: list[Any]) -> None:
-    reach(lambda method, setting: 90 if setting == {"lr": 5e-4, "scale": 10.0} else 40)
-    found = search("alore")
-    go(found, 20)
-    assert trained[0][1] == default_setting("alore") and found.best is not None
-    assert found.best[:2] == (0.9, {"lr": 5e-4, "scale": 10.0})
-    assert found.trials == 20 and not found.untried
-    assert len({tuple(setting.values()) for _, setting, _ in trained}) == 20, "no setting is trained twice"
+    best = {"lr": 5e-4, "rand_augment": COLOURS, "flip": True}
+    reach(lambda method, setting: 90 if setting == best else 40)
+    found = search("bitfit")
+    go(found, 30)
+    assert trained[0][1] == default_setting("bitfit") and found.best is not None
+    assert found.best[:2] == (0.9, best)
+    assert found.trials == 30 and not found.untried
+    assert len({tuple(setting.values()) for _, setting, _ in trained}) == 30, "no setting is trained twice"
 
 
 def test_poor_trials_are_pruned_and_the_default_is_not(trained: list[Any]) -> None:

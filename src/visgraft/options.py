@@ -84,6 +84,8 @@ class Options:
         return cls(**{name: convert(value, hints[name], f"{cls.__name__}.{name}") for name, value in values.items()})
 
 
+AUTO = "auto"
+"""In place of a method's name: the method is to be chosen."""
 ALSO_TRAINED = ("biases", "norms", "biases+norms")
 PLACED = ("last_blocks", "also_train", "blend")
 """Options of `MethodConfig` that have an effect only on methods with modules in blocks."""

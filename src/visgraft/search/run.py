@@ -17,6 +17,7 @@ from visgraft.export.merge import mergeable
 from visgraft.measure.evaluation import logits_of
 from visgraft.measure.precision import make_compute, resolve_precision
 from visgraft.methods import get_method
+from visgraft.options import AUTO
 from visgraft.search.budget import Clock, Cost, Plan, Size, full_plan, make_plan
 from visgraft.search.race import Race, TellProgress
 from visgraft.search.result import Comparison, MethodResult, Progress
@@ -26,6 +27,10 @@ from visgraft.training.crossval import Bench, Predictions, kept_examples, possib
 from visgraft.training.resume import Epoch
 
 METHODS = ("linear", "sct", "alore", "lora")
+AUTO_METHODS = ("alore", "linear", "ssf", "lora", "full")
+"""What `auto` chooses from, by accuracy."""
+FINALISTS = 3
+"""So many methods of an automatic choice are cross-validated, where images are few."""
 FEW_IMAGES = 300
 """With fewer training and validation images, the best settings are compared by cross-validation on all of them."""
 PILOT_IMAGES = 32
@@ -59,7 +64,8 @@ def compare(
 
     Args:
         data: a folder, a table, a data set, or what `read_data` made of one.
-        methods: names of registered methods.
+        methods: names of registered methods; "auto" alone: those that have proven themselves, of which the most
+            accurate is recommended, not the smallest of those that the images cannot tell from it.
         backbone: what is adapted; its seed is `seed`.
         budget_seconds: the time for all of it; epochs are shortened so that it suffices. None: no limit.
         spent_seconds: how much of it is spent already.
@@ -77,7 +83,8 @@ def compare(
         DataError: the data cannot be used.
     """
     clock = Clock(budget_seconds, spent_seconds)
-    names = _check(methods, budget_seconds, trials, epochs)
+    automatic = tuple(methods) == (AUTO,)
+    names = _check(AUTO_METHODS if automatic else methods, budget_seconds, trials, epochs)
     dataset = data if isinstance(data, Dataset) else read_data(data, split or Split(seed=seed))
     dataset.part("train"), dataset.part("val")
     bench = Bench(replace(backbone, seed=seed), len(dataset.classes))
@@ -90,7 +97,9 @@ def compare(
     plan = _plan(costs, examples, task, clock, epochs)
     race = Race(task, [Search(name, task, costs[name], plan.epochs[name]) for name in names], plan, clock, on_progress)
     race.search(trials)
-    return _conclude(race, dataset, race.cross_validate(examples))
+    if automatic and plan.folds:
+        race.keep(FINALISTS)
+    return _conclude(race, dataset, race.cross_validate(examples), automatic)
 
 
 def _check(methods: Sequence[str], budget: float | None, trials: int | None, epochs: int | None) -> list[str]:
@@ -141,7 +150,7 @@ def _plan(
     return make_plan(costs, recipes, size, clock.left, clock.budget)
 
 
-def _conclude(race: Race, dataset: Dataset, crossed: Mapping[str, Predictions]) -> Comparison:
+def _conclude(race: Race, dataset: Dataset, crossed: Mapping[str, Predictions], automatic: bool) -> Comparison:
     """Measure every method's best setting on the same images, and decide."""
     task, plan = race.task, race.plan
     found = dict(crossed) or {s.method: _validated(s, task) for s in race.found}
@@ -155,6 +164,7 @@ def _conclude(race: Race, dataset: Dataset, crossed: Mapping[str, Predictions]) 
         count,
         guessing=guessing,
         points="points of mean average precision" if task.val.multi_label else "points",
+        most_accurate=automatic,
     )
     return Comparison(
         results=tuple(_row(s, c, found, verdict) for s, c in zip(race.found, candidates, strict=True)),
@@ -247,6 +257,9 @@ def _notes(race: Race, crossed: int) -> list[str]:
     missing = [s.method for s in race.searches if s.best is None]
     if missing:
         notes.append(f"{', '.join(missing)} has no figure: no training of it ran to its end.")
+    behind = [s.method for s in race.searches if s.best is not None and s not in race.found]
+    if behind:
+        notes.append(f"{', '.join(behind)} fell behind on the validation images, and went no further.")
     if everything < FEW_IMAGES and not crossed:
         reason = "there was no time left for it" if plan.folds else "a class has fewer than 2 images, or groups, for it"
         notes.append(f"So few images call for cross-validation, but {reason}; the intervals are wide.")

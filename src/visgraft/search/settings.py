@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from visgraft.core.configure import configure
+from visgraft.core.configure import configure, default_setting, search_space
 from visgraft.data.images import Images
-from visgraft.errors import TrainingDiverged, VisgraftError
-from visgraft.methods import get_method
+from visgraft.errors import TrainingDiverged
 from visgraft.options import MethodConfig, TrainConfig
 from visgraft.search.budget import Cost, OutOfTime
 from visgraft.training.crossval import Bench, Fit
@@ -27,22 +26,6 @@ RANDOM_TRIALS = 4
 """Trials drawn at random before the sampler learns from them."""
 
 Setting = Mapping[str, Any]
-
-
-def default_setting(method: str) -> dict[str, Any]:
-    """Return the values of a method's knobs in its default recipe.
-
-    Raises:
-        VisgraftError: a knob is no option of the method or of training, or its default is not among its values.
-    """
-    cls = get_method(method)
-    known = {**vars(cls.recipe), **vars(cls.Config())}
-    for name, values in cls.knobs.items():
-        if name not in known:
-            raise VisgraftError(f"{method} has no option {name!r}; correct its knobs")
-        if known[name] not in values:
-            raise VisgraftError(f"{method}: the default {name} of {known[name]} is not among its knobs; add it")
-    return {name: known[name] for name in cls.knobs}
 
 
 @dataclass(frozen=True)
@@ -75,7 +58,7 @@ class Search:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        space = get_method(self.method).knobs
+        space = search_space(self.method)
         self.untried = [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
         self.study = optuna.create_study(
             direction="maximize",
@@ -102,7 +85,7 @@ class Search:
         """Return a trial with a setting that was not tried yet: training is reproducible, so a second says nothing."""
         from optuna.trial import TrialState
 
-        space = get_method(self.method).knobs
+        space = search_space(self.method)
         while True:
             trial = self.study.ask()
             setting = {name: trial.suggest_categorical(name, values) for name, values in space.items()}

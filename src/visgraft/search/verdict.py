@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from visgraft.core.configure import default_setting
 from visgraft.measure.intervals import RESAMPLES, Difference, paired_difference, spread
+from visgraft.option_types import written as option_text
 from visgraft.training.crossval import Predictions
 
 PAIR_IMAGES = 20
@@ -27,7 +29,7 @@ class Candidate:
     @property
     def flags(self) -> str:
         """The options of `visgraft train` that repeat this setting."""
-        return " ".join(["--method", self.method, *written(self.setting)])
+        return " ".join(["--method", self.method, *typed(self.method, self.setting)])
 
     @property
     def called(self) -> str:
@@ -35,13 +37,24 @@ class Candidate:
         return self.method if self.parameters else "a linear probe"
 
 
-def written(setting: Mapping[str, Any]) -> list[str]:
-    """Return a setting as words of the command line; what is None stays out."""
+def written(setting: Mapping[str, Any], default: Mapping[str, Any] | None = None) -> list[str]:
+    """Return a setting as words of the command line; what is off or None stays out unless `default` has a value."""
     words = []
     for name, value in setting.items():
-        if value is not None:
-            words += [f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value)]
+        nothing = value is None or value is False
+        if nothing and (default or {}).get(name) in (None, False):
+            continue
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", f"{value:g}" if isinstance(value, float) else option_text(value)]
     return words
+
+
+def typed(method: str, setting: Mapping[str, Any]) -> list[str]:
+    """Return a method's setting as words of the command line that give it whatever the method's default is."""
+    return written(setting, default_setting(method))
 
 
 def difference(first: Predictions, second: Predictions) -> Difference:
@@ -67,11 +80,12 @@ def decide(
     *,
     guessing: bool = False,
     points: str = "points",
+    most_accurate: bool = False,
 ) -> Verdict:
     """Recommend the method with the fewest parameters among those that the images cannot tell from the best.
 
     Where the best method is clearly above the reference (the linear probe, or whatever trains the fewest parameters),
-    the one recommended is so too.
+    the one recommended is so too. With `most_accurate` it is the best one, however little that is above the next.
 
     Args:
         candidates: the methods, at least one.
@@ -79,6 +93,7 @@ def decide(
         images: how many those are.
         guessing: no method does better than guessing.
         points: what the figures are counted in.
+        most_accurate: recommend the best, not the smallest of those as good.
     """
     cheap = sorted(candidates, key=lambda one: (one.parameters, not one.mergeable))
     reference, best = cheap[0], max(candidates, key=lambda one: (one.figure, -one.parameters))
@@ -93,6 +108,8 @@ def decide(
         return Verdict(
             best.method, best.method, f"only {best.called} was compared; use {best.flags}, or name more methods"
         )
+    if most_accurate:
+        return Verdict(best.method, reference.method, _best_of(best, cheap, gain, images, points))
     rises = gain(best.method, reference.method).clear
 
     def enough(one: Candidate) -> bool:
@@ -137,6 +154,17 @@ def _sentence(
         f"{said}, and the best, {best.called}, differs from it by {_signed(gain(best.method, chosen.method), points)}, "
         f"{unsure}, but trains more parameters; use {chosen.flags}"
     )
+
+
+def _best_of(
+    best: Candidate, cheap: Sequence[Candidate], gain: Callable[[str, str], Difference], images: int, points: str
+) -> str:
+    """Say what was chosen, and how sure that is: against the next best on the same images."""
+    rival = max((one for one in cheap if one is not best), key=lambda one: one.figure)
+    measured = gain(best.method, rival.method)
+    told = f"{_signed(measured, points)} above the next, {rival.called}"
+    unsure = "" if measured.clear else f", which {images} images cannot tell from 0"
+    return f"{best.called} is the best of {len(cheap)} on {images} images, {told}{unsure}; use {best.flags}"
 
 
 def _amount(measured: Difference, points: str) -> str:

@@ -5,7 +5,7 @@ import dataclasses
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -73,6 +73,7 @@ def train_folder(
     loading: Loading = _DEFAULT_LOADING,
     resume: bool = False,
     init_from: Path | None = None,
+    record: Mapping[str, Any] | None = None,
     watch: Watch = Watch(),
 ) -> dict[str, Any]:
     """Train a method on labelled images and write the adapter to `out`; the test images are never read.
@@ -83,6 +84,7 @@ def train_folder(
         data: a folder, a table or a data set (see `read_data`), divided by `split` where it does not say.
         resume: go on from the state that an interrupted run with the same arguments left, to the very same weights.
         init_from: an adapter of the same backbone and method to start from; classes may have come or gone.
+        record: further facts that the adapter is to keep, as JSON values.
 
     Raises:
         Interrupted: after writing the state, on Ctrl-C.
@@ -106,10 +108,10 @@ def train_folder(
         else:
             assemble(model, method_config)  # the state holds what a look at the images would find
 
-    record = _record(dataset, split, train_config, loading.background or "white")
+    kept = {**_record(dataset, split, train_config, loading.background or "white"), **(record or {})}
 
     def write(**more: Any) -> None:
-        save(model, out, classes=dataset.classes, record={**record, **more})
+        save(model, out, classes=dataset.classes, record={**kept, **more})
 
     show = _watched(watch, lambda: faster_options(model, backbone, method_config, train_config, init_from is None))
 
