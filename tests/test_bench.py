@@ -14,11 +14,13 @@ from PIL import Image
 from torch import nn
 
 from visgraft import Backbone, TrainConfig, list_methods
+from visgraft.bench.evidence import check_evidence
 from visgraft.bench.ledger import append, read_file, read_results
 from visgraft.bench.paper_recipes import ALORE_PAPER, SCT_PAPER
 from visgraft.bench.plan import Cell, Request, plan
 from visgraft.bench.running import TrialSources, measure, run_trial
 from visgraft.bench.settings import Recipe, candidates
+from visgraft.bench.statistics import tables
 from visgraft.bench.sweep import State, sweep
 from visgraft.bench.trial import Result, Trial
 from visgraft.data.dataset import Example
@@ -238,10 +240,34 @@ def test_every_method_gets_the_same_small_search_around_its_default(method: str)
 def test_what_is_set_by_hand_is_not_searched() -> None:
     recipe = Recipe(trials=4, overrides={"lr": 0.1}, method_overrides={"sct": {"channels": 8}})
     found = candidates(recipe, PROTOCOL, TASK, "sct")
-    assert {config.lr for _, config in found.settings} == {0.1} and found.varied == ("scale",)
+    assert {config.lr for _, config in found.settings} == {0.1} and found.varied == ("rand_augment", "flip", "scale")
     assert all(method.channels == 8 for method, _ in found.settings)  # type: ignore[attr-defined]
     with pytest.raises(VisgraftError, match="sct has no option 'channel'"):
         candidates(Recipe(method_overrides={"sct": {"channel": 8}}), PROTOCOL, TASK, "sct")
+
+
+def test_an_automatic_choice_is_among_methods_and_has_a_row_of_its_own(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("visgraft.bench.settings.AUTO_METHODS", ("linear", "bitfit", "ssf"))
+    wanted = request(root, methods=("linear", "auto"), recipe=Recipe(trials=2), seeds=(0, 1))
+    file = tmp_path / "tiny.jsonl"
+    state = sweep(plan(wanted), TrialSources(PROTOCOL, root), file, workers=0)
+    assert not state.failed and not state.left
+    found = read_file(file)
+    tuned = [r.trial.method for r in found if r.trial.kind == "tune"]
+    assert tuned == ["linear", "linear", "bitfit"], "the default of linear, which both try, is trained once"
+    chosen = [r for r in found if r.trial.row == "auto"]
+    assert [r.trial.seed for r in chosen] == [0, 1] and {r.trial.recipe for r in chosen} == {"auto"}
+    for result in chosen:
+        tried = result.selection["tried"]
+        assert [one["setting"]["method"] for one in tried] == ["linear", "bitfit"]
+        assert result.trial.method == max(tried, key=lambda one: one["figure"])["setting"]["method"]
+    check_evidence(found)
+    rows = tables(found)[0].rows
+    assert [row.label for row in rows] == ["linear", "auto"] and len(rows[1].results) == 2
+    with pytest.raises(VisgraftError, match="auto chooses on validation images; use --recipe validated"):
+        plan(request(root, methods=("auto",), recipe=Recipe("default")))
 
 
 def test_scts_paper_recipe_is_the_authors_table() -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from visgraft.bench.statistics import RecipeRow, Table, mean_of_tasks
+from visgraft.options import AUTO
 
 
 def caption(table: Table) -> str:
@@ -40,7 +41,8 @@ def caption(table: Table) -> str:
 def _epochs(rows: Sequence[RecipeRow]) -> str:
     found: dict[int, list[str]] = {}
     for row in rows:
-        found.setdefault(row.epochs, []).append(row.label)
+        if row.method != AUTO:
+            found.setdefault(row.epochs, []).append(row.label)
     if len(found) == 1:
         return f"{next(iter(found))} epochs"
     return " and ".join(f"{epochs} epochs ({', '.join(labels)})" for epochs, labels in sorted(found.items()))

@@ -12,6 +12,7 @@ from visgraft.bench.settings import Candidates, Recipe, candidates
 from visgraft.bench.trial import Result, Trial, split_digest
 from visgraft.core.configure import with_values
 from visgraft.measure.precision import resolve_precision
+from visgraft.options import AUTO
 from visgraft.protocols.opening import open_task
 from visgraft.protocols.row import Protocol, Task
 
@@ -78,6 +79,7 @@ class Cell:
         return tuple(
             replace(
                 trial,
+                method=method.method,
                 method_options=method.to_dict(),
                 train=replace(config, seed=trial.seed, precision=trial.train["precision"]).to_dict(),
                 chosen_from=keys,
@@ -178,10 +180,10 @@ def _cell(
             classes=task.classes,
             shots=task.shots,
             kind=kind,
-            method=method,
+            method=config.method,
             method_options=config.to_dict(),
             train=recipe.to_dict(),
-            recipe=request.recipe.name,
+            recipe=AUTO if kind == "final" and method == AUTO else request.recipe.name,
             backbone=replace(request.backbone, seed=seed).to_dict(),
             seed=seed,
             split=splits[split_seed],

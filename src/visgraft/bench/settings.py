@@ -6,10 +6,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from visgraft.bench.paper_recipes import PAPER_RECIPES
-from visgraft.core.configure import configure, search_space
+from visgraft.core.configure import AUTO_METHODS, configure, search_space
 from visgraft.errors import VisgraftError, nearest
 from visgraft.methods import get_method
-from visgraft.options import MethodConfig, TrainConfig
+from visgraft.options import AUTO, MethodConfig, TrainConfig
 from visgraft.protocols.row import Protocol, Task
 
 RECIPES = ("validated", "default", *PAPER_RECIPES)
@@ -58,6 +58,8 @@ def candidates(recipe: Recipe, protocol: Protocol, task: Task, method: str) -> C
     Raises:
         VisgraftError: the recipe is not for this method or protocol, or an option does not exist.
     """
+    if method == AUTO:
+        return _automatic(recipe, protocol)
     set_by_hand = {**recipe.overrides, **recipe.method_overrides.get(method, {})}
     if recipe.name in PAPER_RECIPES:
         common, grid, normalisation = _paper(recipe.name, protocol, task, method)
@@ -71,6 +73,17 @@ def candidates(recipe: Recipe, protocol: Protocol, task: Task, method: str) -> C
     settings = [configured(method, {**common, **values, **set_by_hand}, protocol.epochs) for values in combined]
     varied = tuple(name for name in grid if len({values[name] for values in combined}) > 1)
     return Candidates(tuple(settings), varied, normalisation)
+
+
+def _automatic(recipe: Recipe, protocol: Protocol) -> Candidates:
+    """Return the default recipe of several methods, as many as a search of one method's settings tries."""
+    if recipe.name != "validated":
+        raise VisgraftError(f"{AUTO} chooses on validation images; use --recipe validated")
+    settings = [
+        configured(method, {**recipe.overrides, **recipe.method_overrides.get(method, {})}, protocol.epochs)
+        for method in AUTO_METHODS[: recipe.trials]
+    ]
+    return Candidates(tuple(settings), ("method",))
 
 
 def _paper(

@@ -13,6 +13,7 @@ import numpy as np
 from visgraft.bench.evidence import check_evidence
 from visgraft.errors import VisgraftError
 from visgraft.measure.intervals import wilson
+from visgraft.options import AUTO
 
 if TYPE_CHECKING:
     from visgraft.bench.trial import Result
@@ -69,7 +70,10 @@ class Condition:
 
 @dataclass(frozen=True)
 class RecipeRow:
-    """One method with one recipe and number of epochs: its results, at most one per task and seed."""
+    """One method with one recipe and number of epochs: its results, at most one per task and seed.
+
+    The method may be `auto`, whose trainings are of those chosen; `epochs` is then 0.
+    """
 
     method: str
     recipe: str
@@ -236,7 +240,8 @@ def _rows(results: Sequence["Result"]) -> tuple[RecipeRow, ...]:
             raise VisgraftError(
                 f"{first.trial.name} and {trial.name} did not use the same images; run each with an --out of its own"
             )
-        row = found.setdefault((trial.method, trial.recipe, result.epochs), {})
+        epochs = 0 if trial.row == AUTO else result.epochs  # which differ by what was chosen
+        row = found.setdefault((trial.row, trial.recipe, epochs), {})
         if place in row:
             differ = ", ".join(_differing(asdict(row[place].trial), asdict(trial))) or "nothing"
             raise VisgraftError(
@@ -262,7 +267,7 @@ def _rank(method: str) -> int:
 
 def _label(row: RecipeRow, rows: Sequence[RecipeRow], own: str | None) -> str:
     epochs = {one.epochs for one in rows if (one.method, one.recipe) == (row.method, row.recipe)}
-    more = [row.recipe] * (row.recipe != own) + [f"{row.epochs} epochs"] * (len(epochs) > 1)
+    more = [row.recipe] * (row.recipe not in (own, row.method)) + [f"{row.epochs} epochs"] * (len(epochs) > 1)
     return f"{row.method} ({', '.join(more)})" if more else row.method
 
 

@@ -115,7 +115,7 @@ def _selection(state: State, trial: Trial) -> dict[str, Any] | None:
     """Return how a final trial's setting was chosen."""
     if trial.kind != "final":
         return None
-    cell = next(c for c in state.cells if c.task == trial.task and c.method == trial.method)
+    cell = next(c for c in state.cells if c.task == trial.task and c.method == trial.row)
     return cell.selection(state.done)
 
 

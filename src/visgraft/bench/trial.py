@@ -10,7 +10,7 @@ from typing import Any
 
 from visgraft.backbones.creation import Backbone
 from visgraft.errors import VisgraftError
-from visgraft.options import TrainConfig
+from visgraft.options import AUTO, TrainConfig
 from visgraft.protocols.row import Parts
 
 RESULTS = 1
@@ -70,13 +70,18 @@ class Trial:
 
     @property
     def setting(self) -> dict[str, Any]:
-        """What was tuned apart from the seed: the options of the method and of training."""
-        return {**self.method_options, **{k: v for k, v in self.train.items() if k != "seed"}}
+        """What was tuned apart from the seed: the method, its options and those of training."""
+        return {"method": self.method, **self.method_options, **{k: v for k, v in self.train.items() if k != "seed"}}
+
+    @property
+    def row(self) -> str:
+        """The row of a table that it belongs to: its method's, or that of an automatic choice, which chose it."""
+        return AUTO if self.recipe == AUTO else self.method
 
     @property
     def name(self) -> str:
         """A few words for people."""
-        return f"{self.task} {self.method} {self.kind} seed {self.seed}"
+        return f"{self.task} {self.row} {self.kind} seed {self.seed}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""

@@ -54,8 +54,8 @@ def choose(
     from visgraft.cli.compare import comparison_progress, print_comparison
     from visgraft.cli.options import train_config
     from visgraft.cli.show import loading_progress, progress_console
-    from visgraft.core.configure import with_values
-    from visgraft.search import AUTO_METHODS, compare, parse_budget
+    from visgraft.core.configure import AUTO_METHODS, with_values
+    from visgraft.search import compare, parse_budget
 
     # Read by any method's types: those three are no method's own.
     given = train_config(AUTO_METHODS[0], values)

@@ -91,7 +91,7 @@ def run(
     protocol: ProtocolName,
     *,
     out: Annotated[Path, typer.Option(help="folder of the results, one JSON line each")] = Path("results"),
-    methods: Annotated[str, typer.Option(help="names that `visgraft methods` lists")] = METHODS,
+    methods: Annotated[str, typer.Option(help="names that `visgraft methods` lists, and auto")] = METHODS,
     seeds: Annotated[int, typer.Option(help="final runs with so many seeds, from 0 on", min=1)] = 1,
     recipe: Annotated[
         str, typer.Option(help="validated: a small search on validation images; default; or sct-paper, alore-paper")
@@ -233,7 +233,7 @@ def _of(results: list["Result"], tasks: str | None, methods: str | None) -> list
     """
     for option, typed, name_of in (
         ("tasks", tasks, lambda result: result.trial.task),
-        ("methods", methods, lambda result: result.trial.method),
+        ("methods", methods, lambda result: result.trial.row),
     ):
         wanted, known = _names(typed or ""), {name_of(result) for result in results}
         unknown = next((name for name in wanted if name not in known), None)

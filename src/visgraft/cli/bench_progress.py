@@ -69,7 +69,7 @@ def progress_table(state: "State", methods: Sequence[str], workers: int) -> Any:
         grid.add_column(method, justify="right")
     by_task: dict[str, dict[str, Any]] = {}
     running: Mapping[tuple[str, str], str] = {
-        (trial.task, trial.method): f" {epoch}/{epochs}" for trial, epoch, epochs in state.running.values()
+        (trial.task, trial.row): f" {epoch}/{epochs}" for trial, epoch, epochs in state.running.values()
     }
     for cell in state.cells:
         finished = cell.total - cell.left(state.done)

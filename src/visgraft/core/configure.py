@@ -16,6 +16,9 @@ AUGMENTATION: Mapping[str, tuple[Any, ...]] = {
 }
 """What searches vary for every method alike, beside its own knobs; a flip may turn one class into another."""
 
+AUTO_METHODS = ("alore", "linear", "ssf", "lora", "full")
+"""What an automatic choice is among; a short one tries the first."""
+
 
 def search_space(method: str) -> dict[str, tuple[Any, ...]]:
     """Return the options that a search varies, with their values: the method's knobs, and augmentation.

@@ -6,6 +6,6 @@ methods over many tasks, each with the same search, belongs to `bench`.
 
 from visgraft.search.budget import parse_budget
 from visgraft.search.result import Comparison, MethodResult, Progress
-from visgraft.search.run import AUTO_METHODS, METHODS, compare
+from visgraft.search.run import METHODS, compare
 
-__all__ = ["AUTO_METHODS", "METHODS", "Comparison", "MethodResult", "Progress", "compare", "parse_budget"]
+__all__ = ["METHODS", "Comparison", "MethodResult", "Progress", "compare", "parse_budget"]

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 import numpy as np
 
 from visgraft.backbones.creation import Backbone
-from visgraft.core.configure import configure
+from visgraft.core.configure import AUTO_METHODS, configure
 from visgraft.data.dataset import Dataset, Example, Split
 from visgraft.data.images import Loading
 from visgraft.data.read import AnySource, read_data
@@ -27,8 +27,6 @@ from visgraft.training.crossval import Bench, Predictions, kept_examples, possib
 from visgraft.training.resume import Epoch
 
 METHODS = ("linear", "sct", "alore", "lora")
-AUTO_METHODS = ("alore", "linear", "ssf", "lora", "full")
-"""What `auto` chooses from, by accuracy."""
 FINALISTS = 3
 """So many methods of an automatic choice are cross-validated, where images are few."""
 FEW_IMAGES = 300
