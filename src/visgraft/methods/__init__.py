@@ -7,6 +7,7 @@ for a method by its name, so that all are registered then.
 
 from visgraft.methods.sct import SCTConfig as SCTConfig  # isort: skip
 from visgraft.methods.alore import ALoREConfig as ALoREConfig  # isort: skip
+from visgraft.methods.affine_alore import AffineALoREConfig as AffineALoREConfig  # isort: skip
 from visgraft.methods.lora import LoRAConfig as LoRAConfig  # isort: skip
 from visgraft.methods.dora import DoRAConfig as DoRAConfig  # isort: skip
 from visgraft.methods.adapter import AdapterConfig as AdapterConfig  # isort: skip
