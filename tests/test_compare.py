@@ -4,6 +4,7 @@ import importlib
 import itertools
 import json
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import pytest
 import torch
 import typer
 from PIL import Image
+from safetensors.torch import load_file
 from test_search import answers, pretend, reach
 from typer.testing import CliRunner
 
@@ -25,7 +27,7 @@ from visgraft.cli.compare import describe
 from visgraft.data import images as images_module
 from visgraft.data.dataset import Dataset, Example
 from visgraft.data.read import read_data
-from visgraft.errors import DataError
+from visgraft.errors import DataError, Interrupted
 from visgraft.search import Comparison, Progress, compare
 from visgraft.search import race as race_module
 from visgraft.search.budget import Cost, OutOfTime
@@ -158,18 +160,32 @@ def train(*arguments: object) -> Any:
     return CliRunner().invoke(build(words), words)
 
 
-def test_train_with_method_auto_chooses_trains_and_keeps_why(colours: Path, tmp_path: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("visgraft.search.run.AUTO_METHODS", ("linear", "bitfit"))
-        done = train(colours, *SMALL, "--method", "auto", "--trials", 1, "--epochs", 2, "--seed", 3, "--precision",
-                     "fp32", "--out", tmp_path / "a", "--json")  # fmt: skip
+def test_train_with_method_auto_chooses_trains_and_keeps_why(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("visgraft.search.run.AUTO_METHODS", ("linear", "bitfit"))
+    words = [colours, *SMALL, "--method", "auto", "--trials", 1, "--epochs", 2, "--seed", 3, "--precision", "fp32",
+             "--background", "black"]  # fmt: skip
+    done = train(*words, "--out", tmp_path / "a", "--json")
     assert done.exit_code == 0, done.exception
     figures, record = json.loads(done.stdout), read_record(tmp_path / "a")
     chosen = record.facts["chosen"]
     assert [row["method"] for row in chosen["methods"]] == ["linear", "bitfit"]
     assert figures["method"] == record.method.method and f"--method {record.method.method}" in chosen["sentence"]
     assert record.facts["train"]["seed"] == 3 and "the best of 2 on 30 images" in chosen["sentence"]
-    assert figures["chosen"] == chosen
+    assert {**figures["chosen"], "seconds": 0} == {**chosen, "seconds": 0}
+
+    def interrupted(*arguments: Any, watch: Any, **options: Any) -> None:
+        raise Interrupted(watch.again)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("visgraft.training.run.train_folder", interrupted)
+        again = str(train(*words, "--out", tmp_path / "b").exception)
+    assert again.startswith("to train on: visgraft train ") and again.endswith(" --resume")
+    repeated = train(*shlex.split(again.removeprefix("to train on: visgraft train ").removesuffix(" --resume")))
+    assert repeated.exit_code == 0, repeated.exception
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab")
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,17 @@
 """`visgraft train --method auto`: method and setting chosen on the validation images, within a time."""
 
-import dataclasses
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from visgraft.cli.arguments import source
 from visgraft.errors import VisgraftError
 from visgraft.options import AUTO, MethodConfig, TrainConfig, flag_of
+
+if TYPE_CHECKING:
+    from visgraft.search import Comparison
 
 GIVEN = ("epochs", "precision", "seed")
 """The options of training that a user still sets."""
@@ -33,38 +37,61 @@ def check_asked(values: Mapping[str, Any], begun: Mapping[str, Any]) -> None:
         raise VisgraftError(f"{flag} needs a method that is known already; name it in place of --method auto")
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What was given on the command line: options of training, and how long the choice may take.
+
+    `budget` is e.g. `30m`, for the choice alone; None: 30 minutes, or no limit with `trials` per method. `begin` is
+    when the command began, by `time.monotonic`.
+    """
+
+    values: Mapping[str, Any]
+    budget: str | None
+    trials: int | None
+    begin: float
+
+
+class Chosen(NamedTuple):
+    """A method's options, its recipe, what the adapter keeps of the choice, and the command that trains it."""
+
+    method: MethodConfig
+    recipe: TrainConfig
+    record: dict[str, Any]
+    command: str
+
+
 def choose(
-    images: Any, out: Path, origin: Any, options: Mapping[str, Any], values: Mapping[str, Any], budget: str | None,
-    trials: int | None, begin: float, json: bool,
-) -> tuple[MethodConfig, TrainConfig, dict[str, Any]]:  # fmt: skip
-    """Compare methods and return the chosen one's options, its recipe, and what the adapter is to keep of the choice.
+    data: str | None, csv: Path | None, out: Path, origin: Any, options: Mapping[str, Any], asked: Asked, json: bool
+) -> Chosen:
+    """Compare methods and return the most accurate one as it is to be trained.
 
     Args:
-        images: what `read_data` reads.
+        data: the images, as typed.
+        csv: a table of them.
         out: where the adapter will lie.
         origin: the backbone.
         options: how images are divided and loaded, as `compare` takes them.
-        values: what was given on the command line.
-        budget: time for the choice, e.g. `30m`; the training that follows comes on top. None: 30 minutes, or no limit
-            with `trials`.
-        trials: settings per method.
-        begin: when the command began, by `time.monotonic`.
+        asked: what else was given.
         json: print nothing but one document at the end.
+
+    Raises:
+        VisgraftError: the comparison cannot be made, or no method is shown to do better than guessing.
     """
-    from visgraft.cli.compare import comparison_progress, print_comparison
+    from visgraft.cli.compare import comparison_progress, print_comparison, train_command
     from visgraft.cli.options import train_config
     from visgraft.cli.show import loading_progress, progress_console
     from visgraft.core.configure import AUTO_METHODS, with_values
     from visgraft.search import compare, parse_budget
 
-    # Read by any method's types: those three are no method's own.
-    given = train_config(AUTO_METHODS[0], values)
+    given = train_config(AUTO_METHODS[0], asked.values)  # of `GIVEN` only, which mean the same for all
+    epochs = None if asked.values.get("epochs") is None else given.epochs
+    limited = asked.budget or asked.trials is None
     with loading_progress() as show_loading, comparison_progress() as show:
         found = compare(
-            images, (AUTO,), backbone=origin,
-            budget_seconds=parse_budget(budget or BUDGET) if budget or trials is None else None,
-            spent_seconds=time.monotonic() - begin, trials=trials,
-            epochs=None if values["epochs"] is None else given.epochs, seed=given.seed, precision=given.precision,
+            source(data, csv), (AUTO,), backbone=origin,
+            budget_seconds=parse_budget(asked.budget or BUDGET) if limited else None,
+            spent_seconds=time.monotonic() - asked.begin, trials=asked.trials,
+            epochs=epochs, seed=given.seed, precision=given.precision,
             on_progress=show, on_loading=show_loading, **options,
         )  # fmt: skip
     if not json:
@@ -72,12 +99,20 @@ def choose(
     if found.guessing:
         raise VisgraftError(f"nothing is worth training: {found.sentence}")
     method, recipe = found.best_config()
-    if values["epochs"] is not None and not method.head_only:
-        recipe = with_values(recipe, {"epochs": given.epochs})
-    recipe = dataclasses.replace(recipe, precision=given.precision)
+    if epochs is not None and not method.head_only:
+        recipe = with_values(recipe, {"epochs": epochs})
+    recipe = replace(recipe, precision=given.precision)
     progress_console.print(f"training {found.recommended} for {recipe.epochs} epochs into {out}")
-    kept = {name: found.to_dict()[name] for name in ("sentence", "measure", "measured_on", "images", "seconds")}
-    tried = [
-        {n: row.to_dict()[n] for n in ("method", "setting", "figure", "interval", "trials")} for row in found.results
-    ]
-    return method, recipe, {"chosen": {**kept, "methods": tried}}
+    more = {"epochs": None if method.head_only else epochs, "precision": asked.values.get("precision")}
+    command = train_command(found, data, csv, origin.weights, **options, out=out, **more)
+    return Chosen(method, recipe, {"chosen": _kept(found)}, command)
+
+
+def _kept(found: "Comparison") -> dict[str, Any]:
+    """Return what the adapter keeps of the comparison that chose its method."""
+    all_of_it = found.to_dict()
+    names = ("method", "setting", "figure", "interval", "trials")
+    return {
+        **{name: all_of_it[name] for name in ("sentence", "measure", "measured_on", "images", "seconds")},
+        "methods": [{name: row[name] for name in names} for row in all_of_it["results"]],
+    }

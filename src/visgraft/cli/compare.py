@@ -106,7 +106,7 @@ def compare(
         )  # fmt: skip
     result = found.to_dict() | {
         "data": str(source(data, csv)),
-        "command": _command(found, data, csv, weights, split, train_best),
+        "command": train_command(found, data, csv, weights, split, loading, train_best),
     }
     if out is not None:
         _write(out, result)
@@ -127,10 +127,14 @@ def _check_targets(out: Path | None, train_best: Path | None) -> None:
             check_target(folder, marker, option)
 
 
-def _command(
-    found: "Comparison", data: str | None, csv: Path | None, weights: str, split: Any, out: Path | None
-) -> str:
-    """The command that trains the recommended setting with all epochs of its recipe, on the same parts of the data."""
+def train_command(
+    found: "Comparison", data: str | None, csv: Path | None, weights: str, split: Any, loading: Any, out: Path | None,
+    **more: Any,
+) -> str:  # fmt: skip
+    """Return the command that trains the recommended setting with all epochs of its recipe, on the same parts.
+
+    `more` are further options, as `written` takes them.
+    """
     from visgraft.cli.text import command_line, path_argument
     from visgraft.search.verdict import typed, written
 
@@ -144,8 +148,9 @@ def _command(
     pool = backbone["arguments"].get("global_pool")
     words += ["--pool", pool] if pool else []
     shares = {"val_fraction": split.val_fraction, "test_fraction": split.test_fraction, "seed": found.seed}
-    default = {field.name: field.default for field in fields(split)}
-    words += written({name: value for name, value in shares.items() if value != default[name]})
+    default = {field.name: field.default for field in (*fields(split), *fields(loading))}
+    given = {**shares, **vars(loading)}
+    words += written({**{name: value for name, value in given.items() if value != default[name]}, **more})
     return command_line(*words, "--out", out or found.recommended)
 
 

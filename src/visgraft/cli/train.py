@@ -23,7 +23,7 @@ from visgraft.cli.arguments import (
     SkipBroken,
     source,
 )  # fmt: skip
-from visgraft.cli.auto import check_asked, choose
+from visgraft.cli.auto import Asked, check_asked, choose
 from visgraft.errors import VisgraftError
 from visgraft.options import AUTO
 
@@ -94,6 +94,7 @@ def train(
     from visgraft.data.dataset import Split
     from visgraft.data.images import Loading
     from visgraft.data.read import read_data
+    from visgraft.training.run import Watch
 
     if dry_run:
         _check_dry_run({"--resume": resume, "--folds": folds, "--log": log})
@@ -116,13 +117,14 @@ def train(
         _forecast(images, out, whole, json)
         return
     _check_before(out, images, split, folds, repeats)
-    kept: dict[str, Any] = {}
+    kept, again = dict[str, Any](), Watch.again
     if automatic:
         options = {"split": split, "loading": loading}
-        config, recipe, kept = choose(images, out, origin, options, values, budget, trials, begin, json)
-        setting |= {"method_config": config, "train_config": recipe}
-        whole |= {**setting, "record": kept}
-    figures = {**_train(images, out, whole, resume, log), **kept}
+        chosen = choose(data, csv, out, origin, options, Asked(values, budget, trials, begin), json)
+        setting |= {"method_config": chosen.method, "train_config": chosen.recipe}
+        whole |= {**setting, "record": chosen.record}
+        kept, again = chosen.record, f"to train on: {chosen.command} --resume"
+    figures = {**_train(images, out, whole, resume, log, again), **kept}
     if folds:
         figures["cross_validation"] = _cross_validate(read_data(images, split), folds, repeats, setting)
     emit(figures, json, lambda: print_figures(figures))
@@ -170,8 +172,10 @@ def _offer_predict(out: Path, folders: Sequence[str]) -> None:
     result_console.print(f"name the images without classes:\n  {command}")
 
 
-def _train(images: Any, out: Path, whole: Mapping[str, Any], resume: bool, log: str | None) -> dict[str, Any]:
-    """Train, showing how it goes, and return the figures."""
+def _train(
+    images: Any, out: Path, whole: Mapping[str, Any], resume: bool, log: str | None, again: str
+) -> dict[str, Any]:
+    """Train, showing how it goes, and return the figures; `again` is what to do where it is interrupted."""
     from visgraft.cli.log import epoch_log
     from visgraft.cli.show import loading_progress, training_progress, warn
     from visgraft.training.run import Watch, train_folder
@@ -181,7 +185,7 @@ def _train(images: Any, out: Path, whole: Mapping[str, Any], resume: bool, log: 
         loading_progress() as show_loading,
         epoch_log(log, out.with_name(f"{out.name}.tensorboard"), show) as tell,
     ):
-        return train_folder(images, out, **whole, resume=resume, watch=Watch(tell, show_loading, warn))
+        return train_folder(images, out, **whole, resume=resume, watch=Watch(tell, show_loading, warn, again))
 
 
 def _check_dry_run(given: Mapping[str, Any]) -> None:
