@@ -56,7 +56,7 @@ OLD_CPU  := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPAT
 AVX2_CPU := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2
 
 # What the slow laws leave to test-all.
-OTHER_PAIRS := -m long -k 'test_6 or test_7 or last_blocks' tests/test_laws.py
+OTHER_PAIRS := -m long -k 'not test_11' tests/test_laws.py
 
 test-rounding: check fashion
 	$(OLD_CPU) OMP_NUM_THREADS=1 $(PYTEST) $(SHARED) $(ROUNDING)

@@ -101,7 +101,7 @@ def test_1_the_keys_of_the_backbone_stay(name: str, kind: str) -> None:
     assert all(key.startswith(f"{CHILD}.") for key in after - before)
 
 
-@each_pair
+@in_turn(OBEYING)
 def test_2_a_method_starts_where_it_claims_to(name: str, kind: str) -> None:
     config, x = CONFIGS[name], pictures(kind)
     plain, started = logits(family(kind), x), logits(adapted(name, kind, alive=False), x)
@@ -205,7 +205,7 @@ def test_9_detaching_restores_the_logits_bit_for_bit(name: str, kind: str) -> No
         detach(model)
 
 
-@each_pair
+@in_turn(OBEYING)
 def test_10_copies_and_pickles_are_whole_and_apart(name: str, kind: str) -> None:
     model, x = fitted(CONFIGS[name], kind).train(), pictures(kind)
     model(x).sum().backward()
@@ -275,7 +275,7 @@ def test_11_a_training_step_in_bf16_compiles_into_one_graph(name: str, kind: str
         assert gradient.isfinite().all(), key
 
 
-@each_pair
+@in_turn(OBEYING)
 def test_12_bf16_autocast_is_finite_and_close(name: str, kind: str) -> None:
     """Close means within four times the error that the same function, merged into a plain model, has in bf16.
 
@@ -296,7 +296,7 @@ def bf16_error(model: nn.Module, x: Tensor) -> float:
     return float((half - full).norm() / full.norm())
 
 
-@each_pair
+@in_turn(OBEYING)
 def test_13_from_one_method_to_another_and_back(name: str, kind: str) -> None:
     x = pictures(kind)
     expected, model = logits(adapted(name, kind), x), adapted(name, kind)
@@ -311,7 +311,7 @@ def test_13_from_one_method_to_another_and_back(name: str, kind: str) -> None:
     assert torch.equal(logits(model.eval(), x), expected)
 
 
-@each_pair
+@in_turn(OBEYING)
 def test_14_a_few_steps_lower_the_loss(name: str, kind: str) -> None:
     model = adapted(name, kind, alive=False)
     x, y = pictures(kind, 12), torch.arange(12) % 5
