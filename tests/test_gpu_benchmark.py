@@ -25,6 +25,8 @@ PARTS = {
     "accuracy",
     "compiled_answers",
 }
+COMPILING = {"compiled", "compiled_answers", "graphs"}
+"""Parts for which inductor compiles for most of a minute."""
 
 
 def command(out: Path, *options: object) -> list[str]:
@@ -51,29 +53,34 @@ def figures(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "figures.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_every_part_is_measured(tmp_path: Path) -> None:
-    words = [sys.executable, SCRIPT.parent / command(tmp_path)[0], *command(tmp_path, "--minutes", 30)[1:]]
+@pytest.mark.parametrize("parts", [PARTS - COMPILING, pytest.param(PARTS, marks=pytest.mark.long)], ids=len)
+def test_every_part_is_measured(parts: set[str], tmp_path: Path) -> None:
+    asked = ",".join(sorted(parts - {"scoring", "graphs"}))  # which others measure
+    options = command(tmp_path, "--minutes", 30, "--parts", asked)
+    words = [sys.executable, SCRIPT.parent / options[0], *options[1:]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     found = figures(tmp_path)
-    assert {line["part"] for line in found} == PARTS | {"machine"}
+    assert {line["part"] for line in found} == parts | {"machine"}
     assert not [line for line in found if "error" in line]
     checked = [line for line in found if line["part"] == "correctness"]
     assert len(checked) == 18 and all(line["ok"] for line in checked)
     assert {line["method"] for line in checked if "refused" in line} == {"vpt_deep"}
     assert all(line["moved"] > 1e-3 for line in checked if "refused" not in line)
     assert len({line["moved"] for line in checked if "refused" not in line}) == 16, "what methods do is hidden"
-    assert [line["ok"] for line in found if line["part"] == "compiled_answers"] == [True]
+    if "compiled_answers" in parts:
+        assert [line["ok"] for line in found if line["part"] == "compiled_answers"] == [True]
     steps = {line["name"] for line in found if line["part"] == "steps" and "ratio" in line}
     assert steps >= {"bound", "bound again", "sct", "alore", "lora", "ssf", "bitfit", "adaptformer", "full", "linear"}
     for line in found:
         assert all(value > 0 for value in line.get("ratio", [1])), line
-    assert {line["skipped"] for line in found if line["part"] == "graphs"} == {"CUDA graphs need a GPU"}
+    if "graphs" in parts:
+        assert {line["skipped"] for line in found if line["part"] == "graphs"} == {"CUDA graphs need a GPU"}
     everything = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
     assert everything["machine"]["device"] == "CPU" and len(everything["figures"]) == len(found) - 1
     tables = (tmp_path / "gpu.md").read_text(encoding="utf-8")
-    assert all(f"## {part}\n" in tables for part in PARTS)
+    assert all(f"## {part}\n" in tables for part in parts)
 
 
 def test_what_goes_wrong_is_told_and_ends_nothing_else(tmp_path: Path, rehearse: Any) -> None:
