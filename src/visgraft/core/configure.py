@@ -16,7 +16,7 @@ AUGMENTATION: Mapping[str, tuple[Any, ...]] = {
 }
 """What searches vary for every method alike, beside its own knobs; a flip may turn one class into another."""
 
-AUTO_METHODS = ("alore", "linear", "ssf", "lora", "full")
+AUTO_METHODS = ("affine_alore", "linear", "ssf", "lora", "full")
 """What an automatic choice is among; a short one tries the first."""
 
 
