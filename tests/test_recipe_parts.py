@@ -11,7 +11,17 @@ from support import CLASSES, family, fitted, images, logits, vit
 from test_train import HALF, RECIPE, held, same, task
 from torch.nn import functional as F
 
-from visgraft import Backbone, LinearConfig, LoRAConfig, TrainConfig, VisgraftError, attach, create_backbone
+from visgraft import (
+    AffineALoREConfig,
+    ALoREConfig,
+    Backbone,
+    LinearConfig,
+    LoRAConfig,
+    TrainConfig,
+    VisgraftError,
+    attach,
+    create_backbone,
+)
 from visgraft.backbones.creation import with_pool
 from visgraft.backbones.heads import head_paths
 from visgraft.core.configure import configure
@@ -59,6 +69,21 @@ def test_also_train_is_refused_where_it_has_no_effect() -> None:
         LinearConfig(also_train="norms")
     with pytest.raises(VisgraftError, match="also_train"):
         LoRAConfig(also_train="weights")
+    with pytest.raises(VisgraftError, match="affine_alore without tensors of the backbone is alore"):
+        AffineALoREConfig(also_train=None)
+
+
+@pytest.mark.parametrize("variant", ["plain", "convnext"])
+def test_affine_alore_is_alore_and_what_also_train_names(variant: str) -> None:
+    assert trained_of_backbone(AffineALoREConfig(), variant) == trained_of_backbone(
+        LoRAConfig(also_train="biases+norms"), variant
+    )
+    both = [fitted(config, variant, alive=False) for config in (AffineALoREConfig(), ALoREConfig())]
+    modules = [{name: p.shape for name, p in model.named_parameters() if CHILD in name} for model in both]
+    assert modules[0] == modules[1]
+    method, recipe = configure("affine_alore", {})
+    assert type(method).from_dict(method.to_dict()) == method
+    assert recipe.backbone_lr == 10 * recipe.lr and recipe.augmented
 
 
 def test_backbone_lr_moves_the_backbones_own_tensors_and_nothing_else() -> None:

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from visgraft.core.configure import COLOURS
 from visgraft.core.registry import register
+from visgraft.errors import VisgraftError
 from visgraft.methods.alore import ALoRE, ALoREConfig
 from visgraft.options import ALSO_TRAINED, TrainConfig, option
 
@@ -14,8 +15,13 @@ class AffineALoREConfig(ALoREConfig):
     """Options of ALoRE, with `also_train` on by default."""
 
     also_train: str | None = option(
-        "biases+norms", "tensors of the backbone itself that train too; none: plain ALoRE", ALSO_TRAINED, kw_only=True
+        "biases+norms", "tensors of the backbone itself that train too", ALSO_TRAINED, kw_only=True
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.also_train is None:
+            raise VisgraftError("affine_alore without tensors of the backbone is alore; name that, or leave it out")
 
 
 @register("affine_alore", paper="arXiv:2412.08341 with arXiv:2106.10199")
