@@ -174,6 +174,8 @@ def test_train_with_method_auto_chooses_trains_and_keeps_why(
     assert figures["method"] == record.method.method and f"--method {record.method.method}" in chosen["sentence"]
     assert record.facts["train"]["seed"] == 3 and "the best of 2 on 30 images" in chosen["sentence"]
     assert {**figures["chosen"], "seconds": 0} == {**chosen, "seconds": 0}
+    card = (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
+    assert "validation images, by which the method with its setting was chosen, so that they are slightly" in card
 
     def interrupted(*arguments: Any, watch: Any, **options: Any) -> None:
         raise Interrupted(watch.again)
@@ -291,6 +293,7 @@ def test_when_the_time_runs_out_what_is_held_out_so_far_is_compared_and_said(
     [
         (("linaer",), {"trials": 1}, "unknown method 'linaer'; did you mean linear"),
         ((), {"trials": 1}, "no method is named"),
+        (("auto", "sct"), {"trials": 1}, "auto stands for several methods and is compared with no other"),
         (("linear",), {}, "needs a budget or a number of trials"),
         (("linear",), {"trials": 0}, "trials is 0"),
         (("linear", "alore"), {"budget_seconds": 0.2}, "too short: 2 trainings"),

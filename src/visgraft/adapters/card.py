@@ -155,10 +155,13 @@ def _limits(record: AdapterRecord, figures: Sequence[Mapping[str, Any]]) -> list
     )  # fmt: skip
     found = [f"{closed}; it was not taught to say that a picture shows none of them."]
     if figures:
-        chosen = record.training.get("select") == "val"
+        chosen = " and ".join(
+            ["the method with its setting"] * ("chosen" in facts)
+            + ["the epoch to keep"] * (record.training.get("select") == "val")
+        )
         found.append(
             "The figures are of validation images"
-            + (", by which the epoch to keep was chosen, so that they are slightly better than on new ones" * chosen)
+            + (f", by which {chosen} was chosen, so that they are slightly better than on new ones" if chosen else "")
             + f". No test images were {'measured for this card' if images.get('test', 1) else 'set apart'}."
         )
     else:

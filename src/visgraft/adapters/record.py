@@ -126,6 +126,7 @@ class AdapterRecord:
             ("record.history", facts.get("history", []), list | tuple),
             ("record.blend", blend := facts.get("blend", {}), dict),
             ("record.blend.adapters", blend.get("adapters", []) if isinstance(blend, dict) else [], list | tuple),
+            ("record.chosen", facts.get("chosen", {}), dict),
             ("record.precision", facts.get("precision", "fp32"), str),
             ("record.data.background", None if not isinstance(data, dict) else data.get("background"), str | None),
         ):  # fmt: skip

@@ -105,6 +105,8 @@ def _check(methods: Sequence[str], budget: float | None, trials: int | None, epo
     names = list(dict.fromkeys(methods))
     if not names:
         raise VisgraftError("no method is named; pass --methods linear,alore or others that `visgraft methods` lists")
+    if AUTO in names:
+        raise VisgraftError(f"{AUTO} stands for several methods and is compared with no other; name it alone")
     for name in names:
         get_method(name)
     if budget is None and trials is None:
