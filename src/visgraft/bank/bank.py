@@ -248,9 +248,7 @@ def _named(adapters: dict[str, BankAdapter], name: str) -> BankAdapter:
     try:
         return adapters[name]
     except (KeyError, TypeError):
-        raise VisgraftError(
-            f"the bank holds no adapter {name!r}{nearest(str(name), adapters)}; add it first"
-        ) from None
+        raise VisgraftError(f"the bank holds no adapter {name!r}{nearest(str(name), adapters)}; add it first") from None
 
 
 def _prepared(image: Any, adapter: BankAdapter) -> Tensor:

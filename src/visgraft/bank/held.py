@@ -2,6 +2,7 @@
 
 import tempfile
 import threading
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ class Held:
         self.split = len(rows)
         self.here: Flats | None = (*rows, *heads)
         self.parked: Flats | Path | None = None
-        self.used = 0
+        self.dropped = False
 
     @property
     def bytes(self) -> tuple[int, int]:
@@ -55,7 +56,6 @@ class Shelf:
     def __init__(self, capacity: int | None, device: torch.device) -> None:
         self.capacity, self.device = capacity, device
         self._lock = threading.Lock()
-        self._clock = 0
         self._here: dict[Held, None] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._files = 0
@@ -67,13 +67,10 @@ class Shelf:
             self._make_room()
 
     def drop(self, held: Held) -> None:
-        """Forget an adapter."""
+        """Forget an adapter; its file goes with the last one that may still ask for it."""
         with self._lock:
             self._here.pop(held, None)
-            if isinstance(held.parked, Path):
-                held.parked.unlink(missing_ok=True)
-                if held.here is None:
-                    held.parked = None
+            held.dropped = True
 
     def take(self, wanted: Iterable[Held]) -> list[Flats]:
         """Return the tensors of adapters, parked ones brought back."""
@@ -100,7 +97,8 @@ class Shelf:
     def _touch(self, used: Sequence[Held]) -> None:
         for held in used:
             self._here.pop(held, None)
-            self._here[held] = None  # the last one in the order of use
+            if not held.dropped:
+                self._here[held] = None  # the last one in the order of use
 
     def _make_room(self) -> None:
         while self.capacity is not None and len(self._here) > self.capacity:
@@ -118,4 +116,5 @@ class Shelf:
             file = Path(self._folder.name) / f"{self._files}.safetensors"
             safetensors.torch.save_file({str(number): t for number, t in enumerate(held.here)}, file)
             held.parked = file
+            weakref.finalize(held, file.unlink, missing_ok=True)
         held.here = None

@@ -1,6 +1,7 @@
 """How the tensors of an adapter lie in flat ones, so that those of many adapters are gathered in one step."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,10 @@ Slot = tuple[str, dict[str, Any], str]
 """A tensor of a module: its name, and where the module keeps it: the dictionary and the key."""
 
 
+ALIGNED = 16
+"""Each tensor begins at a multiple of so many numbers: where they lie in memory decides how products round."""
+
+
 class Layout:
     """Names and shapes of tensors, and where they lie in the flat tensors of each type."""
 
@@ -21,7 +26,10 @@ class Layout:
         self.names: dict[torch.dtype, list[str]] = {}
         for name, tensor in tensors.items():
             self.names.setdefault(tensor.dtype, []).append(name)
-        self._sizes = {kind: [tensors[name].numel() for name in names] for kind, names in self.names.items()}
+        self._sizes = {
+            kind: [-(-tensors[name].numel() // ALIGNED) * ALIGNED for name in names]
+            for kind, names in self.names.items()
+        }
 
     @property
     def bytes(self) -> int:
@@ -30,10 +38,13 @@ class Layout:
 
     def flatten(self, tensors: Mapping[str, Tensor], device: torch.device) -> Flats:
         """Return copies of the tensors, in this layout's types, on a device."""
-        return tuple(
-            torch.cat([tensors[name].detach().to(device, kind).reshape(-1) for name in names])
-            for kind, names in self.names.items()
-        )
+        found = []
+        for kind, names in self.names.items():
+            flat = torch.zeros(sum(self._sizes[kind]), dtype=kind, device=device)
+            for name, part in zip(names, flat.split(self._sizes[kind]), strict=True):
+                part[: tensors[name].numel()].copy_(tensors[name].detach().reshape(-1))
+            found.append(flat)
+        return tuple(found)
 
     def views(self, flats: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return the tensors by name, as views: of [P] as they were, of [n, P] with a first axis of n."""
@@ -41,7 +52,8 @@ class Layout:
         for (kind, names), flat in zip(self.names.items(), flats, strict=True):
             leading = flat.shape[:-1]
             for name, part in zip(names, flat.split(self._sizes[kind], -1), strict=True):
-                found[name] = part.view(*leading, *self.shapes[name])
+                shape = self.shapes[name]
+                found[name] = part.narrow(-1, 0, math.prod(shape)).view(*leading, *shape)
         return found
 
     def empty(self) -> dict[str, Tensor]:

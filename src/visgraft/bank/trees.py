@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from visgraft.backbones.heads import classifier_paths
 from visgraft.bank.configuration import Configuration, OwnRows
 from visgraft.bank.ground import FrozenBackbone, HeadKind
 from visgraft.bank.layers import layer_by_images
@@ -275,15 +276,16 @@ class _Heads(nn.Module):
         }
         template = span.kind.modules[self.path]
         if type(template) is nn.Linear and x.ndim == 2:
-            out = own["weight"] @ x.unsqueeze(-1)
-            return out.squeeze(-1) + own["bias"] if "bias" in own else out.squeeze(-1)
+            weight, x = own["weight"], x.unsqueeze(-1)
+            out = torch.baddbmm(own["bias"].unsqueeze(-1), weight, x) if "bias" in own else weight @ x
+            return out.squeeze(-1)
         layer = self.layers.setdefault(id(template), copy.deepcopy(template))
         return layer_by_images(layer, own, x)
 
 
 def _put_heads(model: nn.Module, head: HeadKind) -> None:
-    for path, layer in head.modules.items():
-        _set(model, path, copy.deepcopy(layer))
+    for path in classifier_paths(model):
+        _set(model, path, copy.deepcopy(head.modules[path]) if head.outputs else nn.Identity())
 
 
 def _set(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -1,0 +1,416 @@
+"""The bank: law 17, a mixed batch equals separate runs; safety; what is refused; what is parked."""
+
+import copy
+import dataclasses
+import functools
+import json
+import random
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from support import ALL_FAMILIES, CONFIGS, PAIRS, enliven, family, fitted, images, logits, refused, size_of
+from test_laws import OBEYING, in_turn
+from torch import Tensor, nn
+
+import visgraft
+from visgraft import Adapted, Bank, save
+from visgraft.core.attached import get_attached
+from visgraft.errors import AdapterError, DataError, VisgraftError
+
+TOLERANCE = 1e-5
+CANNOT_MIX = {"partial-0", "full-0"}
+
+
+@functools.cache
+def attached(name: str, kind: str = "plain") -> Any:
+    return fitted(CONFIGS[name], kind, alive=False)
+
+
+def trained(name: str, kind: str = "plain", seed: int = 1, outputs: int | None = None) -> Any:
+    """A tiny backbone with a method attached and moved off its start, with a head of its own size."""
+    model = copy.deepcopy(attached(name, kind))
+    if outputs:
+        model.reset_classifier(outputs)
+    return enliven(model, seed).eval()
+
+
+def answers(bank: Bank, x: Any, names: list[str]) -> list[Tensor]:
+    return [answer.logits for answer in bank(x, names)]
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    assert found.shape == expected.shape
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def held_to(bank: Bank, models: dict[str, Any], x: Tensor, names: list[str]) -> None:
+    """Law 17 for one batch."""
+    alone = {name: logits(models[name], x) for name in set(names)}
+    for row, (found, name) in enumerate(zip(answers(bank, x, names), names, strict=True)):
+        assert difference(found, alone[name][row]) <= TOLERANCE, (name, row)
+
+
+@functools.cache
+def bank_of(kind: str) -> tuple[Bank, dict[str, Any]]:
+    """A bank with a LoRA, or where that has no place a BitFit, to mix others with."""
+    other = "bitfit-0" if refused("lora-0", kind) else "lora-0"
+    model = trained(other, kind, seed=7, outputs=3)
+    bank = Bank(family(kind))
+    bank.add("other", model)
+    return bank, {"other": model}
+
+
+@in_turn(OBEYING)
+def test_17_a_mixed_batch_equals_separate_runs(name: str, kind: str) -> None:
+    bank, models = bank_of(kind)
+    here = {"a": trained(name, kind, seed=1), "b": trained(name, kind, seed=2, outputs=7), **models}
+    for key in ("a", "b"):
+        bank.add(key, here[key], replace=True)
+    x = images(6, size=size_of(kind))
+    if not CONFIGS[name].head_only:
+        assert difference(logits(here["a"], x[:1])[0], logits(with_head_of(here["a"], here["b"]), x[:1])[0]) > 1e-3
+    held_to(bank, here, x[:5], ["a", "b", "other", "b", "a"])
+    held_to(bank, here, x[:4], ["b", "a", "a", "b"])
+    assert torch.equal(torch.stack(answers(bank, x, ["b"] * 6)), logits(here["b"], x)), "one adapter is as attached"
+
+
+def with_head_of(head: Any, model: Any) -> Any:
+    """The model with the head of another, so that only the rest differs."""
+    model = copy.deepcopy(model)
+    model.reset_classifier(5)
+    state = {k: v for k, v in head.state_dict().items() if k.startswith(tuple(get_attached(head).head))}
+    model.load_state_dict(state, strict=False)
+    return model
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=() if k in ("plain", "swin") else pytest.mark.long) for k in ALL_FAMILIES]
+)
+def test_17_all_configurations_in_one_batch(kind: str) -> None:
+    bank, models = Bank(family(kind)), {}
+    for number, name in enumerate(n for n, k in PAIRS if k == kind and not refused(n, k)):
+        models[name] = trained(name, kind, seed=number, outputs=2 + number % 4)
+        bank.add(name, models[name])
+    names = [*models, *models]
+    random.Random(0).shuffle(names)
+    held_to(bank, models, images(len(names), size=size_of(kind)), names)
+
+
+def test_what_cannot_share_a_forward_is_told(tmp_path: Path) -> None:
+    bank = Bank(family("plain"))
+    for name in ("alore-0", "sct-0", "convpass-0", "bitfit-0", "vpt_deep-0", *CANNOT_MIX):
+        bank.add(name, trained(name))
+    told = dict(line.split(" × 1: ") for line in bank.explain().splitlines())
+    assert "low-rank" in told["alore"] and "own form" in told["sct"] and "mapped" in told["convpass"]
+    assert "tensors of each image" in told["bitfit"] and "insert tokens" in told["vpt_deep"]
+    assert all("one forward for each" in told[name] and "weight" in told[name] for name in ("partial", "full"))
+    apart = Bank(family("swin_v2"))
+    apart.add("bitfit", trained("bitfit-0", "swin_v2"))
+    assert "cpb_mlp" in apart.explain(), "a bias that no image passes"
+
+
+def test_forwards_are_as_few_as_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    bank, runs = Bank(family("plain")), []
+    for name in ("alore-0", "sct-0", "lora-0", "vpt_deep-0", "full-0"):
+        for number in (1, 2):
+            bank.add(f"{name} {number}", trained(name, seed=number))
+    forward = type(family("plain")).forward_features
+    monkeypatch.setattr(
+        type(family("plain")), "forward_features", lambda m, x, **k: (runs.append(len(x)), forward(m, x, **k))[1]
+    )
+    bank(images(10), list(bank.names))
+    assert sorted(runs) == [1, 1, 2, 6]
+
+
+def test_heads_of_every_kind_answer_side_by_side() -> None:
+    bank, models = Bank(family("deit_distilled")), {}
+    for outputs in (1, 4, 9):
+        models[str(outputs)] = trained("lora-0", "deit_distilled", seed=outputs, outputs=outputs)
+    deep = fitted(CONFIGS["lora-0"], "plain", alive=False)
+    for name, model in models.items():
+        bank.add(name, model)
+    held_to(bank, models, images(6, size=size_of("deit_distilled")), ["9", "1", "4", "9", "4", "1"])
+    deep.head = nn.Sequential(nn.Linear(32, 8), nn.GELU(), nn.Linear(8, 6))
+    models = {"deep": enliven(deep, 3).eval(), "plain": trained("sct-0"), "other": trained("lora-0", outputs=2)}
+    models["deep 2"] = enliven(copy.deepcopy(deep), 4).eval()
+    bank = Bank(family("plain"))
+    for name, model in models.items():
+        bank.add(name, model)
+    held_to(bank, models, images(5), ["deep", "plain", "deep 2", "other", "plain"])
+
+
+def test_without_a_head_the_features_are_the_answer() -> None:
+    model = fitted(CONFIGS["lora-0"], "plain", num_classes=0)
+    bank = Bank(family("plain"))
+    bank.add("features", model)
+    bank.add("classes", trained("sct-0"))
+    found = answers(bank, images(2), ["features", "classes"])
+    assert difference(found[0], logits(model, images(2))[0]) <= TOLERANCE and len(found[1]) == 5
+
+
+def test_answers_carry_classes_and_probabilities(tmp_path: Path) -> None:
+    model = trained("alore-0", outputs=2)
+    facts = {"data": {"multi_label": True}}
+    bank = Bank(family("plain"))
+    bank.add("several", save(model, tmp_path / "several", classes=["scratch", "dent"], record=facts))
+    bank.add("one", save(trained("alore-0"), tmp_path / "one"))
+    several, one = bank(images(2), ["several", "one"])
+    assert several.classes == ("scratch", "dent") and several.multi_label and several.adapter == "several"
+    assert torch.allclose(several.probabilities, several.logits.sigmoid())
+    assert one.classes == () and torch.allclose(one.probabilities.sum(), torch.ones(()))
+    assert bank.record("several").classes == ("scratch", "dent")
+
+
+def test_pictures_are_prepared_as_each_adapter_was_trained(tmp_path: Path) -> None:
+    facts = visgraft.model_data_config(family("plain"))
+    grey, black = ({**facts, "mean": mean} for mean in ((0.5,) * 3, (0.1,) * 3))
+    model = trained("lora-0")
+    bank = Bank(family("plain"))
+    bank.add("grey", save(model, tmp_path / "grey", data_config=grey))
+    dark = {"data": {"background": "black"}}
+    bank.add("black", save(model, tmp_path / "black", data_config=black, record=dark))
+    file = tmp_path / "picture.png"
+    Image.new("RGBA", (20, 20), (200, 10, 10, 128)).save(file)
+    found = answers(bank, [file, file], ["grey", "black"])
+    for name, logit in zip(("grey", "black"), found, strict=True):
+        adapted = visgraft.load(tmp_path / name, backbone=family("plain"))
+        best = {int(c): p for c, p in visgraft.predict(adapted, [file], top=5)[0]}
+        assert torch.allclose(logit.softmax(0), torch.tensor([best[i] for i in range(5)]), atol=1e-5)
+    assert difference(found[0], found[1]) > 1e-3
+
+
+def test_images_of_several_sizes_come_in_one_call() -> None:
+    bank, models = Bank(family("convnext")), {}
+    for number in (1, 2):
+        models[str(number)] = trained("alore-0", "convnext", seed=number)
+        bank.add(str(number), models[str(number)])
+    x = [images(1, n, size=size)[0] for n, size in enumerate((32, 64, 32, 64))]
+    for found, name, image in zip(answers(bank, x, ["1", "1", "2", "2"]), "1122", x, strict=True):
+        assert difference(found, logits(models[name], image[None])[0]) <= TOLERANCE
+
+
+def test_each_adapter_answers_in_its_own_precision() -> None:
+    model, bank = trained("alore-0"), Bank(family("plain"))
+    for precision in ("fp32", "bf16"):
+        adapted = Adapted.of(model)
+        record = dataclasses.replace(adapted.record, precision=precision)
+        for number in (1, 2):
+            bank.add(f"{precision} {number}", Adapted(model, record))
+    names = ["bf16 1", "fp32 1", "bf16 2", "fp32 2"]
+    x = images(1).expand(4, -1, -1, -1)
+    found = answers(bank, x, names)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = logits(model, x[:1])[0]
+    assert difference(found[1], logits(model, x[:1])[0]) <= TOLERANCE
+    assert found[0].dtype == half.dtype and difference(found[0].float(), half.float()) < 0.05
+    assert not torch.equal(found[0].float(), found[1])
+
+
+def test_a_name_is_replaced_only_when_told_so() -> None:
+    bank, first, second = Bank(family("plain")), trained("lora-0", seed=1), trained("sct-0", seed=2)
+    bank.add("a", first)
+    with pytest.raises(VisgraftError, match="'a' already; pass replace=True"):
+        bank.add("a", second)
+    held_to(bank, {"a": first}, images(1), ["a"])
+    bank.add("a", second, replace=True)
+    held_to(bank, {"a": second}, images(1), ["a"])
+    bank.add("b", first)
+    assert bank.names == ("a", "b") and len(bank) == 2 and "b" in bank and "c" not in bank
+    bank.remove("a")
+    assert bank.names == ("b",)
+    for act in (lambda: bank.remove("a"), lambda: bank(images(2), ["b", "a"]), lambda: bank.record("a")):
+        with pytest.raises(VisgraftError, match="no adapter 'a'"):
+            act()
+    with pytest.raises(VisgraftError, match="as many names"):
+        bank(images(2), ["b"])
+    with pytest.raises(VisgraftError, match="not empty"):
+        bank.add("", first)
+    with pytest.raises(DataError, match="must be \\[channels, height, width\\]"):
+        bank([images(1)], ["b"])
+    assert bank(images(1)[:0], []) == []
+
+
+def test_the_bank_leaves_backbone_and_models_as_they_are() -> None:
+    plain, model = family("plain"), trained("bitfit-0")
+    state, flags = copy.deepcopy(plain.state_dict()), [p.requires_grad for p in plain.parameters()]
+    places = [p.data_ptr() for p in plain.parameters()]
+    bank = Bank(plain)
+    for name in ("bitfit-0", "full-0", "lora-0", "vpt_deep-0"):
+        bank.add(name, trained(name))
+    bank.add("model", model)
+    bank(images(5), list(bank.names))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in plain.state_dict().items())
+    assert [p.requires_grad for p in plain.parameters()] == flags
+    assert [p.data_ptr() for p in plain.parameters()] == places
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in plain.modules())
+    before = answers(bank, images(1), ["model"])[0]
+    enliven(model, 9)
+    assert torch.equal(answers(bank, images(1), ["model"])[0], before), "what was added is copied"
+    assert bank.memory().backbone == sum(t.nbytes for t in plain.state_dict(keep_vars=True).values())
+
+
+def test_a_backbone_that_is_none_is_refused() -> None:
+    with pytest.raises(VisgraftError, match=r"call visgraft\.detach first"):
+        Bank(trained("lora-0"))
+    with pytest.raises(VisgraftError, match="holds no data"):
+        Bank(family("plain").to("meta"))
+    with pytest.raises(VisgraftError, match="capacity is 0"):
+        Bank(family("plain"), capacity=0)
+
+
+def spoil_tensors(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["head.bias"][0] = float("nan")
+    save_file(tensors, file)
+
+
+def move_tensors(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    save_file({name: tensor + 0.3 for name, tensor in load_file(file).items()}, file)
+
+
+def cut_tensors(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def rename_tensors(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    save_file({f"{name}x": tensor for name, tensor in load_file(file).items()}, file)
+
+
+def change_config(folder: Path) -> None:
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    config["method_config"]["rank"] = 3
+    file.write_text(json.dumps(config))
+
+
+def lose_config(folder: Path) -> None:
+    (folder / "adapter_config.json").unlink()
+
+
+DAMAGE = {
+    spoil_tensors: "head.bias is not finite", cut_tensors: "damaged", rename_tensors: "does not fit its config",
+    change_config: "does not fit its config", lose_config: "is not an adapter", move_tensors: "seeded picture otherwise",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("harm", DAMAGE, ids=lambda harm: harm.__name__)
+def test_a_damaged_adapter_leaves_the_bank_as_it_was(harm: Any, tmp_path: Path) -> None:
+    good = trained("lora-0", seed=1)
+    bank = Bank(family("plain"))
+    bank.add("good", save(good, tmp_path / "good"))
+    bad = save(trained("lora-0", seed=2), tmp_path / "bad")
+    before = bank.names, bank.memory()
+    harm(bad)
+    for name, replace in (("bad", False), ("good", True)):
+        with pytest.raises(AdapterError, match=DAMAGE[harm]):
+            bank.add(name, bad, replace=replace)
+        assert (bank.names, bank.memory()) == before
+        held_to(bank, {"good": good}, images(1), ["good"])
+
+
+def test_an_adapter_of_another_backbone_is_refused(tmp_path: Path) -> None:
+    bank = Bank(family("plain", seed=1))
+    other = trained("lora-0")
+    for given in (other, Adapted.of(other), save(other, tmp_path / "other")):
+        with pytest.raises(AdapterError, match="trained on another backbone"):
+            bank.add("other", given)
+    with pytest.raises(AdapterError, match="another backbone than the bank's"):
+        bank.add("swin", trained("lora-0", "swin"))
+    large = fitted(CONFIGS["lora-0"], "plain", img_size=24)
+    for given in (large, save(large, tmp_path / "large")):
+        with pytest.raises(AdapterError, match="24 × 24 pixels"):
+            bank.add("large", given)
+    with pytest.raises(VisgraftError, match="nothing is attached"):
+        bank.add("plain", family("plain"))
+    with pytest.raises(VisgraftError, match="this is int"):
+        bank.add("number", 3)  # type: ignore[arg-type]
+    assert len(bank) == 0
+
+
+def test_the_last_used_adapters_stay_and_the_others_come_back(tmp_path: Path) -> None:
+    bank, models = Bank(family("plain"), capacity=2), {}
+    for number, name in enumerate(("lora-0", "sct-0", "bitfit-0", "full-0", "lora-0")):
+        models[str(number)] = trained(name, seed=number)
+        bank.add(str(number), models[str(number)])
+    every = list(bank.names)
+    size = {}
+    for name, model in models.items():
+        alone = Bank(family("plain"))
+        alone.add(name, model)
+        size[name] = sum(alone.memory()[1:])
+        assert size[name] <= 1.3 * sum(t.nbytes for t in get_attached(model).stored().values()) + 500
+    taken = bank.memory()
+    assert taken.adapters + taken.heads == size["3"] + size["4"], "those added last"
+    assert taken.parked == size["0"] + size["1"] + size["2"]
+    for _ in range(2):
+        held_to(bank, models, images(5), every)  # more than there is room for
+    held_to(bank, models, images(2), ["1", "0"])
+    taken = bank.memory()
+    assert taken.adapters + taken.heads == size["0"] + size["1"]
+    folder = Path(bank._shelf._folder.name)  # type: ignore[union-attr]
+    assert len(list(folder.iterdir())) == 5
+    for name in every:
+        bank.remove(name)
+    assert list(folder.iterdir()) == [] and bank.memory()[1:] == (0, 0, 0)
+    del bank
+    assert not folder.exists()
+
+
+def test_an_error_in_a_forward_leaves_the_bank_usable() -> None:
+    bank, models = Bank(family("plain")), {"a": trained("lora-0"), "b": trained("convpass-0")}
+    for name, model in models.items():
+        bank.add(name, model)
+    for names in (["a", "a"], ["a", "b"]):
+        with pytest.raises((RuntimeError, AssertionError)):
+            bank(images(2, size=20), names)
+        held_to(bank, models, images(2), names)
+
+
+@pytest.mark.parametrize("capacity", [None, 3])
+def test_adding_and_removing_change_no_answer_of_eight_threads(capacity: int | None) -> None:
+    bank, models = Bank(family("plain"), capacity=capacity), {}
+    for name in ("lora-0", "sct-0", "bitfit-0", "convpass-0"):
+        models[name] = trained(name)
+        bank.add(name, models[name])
+    versions = [trained("lora-0", seed=20), trained("sct-0", seed=21, outputs=3)]
+    bank.add("changing", versions[0])
+    x = images(6)
+    expected = {name: logits(model, x) for name, model in models.items()}
+    changing, wrong, stop = [logits(model, x) for model in versions], [], threading.Event()
+
+    def ask(seed: int) -> None:
+        draw, count = random.Random(seed), 0
+        try:
+            while not stop.is_set() or count < 5:
+                names = draw.choices([*models, "changing"], k=6)
+                found, count = answers(bank, x, names), count + 1
+                for row, (name, one) in enumerate(zip(names, found, strict=True)):
+                    right = changing if name == "changing" else [expected[name]]
+                    if not any(one.shape == e[row].shape and difference(one, e[row]) <= TOLERANCE for e in right):
+                        wrong.append((name, row))
+                if len({len(one) for name, one in zip(names, found, strict=True) if name == "changing"}) > 1:
+                    wrong.append(("changing", "two versions in one call"))
+        except Exception as error:
+            wrong.append((seed, repr(error)))
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for round_ in range(30):
+        bank.add("changing", versions[round_ % 2], replace=True)
+        bank.add(f"passing {round_}", versions[0])
+        if round_ > 3:
+            bank.remove(f"passing {round_ - 3}")
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
