@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/bank.py --quick          # a minute
     python benchmarks/bank.py --rounds 7                         # as in docs/bank.md
 
-Adapters are drawn at random. `mixed ÷ merged`: as many different adapters as images, beside the plain model, which is what
-a merged one costs. `one ÷ attached`: all images with one adapter, beside the model that `visgraft.attach` gives. Both are
-ratios of the same round, with their quartiles. Then, for banks of several sizes: what adding and swapping takes, and how
-much memory.
+Adapters are drawn at random. `mixed ÷ merged`: as many different adapters as images, beside the plain model, which is
+what a merged one costs. `one ÷ attached`: all images with one adapter, beside the model that `visgraft.attach` gives.
+Both are ratios of the same round, with their quartiles. Then, for banks of several sizes: what adding and swapping
+takes, and how much memory.
 """
 
 import itertools

@@ -297,9 +297,13 @@ def lose_config(folder: Path) -> None:
 
 
 DAMAGE = {
-    spoil_tensors: "head.bias is not finite", cut_tensors: "damaged", rename_tensors: "does not fit its config",
-    change_config: "does not fit its config", lose_config: "is not an adapter", move_tensors: "seeded picture otherwise",
-}  # fmt: skip
+    spoil_tensors: "head.bias is not finite",
+    cut_tensors: "damaged",
+    rename_tensors: "does not fit its config",
+    change_config: "does not fit its config",
+    lose_config: "is not an adapter",
+    move_tensors: "seeded picture otherwise",
+}
 
 
 @pytest.mark.parametrize("harm", DAMAGE, ids=lambda harm: harm.__name__)

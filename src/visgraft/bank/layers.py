@@ -41,7 +41,9 @@ def _layer_norm(layer: Any, own: Own, x: Tensor) -> Tensor:
     images = len(next(iter(own.values())))
     out = F.layer_norm(x, layer.normalized_shape, None, None, layer.eps)
     weight, bias = (t.unsqueeze(1) if t.ndim == 2 else t for t in (weight, bias))
-    return torch.addcmul(bias, out.view(images, -1, x.shape[-1]), weight).view(x.shape)
+    tokens = out.view(images, -1, x.shape[-1])
+    torch.addcmul(bias, tokens, weight, out=tokens)  # in place: it is nobody else's
+    return out
 
 
 def _mapped(layer: Any, own: Own, x: Tensor) -> Tensor:

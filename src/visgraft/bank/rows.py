@@ -8,8 +8,8 @@ from torch import Tensor
 
 from visgraft.bank.layout import slots_of, substituted
 from visgraft.core.attached import Attached
-from visgraft.core.low_rank import LowRank
-from visgraft.core.method import ActsByRows, Grid
+from visgraft.core.low_rank import LowRank, add_by_rows
+from visgraft.core.method import ActsByRows, Grid, TokenMethod
 from visgraft.core.tensors import CHILD
 
 
@@ -42,21 +42,23 @@ class ByRows:
         here, shared = f"{CHILD}.positions.{key}.", f"{CHILD}.shared."
         self.slots = [*slots_of(self.module, here), *slots_of(attached.shared, shared)]
         self.own = {name: name.removeprefix(here) for name, _, _ in self.slots if name.startswith(here)}
-        self.factored = not hasattr(self.module, "insert") and self.module.low_rank() is not None
+        self.factored = not isinstance(self.module, TokenMethod) and self.module.low_rank() is not None
 
     def forward(self, span: Span, x: Tensor, onto: Tensor, grid: Grid) -> Tensor:
         """Return what the module makes of `onto`, as `Method.forward` does."""
-        images = span.stop - span.start
-        if isinstance(self.module, ActsByRows):
+        module: Any = self.module
+        if isinstance(module, ActsByRows):
+            images = span.stop - span.start
             tensors = {short: span.tensors[name] for name, short in self.own.items() if name in span.tensors}
             seen = _tokens(x, images)
-            return self.module.by_rows(tensors, seen, seen if x is onto else _tokens(onto, images)).reshape(onto.shape)
+            found: Tensor = module.by_rows(tensors, seen, seen if x is onto else _tokens(onto, images))
+            return found.reshape(onto.shape)
         if self.factored:
             factors = self.factors(span)
-            return add_by_rows(onto, hidden_by_rows(x, factors.down), factors)
+            return add_factors(onto, hidden_by_rows(x, factors.down), factors)
         if x is onto:
-            return self.mapped(span, lambda x: self.module(x, x, grid), x)
-        return self.mapped(span, lambda x, onto: self.module(x, onto, grid), x, onto)
+            return self.mapped(span, lambda x: module(x, x, grid), x)
+        return self.mapped(span, lambda x, onto: module(x, onto, grid), x, onto)
 
     def factors(self, span: Span) -> LowRank:
         """Return the module's low-rank map with factors [n, ...] of each image."""
@@ -68,7 +70,8 @@ class ByRows:
             return tuple(x for x in told[-1] if isinstance(x, Tensor))
 
         made = iter(torch.vmap(one)(self._chosen(span)))
-        return LowRank(*(next(made) if isinstance(x, Tensor) else x for x in told[-1]))
+        found: list[Any] = [next(made) if isinstance(x, Tensor) else x for x in told[-1]]
+        return LowRank(*found)
 
     def mapped(self, span: Span, act: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """Return what `act` makes of each image's part [windows, N, C] of the inputs, put together again."""
@@ -104,18 +107,17 @@ def read_together(x: Tensor, maps: Sequence[LowRank]) -> list[Tensor]:
     return list(hidden.split([one.down.shape[2] for one in maps], -1))
 
 
-def add_by_rows(onto: Tensor, hidden: Tensor, factors: LowRank, in_place: bool = False) -> Tensor:
+def add_factors(onto: Tensor, hidden: Tensor, factors: LowRank, in_place: bool = False) -> Tensor:
     """Return `onto` [n · windows, N, b q] plus the map's last product with each image's factors."""
     mixed = hidden if factors.mix is None else hidden @ factors.mix
     images, inner, width = factors.up.shape
     mixed, up = mixed.reshape(images, -1, inner), factors.up if factors.scale == 1 else factors.up * factors.scale
-    bias = None if factors.bias is None else factors.bias.unsqueeze(1)
-    if in_place:
-        added = (mixed @ up).view(images, -1, onto.shape[-1])
-        added = added if bias is None else added + bias
-        return onto.add_(added.view(onto.shape))
-    if onto.dtype == mixed.dtype:
-        result = torch.baddbmm(onto.reshape(images, -1, width), mixed, up).view(images, -1, onto.shape[-1])
-    else:
-        result = onto.reshape(images, -1, onto.shape[-1]) + (mixed @ up).view(images, -1, onto.shape[-1])
-    return (result if bias is None else result + bias).reshape(onto.shape)
+    if in_place and onto.dtype == mixed.dtype and onto.shape == (images, mixed.shape[1], width):
+        onto.baddbmm_(mixed, up)
+        return onto if factors.bias is None else onto.add_(factors.bias.unsqueeze(1))
+    if width == onto.shape[-1]:
+        result = add_by_rows(onto.reshape(images, -1, width), mixed, up, factors.bias)
+    else:  # in blocks
+        result = add_by_rows(onto.reshape(images, -1, width), mixed, up).view(images, -1, onto.shape[-1])
+        result = result if factors.bias is None else result + factors.bias.unsqueeze(1)
+    return result.reshape(onto.shape)

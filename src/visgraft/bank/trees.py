@@ -19,7 +19,7 @@ from visgraft.bank.configuration import Configuration, OwnRows
 from visgraft.bank.ground import FrozenBackbone, HeadKind
 from visgraft.bank.layers import layer_by_images
 from visgraft.bank.layout import slots_of, substituted
-from visgraft.bank.rows import ByRows, Span, add_by_rows, read_together
+from visgraft.bank.rows import ByRows, Span, add_factors, read_together
 from visgraft.core.attached import Attached, get_attached
 from visgraft.core.families import fuse_biases
 from visgraft.core.low_rank import LowRank
@@ -86,7 +86,7 @@ class MixedTree:
         for site, of_site in acts.items():
             host = self.model.get_submodule(site.host)
             fresh = site.side == "output" and type(host) is nn.Linear
-            taps.put(self.model, site, _SiteAct(self, of_site, fresh))
+            taps.put(self.model, site, _SiteAct(self, of_site, fresh, site.rows is not None))
         taps.forget_after_forward(self.model)
         self._own_layers(configurations)
         for path in ground.head_paths:
@@ -148,11 +148,13 @@ class _Acts(NamedTuple):
 class _SiteAct:
     """Act of a site that lets every configuration rewrite the rows of its own images.
 
-    `fresh`: the site's tensor is nobody else's, so that it is rewritten in place.
+    `fresh`: the site's tensor is nobody else's, so that acts may rewrite it in place; `part`: and it is some rows of a
+    layer's output, which are rewritten where they are.
     """
 
-    def __init__(self, tree: MixedTree, acts: Sequence[_Acts], fresh: bool) -> None:
-        self.tree, self.acts, self.fresh = tree, {one.configuration: one.acts for one in acts}, fresh
+    def __init__(self, tree: MixedTree, acts: Sequence[_Acts], fresh: bool, part: bool) -> None:
+        self.tree, self.acts = tree, {one.configuration: one.acts for one in acts}
+        self.fresh, self.part = fresh, fresh and part
 
     def __call__(self, value: Tensor, onto: Tensor, grid: Grid) -> Tensor:
         forward = self.tree.forward
@@ -164,11 +166,11 @@ class _SiteAct:
             for act in self.acts.get(configuration, ()):
                 new = act(forward, span, now if seen is now else seen, now, grid, self.fresh)
                 now, seen = new, new if seen is now else seen
-            if now is not before and self.fresh:
+            if now is not before and self.part:
                 before.copy_(now)
             changed = changed or now is not before
             pieces.append(now)
-        if not changed or self.fresh:
+        if not changed or self.part:
             return onto
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
@@ -214,7 +216,7 @@ class _Add:
         read, factors = forward.kept.pop(self.module)
         if factors is None:
             return self.module.forward(span, read, onto, grid)
-        return add_by_rows(onto, read, factors, fresh)
+        return add_factors(onto, read, factors, fresh)
 
 
 class _Tokens:

@@ -106,8 +106,8 @@ class Method(nn.Module):
     A subclass sets `Config` and `recipe`, says its `placements`, and computes `delta`. It knows nothing of timm,
     files or the command line. What follows from its options alone, such as whether it is affine, its config answers.
     Methods that only unfreeze existing parameters list them in `unfrozen` instead; `TokenMethod` is the base of those
-    that insert tokens. Further abilities are protocols, met by defining their functions: `ReadsLayer`,
-    `ActsByRows`, `ChoosesChannels`, `MadeOfParts`. Every tensor that a method sees is [B, N, C], however the backbone lays its
+    that insert tokens. Further abilities are protocols, met by defining their functions: `ReadsLayer`, `ActsByRows`,
+    `ChoosesChannels`, `MadeOfParts`. Every tensor that a method sees is [B, N, C], however the backbone lays its
     features out.
     """
 

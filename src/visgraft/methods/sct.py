@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -140,4 +140,4 @@ class SCT(Method):
     def _formed(self, z: Tensor, mapped: Tensor) -> Tensor:
         if self.scale is None:
             return mapped
-        return cast(Tensor, self.scale * mapped if self.form == "A" else (self.scale - 1) * z + mapped)
+        return self.scale * mapped if self.form == "A" else (self.scale - 1) * z + mapped
