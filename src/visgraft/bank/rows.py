@@ -38,11 +38,12 @@ class ByRows:
     """
 
     def __init__(self, attached: Attached, key: str) -> None:
-        self.module: Any = attached.positions[key]
-        here, shared = f"{CHILD}.positions.{key}.", f"{CHILD}.shared."
-        self.slots = [*slots_of(self.module, here), *slots_of(attached.shared, shared)]
-        self.own = {name: name.removeprefix(here) for name, _, _ in self.slots if name.startswith(here)}
-        self.factored = not isinstance(self.module, TokenMethod) and self.module.low_rank() is not None
+        module: Any = attached.positions[key]
+        self.module = module
+        self.here, shared = f"{CHILD}.positions.{key}.", f"{CHILD}.shared."
+        self.slots = [*slots_of(self.module, self.here), *slots_of(attached.shared, shared)]
+        self.own = {name: name.removeprefix(self.here) for name, _, _ in self.slots if name.startswith(self.here)}
+        self.factored = not isinstance(module, TokenMethod) and module.low_rank() is not None
 
     def forward(self, span: Span, x: Tensor, onto: Tensor, grid: Grid) -> Tensor:
         """Return what the module makes of `onto`, as `Method.forward` does."""
@@ -53,25 +54,17 @@ class ByRows:
             seen = _tokens(x, images)
             found: Tensor = module.by_rows(tensors, seen, seen if x is onto else _tokens(onto, images))
             return found.reshape(onto.shape)
-        if self.factored:
-            factors = self.factors(span)
-            return add_factors(onto, hidden_by_rows(x, factors.down), factors)
         if x is onto:
             return self.mapped(span, lambda x: module(x, x, grid), x)
         return self.mapped(span, lambda x, onto: module(x, onto, grid), x, onto)
 
-    def factors(self, span: Span) -> LowRank:
-        """Return the module's low-rank map with factors [n, ...] of each image."""
-        told: list[LowRank] = []
-
-        def one(own: dict[str, Tensor]) -> tuple[Tensor, ...]:
-            with substituted(self.slots, own):
-                told.append(self.module.low_rank())
-            return tuple(x for x in told[-1] if isinstance(x, Tensor))
-
-        made = iter(torch.vmap(one)(self._chosen(span)))
-        found: list[Any] = [next(made) if isinstance(x, Tensor) else x for x in told[-1]]
-        return LowRank(*found)
+    def kind(self) -> Any:
+        """Return what is equal for modules that differ in nothing but their tensors."""
+        module = self.module
+        plain = {name: value for name, value in vars(module).items() if name not in vars(torch.nn.Module())}
+        shapes = tuple((self.own[name], tuple(s[leaf].shape)) for name, s, leaf in self.slots if name in self.own)
+        inside = tuple((name, repr(child)) for name, child in module.named_children())
+        return type(module), shapes, inside, repr(sorted((name, _told(value)) for name, value in plain.items()))
 
     def mapped(self, span: Span, act: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """Return what `act` makes of each image's part [windows, N, C] of the inputs, put together again."""
@@ -87,9 +80,60 @@ class ByRows:
         return {name: span.tensors[name] for name, _, _ in self.slots if name in span.tensors}
 
 
+def _told(value: Any) -> str:
+    """A value of a module in words: plain ones by their value, others by which object they are."""
+    if isinstance(value, tuple | list):
+        return repr([_told(one) for one in value])
+    return repr(value) if isinstance(value, bool | int | float | str | None) else f"{type(value)} {id(value)}"
+
+
+class FactorsByRows:
+    """The low-rank maps of modules that make factors of their tensors alike, made for all of them at once."""
+
+    def __init__(self, members: Sequence[ByRows]) -> None:
+        self.members = list(members)
+
+    def make(self, span: Span) -> dict[ByRows, LowRank]:
+        """Return each module's map with factors [n, ...] of each image."""
+        first, told = self.members[0], list[LowRank]()
+        own = {
+            name: torch.stack([span.tensors[f"{member.here}{short}"] for member in self.members])
+            for name, short in first.own.items()
+        }
+        shared = {name: span.tensors[name] for name, _, _ in first.slots if name not in first.own}
+
+        def one(own: dict[str, Tensor], shared: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            with substituted(first.slots, {**own, **shared}):
+                told.append(first.module.low_rank())
+            return tuple(x for x in told[-1] if isinstance(x, Tensor))
+
+        # Without tensors of their own they have one map in common.
+        made = torch.vmap(torch.vmap(one), (0, None))(own, shared) if own else torch.vmap(one, (None, 0))(own, shared)
+        found = {}
+        for number, member in enumerate(self.members):
+            tensors = iter(tensor[number] if own else tensor for tensor in made)
+            factors: list[Any] = [next(tensors) if isinstance(x, Tensor) else x for x in told[-1]]
+            found[member] = LowRank(*factors)
+        return found
+
+
+def alike(modules: Sequence[ByRows]) -> list[FactorsByRows]:
+    """Return groups of the modules that have factors, each of those that differ in nothing but their own tensors."""
+    groups: dict[Any, list[ByRows]] = {}
+    for module in modules:
+        if module.factored:
+            groups.setdefault(module.kind(), []).append(module)
+    return [FactorsByRows(members) for members in groups.values()]
+
+
 def _tokens(x: Tensor, images: int) -> Tensor:
     """All tokens of an image together: [n · windows, N, C] -> [n, windows · N, C]."""
     return x if len(x) == images else x.reshape(images, -1, x.shape[-1])
+
+
+def _of_windows(x: Tensor, windows: int) -> Tensor:
+    """Repeat the row [n, ...] of each image for its windows."""
+    return x if len(x) == windows else x.repeat_interleave(windows // len(x), 0)
 
 
 def hidden_by_rows(x: Tensor, down: Tensor) -> Tensor:
@@ -112,9 +156,15 @@ def add_factors(onto: Tensor, hidden: Tensor, factors: LowRank, in_place: bool =
     mixed = hidden if factors.mix is None else hidden @ factors.mix
     images, inner, width = factors.up.shape
     mixed, up = mixed.reshape(images, -1, inner), factors.up if factors.scale == 1 else factors.up * factors.scale
-    if in_place and onto.dtype == mixed.dtype and onto.shape == (images, mixed.shape[1], width):
-        onto.baddbmm_(mixed, up)
-        return onto if factors.bias is None else onto.add_(factors.bias.unsqueeze(1))
+    if in_place and onto.dtype == mixed.dtype:
+        target = onto.view(images, -1, width) if onto.is_contiguous() else onto
+        if target.shape == (images, mixed.shape[1], width):
+            target.baddbmm_(mixed, up)
+            return (
+                onto
+                if factors.bias is None
+                else onto.add_(factors.bias.repeat_interleave(len(onto) // images, 0)[:, None])
+            )
     if width == onto.shape[-1]:
         result = add_by_rows(onto.reshape(images, -1, width), mixed, up, factors.bias)
     else:  # in blocks

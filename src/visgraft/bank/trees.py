@@ -19,7 +19,7 @@ from visgraft.bank.configuration import Configuration, OwnRows
 from visgraft.bank.ground import FrozenBackbone, HeadKind
 from visgraft.bank.layers import layer_by_images
 from visgraft.bank.layout import slots_of, substituted
-from visgraft.bank.rows import ByRows, Span, add_factors, read_together
+from visgraft.bank.rows import ByRows, FactorsByRows, Span, add_factors, alike, hidden_by_rows, read_together
 from visgraft.core.attached import Attached, get_attached
 from visgraft.core.families import fuse_biases
 from visgraft.core.low_rank import LowRank
@@ -43,6 +43,13 @@ class Forward:
     def __init__(self, images: int, spans: Mapping[Configuration, Span], heads: Sequence[HeadSpan]) -> None:
         self.images, self.spans, self.heads = images, spans, heads
         self.kept: dict[Any, Any] = {}
+
+    def factors(self, group: FactorsByRows, span: Span) -> dict[ByRows, LowRank]:
+        """Return the factors of a group of modules, made when the first of them is asked for."""
+        if group not in self.kept:
+            self.kept[group] = group.make(span)
+        found: dict[ByRows, LowRank] = self.kept[group]
+        return found
 
 
 class UniformTree:
@@ -84,8 +91,8 @@ class MixedTree:
                     of_site.append(_Acts(configuration, []))
                 of_site[-1].acts.append(act)
         for site, of_site in acts.items():
-            host = self.model.get_submodule(site.host)
-            fresh = site.side == "output" and type(host) is nn.Linear
+            made = site.side == "output" and type(self.model.get_submodule(site.host)) is nn.Linear
+            fresh = made or (site.norm is not None and not site.channels_first)
             taps.put(self.model, site, _SiteAct(self, of_site, fresh, site.rows is not None))
         taps.forget_after_forward(self.model)
         self._own_layers(configurations)
@@ -154,7 +161,8 @@ class _SiteAct:
 
     def __init__(self, tree: MixedTree, acts: Sequence[_Acts], fresh: bool, part: bool) -> None:
         self.tree, self.acts = tree, {one.configuration: one.acts for one in acts}
-        self.fresh, self.part = fresh, fresh and part
+        both = any(len(one.acts) > 1 and any(isinstance(act, _Read) for act in one.acts) for one in acts)
+        self.fresh, self.part = fresh and not both, fresh and part
 
     def __call__(self, value: Tensor, onto: Tensor, grid: Grid) -> Tensor:
         forward = self.tree.forward
@@ -178,28 +186,31 @@ class _SiteAct:
 class _Apply:
     """A module reads and rewrites one site."""
 
-    def __init__(self, module: ByRows) -> None:
-        self.module = module
+    def __init__(self, module: ByRows, factors: FactorsByRows | None) -> None:
+        self.module, self.factors = module, factors
 
     def __call__(self, forward: Forward, span: Span, x: Tensor, onto: Tensor, grid: Grid, fresh: bool) -> Tensor:
-        return self.module.forward(span, x, onto, grid)
+        if self.factors is None:
+            return self.module.forward(span, x, onto, grid)
+        factors = forward.factors(self.factors, span)[self.module]
+        return add_factors(onto, hidden_by_rows(x, factors.down), factors, fresh)
 
 
 class _Read:
     """Modules read one site together, and add at others: of low-rank maps only the hidden features are kept."""
 
     def __init__(self) -> None:
-        self.readers: list[ByRows] = []
+        self.readers: list[tuple[ByRows, FactorsByRows | None]] = []
 
     def __call__(self, forward: Forward, span: Span, x: Tensor, onto: Tensor, grid: Grid, fresh: bool) -> Tensor:
-        alike: dict[int, list[tuple[ByRows, LowRank]]] = {}
-        for reader in self.readers:
-            if reader.factored:
-                factors = reader.factors(span)
-                alike.setdefault(factors.down.shape[1], []).append((reader, factors))
-            else:
+        wide: dict[int, list[tuple[ByRows, LowRank]]] = {}
+        for reader, group in self.readers:
+            if group is None:
                 forward.kept[reader] = x, None
-        for pairs in alike.values():
+            else:
+                factors = forward.factors(group, span)[reader]
+                wide.setdefault(factors.down.shape[1], []).append((reader, factors))
+        for pairs in wide.values():
             hidden = read_together(x, [factors for _, factors in pairs])
             for (reader, factors), one in zip(pairs, hidden, strict=True):
                 forward.kept[reader] = one, factors
@@ -234,20 +245,22 @@ def _acts(configuration: Configuration, attached: Attached) -> list[tuple[Site, 
     """Return what the modules do at which site, in the order in which `attach` hooks them."""
     found: list[tuple[Site, Any]] = []
     reading: dict[Site, _Read] = {}
+    modules = {key: ByRows(attached, key) for key in attached.where}
+    factors = {member: group for group in alike(list(modules.values())) for member in group.members}
     for key, position in attached.where.items():
-        module = ByRows(attached, key)
+        module = modules[key]
         # The bias stands in the projection itself here.
         reads, adds_to = (dataclasses.replace(site, separate_bias=None) for site in attached.sites.at(position))
         if isinstance(module.module, TokenMethod):
             found += [(reads, _Tokens(module, "insert")), (adds_to, _Tokens(module, "remove"))]
             continue
         if reads == adds_to:
-            found.append((reads, _Apply(module)))
+            found.append((reads, _Apply(module, factors.get(module))))
         else:
             if reads not in reading:
                 reading[reads] = _Read()
                 found.append((reads, reading[reads]))
-            reading[reads].readers.append(module)
+            reading[reads].readers.append((module, factors.get(module)))
             found.append((adds_to, _Add(module)))
         reading.pop(adds_to, None)
     return found
