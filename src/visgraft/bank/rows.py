@@ -45,15 +45,14 @@ class ByRows:
         self.own = {name: name.removeprefix(self.here) for name, _, _ in self.slots if name.startswith(self.here)}
         self.factored = not isinstance(module, TokenMethod) and module.low_rank() is not None
 
-    def forward(self, span: Span, x: Tensor, onto: Tensor, grid: Grid) -> Tensor:
-        """Return what the module makes of `onto`, as `Method.forward` does."""
+    def forward(self, span: Span, x: Tensor, onto: Tensor, grid: Grid, in_place: bool = False) -> Tensor:
+        """Return what the module makes of `onto`, as `Method.forward` does; with `in_place` it may rewrite it."""
         module: Any = self.module
         if isinstance(module, ActsByRows):
             images = span.stop - span.start
             tensors = {short: span.tensors[name] for name, short in self.own.items() if name in span.tensors}
             seen = _tokens(x, images)
-            found: Tensor = module.by_rows(tensors, seen, seen if x is onto else _tokens(onto, images))
-            return found.reshape(onto.shape)
+            return _as(onto, module.by_rows(tensors, seen, seen if x is onto else _tokens(onto, images), in_place))
         if x is onto:
             return self.mapped(span, lambda x: module(x, x, grid), x)
         return self.mapped(span, lambda x, onto: module(x, onto, grid), x, onto)
@@ -131,11 +130,6 @@ def _tokens(x: Tensor, images: int) -> Tensor:
     return x if len(x) == images else x.reshape(images, -1, x.shape[-1])
 
 
-def _of_windows(x: Tensor, windows: int) -> Tensor:
-    """Repeat the row [n, ...] of each image for its windows."""
-    return x if len(x) == windows else x.repeat_interleave(windows // len(x), 0)
-
-
 def hidden_by_rows(x: Tensor, down: Tensor) -> Tensor:
     """Return the hidden features [n, tokens, a k] of x [n · windows, N, a p] by factors [n, p, k]."""
     images, inner, rank = down.shape
@@ -156,18 +150,13 @@ def add_factors(onto: Tensor, hidden: Tensor, factors: LowRank, in_place: bool =
     mixed = hidden if factors.mix is None else hidden @ factors.mix
     images, inner, width = factors.up.shape
     mixed, up = mixed.reshape(images, -1, inner), factors.up if factors.scale == 1 else factors.up * factors.scale
-    if in_place and onto.dtype == mixed.dtype:
-        target = onto.view(images, -1, width) if onto.is_contiguous() else onto
-        if target.shape == (images, mixed.shape[1], width):
-            target.baddbmm_(mixed, up)
-            return (
-                onto
-                if factors.bias is None
-                else onto.add_(factors.bias.repeat_interleave(len(onto) // images, 0)[:, None])
-            )
-    if width == onto.shape[-1]:
-        result = add_by_rows(onto.reshape(images, -1, width), mixed, up, factors.bias)
-    else:  # in blocks
-        result = add_by_rows(onto.reshape(images, -1, width), mixed, up).view(images, -1, onto.shape[-1])
-        result = result if factors.bias is None else result + factors.bias.unsqueeze(1)
-    return result.reshape(onto.shape)
+    blocks, bias = onto.shape[-1] // width, factors.bias
+    result = add_by_rows(onto.reshape(images, -1, width), mixed, up, bias if blocks == 1 else None, in_place)
+    if blocks > 1 and bias is not None:
+        result = result.view(images, -1, onto.shape[-1]).add_(bias.unsqueeze(1))
+    return _as(onto, result)
+
+
+def _as(onto: Tensor, result: Tensor) -> Tensor:
+    """Return a result in the shape of `onto`; where it was written in place, `onto` itself."""
+    return onto if result.data_ptr() == onto.data_ptr() else result.reshape(onto.shape)

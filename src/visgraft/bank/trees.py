@@ -21,7 +21,7 @@ from visgraft.bank.layers import layer_by_images
 from visgraft.bank.layout import slots_of, substituted
 from visgraft.bank.rows import ByRows, FactorsByRows, Span, add_factors, alike, hidden_by_rows, read_together
 from visgraft.core.attached import Attached, get_attached
-from visgraft.core.families import fuse_biases
+from visgraft.core.families import NORMS, fuse_biases
 from visgraft.core.low_rank import LowRank
 from visgraft.core.method import Grid, TokenMethod
 from visgraft.core.sites import Site
@@ -91,8 +91,8 @@ class MixedTree:
                     of_site.append(_Acts(configuration, []))
                 of_site[-1].acts.append(act)
         for site, of_site in acts.items():
-            made = site.side == "output" and type(self.model.get_submodule(site.host)) is nn.Linear
-            fresh = made or (site.norm is not None and not site.channels_first)
+            made = site.side == "output" and isinstance(self.model.get_submodule(site.host), (nn.Linear, *NORMS))
+            fresh = (made or site.norm is not None) and not site.channels_first
             taps.put(self.model, site, _SiteAct(self, of_site, fresh, site.rows is not None))
         taps.forget_after_forward(self.model)
         self._own_layers(configurations)
@@ -191,7 +191,7 @@ class _Apply:
 
     def __call__(self, forward: Forward, span: Span, x: Tensor, onto: Tensor, grid: Grid, fresh: bool) -> Tensor:
         if self.factors is None:
-            return self.module.forward(span, x, onto, grid)
+            return self.module.forward(span, x, onto, grid, fresh)
         factors = forward.factors(self.factors, span)[self.module]
         return add_factors(onto, hidden_by_rows(x, factors.down), factors, fresh)
 
@@ -226,7 +226,7 @@ class _Add:
     def __call__(self, forward: Forward, span: Span, x: Tensor, onto: Tensor, grid: Grid, fresh: bool) -> Tensor:
         read, factors = forward.kept.pop(self.module)
         if factors is None:
-            return self.module.forward(span, read, onto, grid)
+            return self.module.forward(span, read, onto, grid, fresh)
         return add_factors(onto, read, factors, fresh)
 
 

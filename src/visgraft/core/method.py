@@ -204,11 +204,12 @@ class ActsByRows(Protocol):
     Without it a bank computes the factors of `low_rank`, or maps `forward` over the images.
     """
 
-    def by_rows(self, tensors: Mapping[str, Tensor], x: Tensor, onto: Tensor) -> Tensor:
+    def by_rows(self, tensors: Mapping[str, Tensor], x: Tensor, onto: Tensor, in_place: bool = False) -> Tensor:
         """Return what `forward` returns in eval mode, image by image: `x` [B, N, R] and `onto` [B, N, C] -> [B, N, C].
 
         `tensors` holds the module's own by name, each with a first axis of B; N counts all tokens of an image, in
-        whatever windows they lie. `x` and `onto` may be one tensor, and stay as they are.
+        whatever windows they lie. `x` and `onto` may be one tensor. With `in_place`, `onto` is nobody else's, and may
+        be rewritten and returned.
         """
         ...
 

@@ -93,8 +93,8 @@ class Adapter(Method):
         hidden = self.dropout(self.activation(self.down(x)))
         return F.linear(hidden, self.scale * self.up.weight, self.scale * self.up.bias)
 
-    def by_rows(self, tensors: Mapping[str, Tensor], x: Tensor, onto: Tensor) -> Tensor:
+    def by_rows(self, tensors: Mapping[str, Tensor], x: Tensor, onto: Tensor, in_place: bool = False) -> Tensor:
         """As `forward`, with both projections of each image."""
         hidden = self.activation(add_by_rows(tensors["down.bias"].unsqueeze(1), x, tensors["down.weight"].mT))
         up, bias = self.scale * tensors["up.weight"].mT, self.scale * tensors["up.bias"]
-        return add_by_rows(onto, hidden, up, bias)
+        return add_by_rows(onto, hidden, up, bias, in_place)

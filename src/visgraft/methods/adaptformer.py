@@ -81,14 +81,14 @@ class AdaptFormer(Method):
         added: Tensor = self.norm_after(F.linear(hidden, self.scale * self.up.weight, self.scale * self.up.bias))
         return added
 
-    def by_rows(self, tensors: Mapping[str, Tensor], x: Tensor, onto: Tensor) -> Tensor:
+    def by_rows(self, tensors: Mapping[str, Tensor], x: Tensor, onto: Tensor, in_place: bool = False) -> Tensor:
         """As `forward`, with projections, factor and norm of each image."""
         scale = tensors["scale"].view(-1, 1, 1) if "scale" in tensors else self.scale
         seen = _norm_by_rows(self.norm_before, x, tensors, "norm_before")
         hidden = F.relu(add_by_rows(tensors["down.bias"].unsqueeze(1), seen, tensors["down.weight"].mT))
         up, bias = tensors["up.weight"].mT, tensors["up.bias"].unsqueeze(1)
         if isinstance(self.norm_after, nn.Identity):
-            return add_by_rows(onto, hidden, scale * up, (scale * bias).squeeze(1))
+            return add_by_rows(onto, hidden, scale * up, (scale * bias).squeeze(1), in_place)
         added = (hidden @ up + bias) * scale
         return onto + _norm_by_rows(self.norm_after, added, tensors, "norm_after").to(onto.dtype)
 

@@ -121,13 +121,14 @@ class SCT(Method):
     def forward(self, x: Tensor, onto: Tensor, grid: Grid) -> Tensor:
         return onto.index_add(-1, self.index, self._tuned(x).to(onto.dtype))
 
-    def by_rows(self, tensors: Mapping[str, Tensor], x: Tensor, onto: Tensor) -> Tensor:
+    def by_rows(self, tensors: Mapping[str, Tensor], x: Tensor, onto: Tensor, in_place: bool = False) -> Tensor:
         """As `forward`, with channels [B, K], weights [B, K, K] and biases [B, K] of each image."""
         index = tensors["index"].unsqueeze(1).expand(-1, x.shape[1], -1)
         z = x.gather(-1, index)
         bias = tensors["linear.bias"].unsqueeze(1)
         tuned = self._formed(z, z @ tensors["linear.weight"].transpose(1, 2) + bias)
-        return onto.scatter_add(-1, index, tuned.to(onto.dtype))
+        add = onto.scatter_add_ if in_place else onto.scatter_add
+        return add(-1, index, tuned.to(onto.dtype))
 
     def _tuned(self, x: Tensor) -> Tensor:
         """What is added to the chosen channels [B, N, K]: s(Wz + b) in form A, (s - 1)z + Wz + b in form B.

@@ -105,14 +105,15 @@ class SSF(Method):
         flat, training, momentum, eps, cudnn = x.flatten(0, -2), False, 0.0, 0.0, False
         return torch.batch_norm(flat, factor, shift, zero, one, training, momentum, eps, cudnn).view(x.shape)
 
-    def by_rows(self, tensors: Mapping[str, Tensor], x: Tensor, onto: Tensor) -> Tensor:
+    def by_rows(self, tensors: Mapping[str, Tensor], x: Tensor, onto: Tensor, in_place: bool = False) -> Tensor:
         """As `forward`, with factors and shifts [B, C] of each image."""
         gain, shift = (None if t is None else t.unsqueeze(1) for t in map(tensors.get, ("gain", "shift")))
         if x is not onto:
             added = shift if gain is None else gain * x if shift is None else torch.addcmul(shift, gain, x)
             assert added is not None
             return onto + added.to(onto.dtype)
+        out = onto if in_place else torch.empty_like(onto)
         if gain is None:
             assert shift is not None
-            return (x + shift).to(onto.dtype)
-        return (x * (1 + gain) if shift is None else torch.addcmul(shift, x, 1 + gain)).to(onto.dtype)
+            return torch.add(x, shift, out=out)
+        return torch.mul(x, 1 + gain, out=out) if shift is None else torch.addcmul(shift, x, 1 + gain, out=out)
