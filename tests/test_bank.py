@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import visgraft
 from visgraft import Adapted, Bank, save
 from visgraft.core.attached import get_attached
+from visgraft.core.finding import find_sites
 from visgraft.errors import AdapterError, DataError, VisgraftError
 
 TOLERANCE = 1e-5
@@ -127,6 +128,48 @@ def test_forwards_are_as_few_as_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(runs) == [1, 1, 2, 6]
 
 
+def held_to_every(kind: str, names: list[str], **options: Any) -> list[int]:
+    """Every adapter's answer to every image; returns how many rows entered each block."""
+    bank, models = Bank(family(kind)), {}
+    for number, name in enumerate(names):
+        config = dataclasses.replace(CONFIGS[name], **(options if CONFIGS[name].has_places else {}))
+        model = fitted(config, kind, alive=False)
+        model.reset_classifier(2 + number)
+        models[f"{name} {number}"] = enliven(model, number).eval()
+        bank.add(f"{name} {number}", models[f"{name} {number}"])
+    entered: list[int] = []
+    blocks = {type(family(kind).get_submodule(b["stream.in"].host)) for b in find_sites(family(kind)).blocks}
+    with pytest.MonkeyPatch.context() as patch:
+        for block in blocks:
+            forward = block.forward
+            patch.setattr(
+                block, "forward", lambda m, x, *a, _f=forward, **k: (entered.append(len(x)), _f(m, x, *a, **k))[1]
+            )
+        found = bank.every(images(3, size=size_of(kind)), [*models, next(iter(models))])
+    for name, column in zip([*models, next(iter(models))], zip(*found, strict=True), strict=True):
+        expected = logits(models[name], images(3, size=size_of(kind)))
+        assert [answer.adapter for answer in column] == [name] * 3
+        assert difference(torch.stack([answer.logits for answer in column]), expected) <= TOLERANCE, name
+    return entered
+
+
+@pytest.mark.parametrize("kind", ["plain", "deit_distilled", "swin", "convnext", "eva_fused", "mixer"])
+def test_every_adapter_answers_every_image_and_shared_blocks_run_once(kind: str) -> None:
+    name = "adapter-0"
+    late = held_to_every(kind, [name, "arc-0", name, "linear-0"], last_blocks=1)
+    assert late[-1] == 12 and set(late[:-1]) == {3}
+    assert set(held_to_every(kind, [name, "linear-0"])) == {6}, "the first block is adapted"
+    assert set(held_to_every(kind, ["linear-0", "linear-0"])) == {3}, "only heads differ"
+
+
+def test_every_answers_also_with_what_cannot_share() -> None:
+    entered = held_to_every("plain", ["bitfit-0", "full-0", "vpt_deep-0", "vpt_deep-0", "sct-0"])
+    assert sorted(entered) == [3] * 3 + [6] * 6
+    with pytest.raises(DataError, match="one tensor"):
+        Bank(family("plain")).every([images(1)[0]], [])  # type: ignore[arg-type]
+    assert Bank(family("plain")).every(images(2), []) == [[], []]
+
+
 def test_heads_of_every_kind_answer_side_by_side() -> None:
     bank, models = Bank(family("deit_distilled")), {}
     for outputs in (1, 4, 9):
@@ -194,8 +237,9 @@ def test_images_of_several_sizes_come_in_one_call() -> None:
         assert difference(found, logits(models[name], image[None])[0]) <= TOLERANCE
 
 
-def test_each_adapter_answers_in_its_own_precision() -> None:
-    model, bank = trained("alore-0"), Bank(family("plain"))
+@pytest.mark.parametrize("name", ["alore-0", "sct-0", "ssf-0", "adapter-0", "bitfit-0", "convpass-0", "vpt_deep-0"])
+def test_each_adapter_answers_in_its_own_precision(name: str) -> None:
+    model, bank = trained(name), Bank(family("plain"))
     for precision in ("fp32", "bf16"):
         adapted = Adapted.of(model)
         record = dataclasses.replace(adapted.record, precision=precision)
@@ -379,42 +423,55 @@ def test_an_error_in_a_forward_leaves_the_bank_usable() -> None:
         held_to(bank, models, images(2), names)
 
 
-@pytest.mark.parametrize("capacity", [None, 3])
-def test_adding_and_removing_change_no_answer_of_eight_threads(capacity: int | None) -> None:
-    bank, models = Bank(family("plain"), capacity=capacity), {}
-    for name in ("lora-0", "sct-0", "bitfit-0", "convpass-0"):
-        models[name] = trained(name)
-        bank.add(name, models[name])
-    versions = [trained("lora-0", seed=20), trained("sct-0", seed=21, outputs=3)]
-    bank.add("changing", versions[0])
-    x = images(6)
-    expected = {name: logits(model, x) for name, model in models.items()}
-    changing, wrong, stop = [logits(model, x) for model in versions], [], threading.Event()
+class Asking:
+    """Threads that ask a bank for answers until told to stop, and note what is wrong."""
 
-    def ask(seed: int) -> None:
+    def __init__(self, bank: Bank, right: dict[str, list[Tensor]], x: Tensor, threads: int) -> None:
+        self.bank, self.right, self.x, self.wrong, self.stopped = bank, right, x, list[str](), threading.Event()
+        self.calls = 0
+        self.threads = [threading.Thread(target=self.ask, args=(seed,)) for seed in range(threads)]
+
+    def __enter__(self) -> "Asking":
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stopped.set()
+        for thread in self.threads:
+            thread.join()
+
+    def ask(self, seed: int) -> None:
         draw, count = random.Random(seed), 0
         try:
-            while not stop.is_set() or count < 5:
-                names = draw.choices([*models, "changing"], k=6)
-                found, count = answers(bank, x, names), count + 1
-                for row, (name, one) in enumerate(zip(names, found, strict=True)):
-                    right = changing if name == "changing" else [expected[name]]
-                    if not any(one.shape == e[row].shape and difference(one, e[row]) <= TOLERANCE for e in right):
-                        wrong.append((name, row))
-                if len({len(one) for name, one in zip(names, found, strict=True) if name == "changing"}) > 1:
-                    wrong.append(("changing", "two versions in one call"))
+            while not self.stopped.is_set() or count < 5:
+                names, count = draw.choices([*self.right], k=len(self.x)), count + 1
+                self.check(names, answers(self.bank, self.x, names))
+                self.calls += 1
         except Exception as error:
-            wrong.append((seed, repr(error)))
+            self.wrong.append(f"{seed}: {error!r}")
 
-    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(8)]
-    for thread in threads:
-        thread.start()
-    for round_ in range(30):
-        bank.add("changing", versions[round_ % 2], replace=True)
-        bank.add(f"passing {round_}", versions[0])
-        if round_ > 3:
-            bank.remove(f"passing {round_ - 3}")
-    stop.set()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    def check(self, names: list[str], found: list[Tensor]) -> None:
+        for row, (name, one) in enumerate(zip(names, found, strict=True)):
+            fits = [e for e in self.right[name] if e[row].shape == one.shape]
+            assert any(difference(one, e[row]) <= TOLERANCE for e in fits), name
+        assert len({len(one) for name, one in zip(names, found, strict=True) if name == "changing"}) <= 1, "versions"
+
+
+@pytest.mark.parametrize("capacity", [None, 3])
+def test_adding_and_removing_change_no_answer_of_eight_threads(capacity: int | None) -> None:
+    bank, x = Bank(family("plain"), capacity=capacity), images(6)
+    models = {name: trained(name) for name in ("lora-0", "sct-0", "bitfit-0", "convpass-0")}
+    for name, model in models.items():
+        bank.add(name, model)
+    versions = [trained("lora-0", seed=20), trained("sct-0", seed=21, outputs=3)]
+    bank.add("changing", versions[0])
+    right = {name: [logits(model, x)] for name, model in models.items()}
+    right["changing"] = [logits(model, x) for model in versions]
+    with Asking(bank, right, x, threads=8) as asking:
+        for round_ in range(30):
+            bank.add("changing", versions[round_ % 2], replace=True)
+            bank.add(f"passing {round_}", versions[0])
+            if round_ > 3:
+                bank.remove(f"passing {round_ - 3}")
+    assert asking.wrong == [] and asking.calls >= 40

@@ -173,11 +173,35 @@ class Bank:
         found: list[BankAnswer | None] = [None] * len(asked)
         for group in _grouped(prepared, asked):
             x = torch.stack([prepared[number] for number in group.images])
-            logits = self._answers(x.to(self._ground.device, self._ground.dtype), group.adapters)
+            logits = self._logits(x.to(self._ground.device, self._ground.dtype), group.adapters)
             for number, adapter, row in zip(group.images, group.adapters, logits, strict=True):
-                record = adapter.record
-                found[number] = BankAnswer(adapter.name, row, record.classes, record.multi_label)
+                found[number] = _answer(adapter, row)
         return [answer for answer in found if answer is not None]
+
+    @torch.no_grad()
+    def every(self, images: Tensor, names: Sequence[str]) -> list[list[BankAnswer]]:
+        """Answer every image with every adapter that is named: for each image a list with an answer of each.
+
+        Blocks before the first one in which any of the adapters differs from the backbone run once.
+
+        Args:
+            images: prepared ones [B, 3, H, W].
+            names: the adapters.
+
+        Raises:
+            VisgraftError: there is no adapter of a name.
+            DataError: the images are no batch.
+        """
+        adapters = self._adapters
+        if not isinstance(images, Tensor) or images.ndim != 4:
+            raise DataError("every needs prepared images as one tensor [B, channels, height, width]")
+        asked = [_named(adapters, name) for name in names]
+        x, found = images.to(self._ground.device, self._ground.dtype), dict[BankAdapter, Tensor]()
+        distinct = list(dict.fromkeys(asked)) if len(x) else []
+        for group in _grouped([x[0]] * len(distinct), distinct):
+            logits = self._logits(x, group.adapters, every=True).unflatten(0, (len(group.adapters), -1))
+            found |= dict(zip(group.adapters, logits, strict=True))
+        return [[_answer(adapter, found[adapter][row]) for adapter in asked] for row in range(len(x))]
 
     def explain(self) -> str:
         """Return, a line for each configuration, how its adapters are computed beside others."""
@@ -209,18 +233,25 @@ class Bank:
         with self._lent_uniform(adapter) as tree, tree.holding(_tensors(adapter, adapter.held.here or ())):
             check_canary(tree.model, adapter.record, path)
 
-    def _answers(self, x: Tensor, adapters: Sequence[BankAdapter]) -> list[Tensor]:
-        """Return the logits of each image [B, 3, H, W], whose adapters share a forward."""
+    def _logits(self, x: Tensor, adapters: Sequence[BankAdapter], every: bool = False) -> Tensor:
+        """Return the logits of images [B, 3, H, W] whose adapters share a forward, one for each; padded with zeros.
+
+        With `every`, each adapter answers all images: those of one adapter behind another's.
+        """
         distinct = list(dict.fromkeys(adapters))
         flats = dict(zip(distinct, self._shelf.take(one.held for one in distinct), strict=True))
         with Compute(self._ground.device, adapters[0].precision).autocast():
             if len(distinct) == 1:
                 with self._lent_uniform(distinct[0]) as tree:
-                    return list(tree.run(x, _tensors(distinct[0], flats[distinct[0]])))
+                    return tree.run(x, _tensors(distinct[0], flats[distinct[0]]))
             kinds = list(dict.fromkeys(adapter.configuration for adapter in adapters))
+            forward = _forward(adapters, flats)
+            if every:
+                common = [kind.shared for kind in kinds]
+                forward.copies = len(adapters)
+                forward.shared = None if None in common else min(n for n in common if n is not None)
             with self._lent(tuple(kinds), lambda: MixedTree(self._ground, kinds)) as tree:
-                logits = tree.run(x, _forward(adapters, flats))
-        return [row[: a.head.outputs] if a.head.outputs else row for row, a in zip(logits, adapters, strict=True)]
+                return tree.run(x, forward)
 
     def _lent_uniform(self, adapter: BankAdapter) -> contextlib.AbstractContextManager[Any]:
         kind, head = adapter.configuration, adapter.head
@@ -249,6 +280,12 @@ def _named(adapters: dict[str, BankAdapter], name: str) -> BankAdapter:
         return adapters[name]
     except (KeyError, TypeError):
         raise VisgraftError(f"the bank holds no adapter {name!r}{nearest(str(name), adapters)}; add it first") from None
+
+
+def _answer(adapter: BankAdapter, row: Tensor) -> BankAnswer:
+    """Return what an adapter says, of a row of logits that may be padded."""
+    record, outputs = adapter.record, adapter.head.outputs
+    return BankAnswer(adapter.name, row[:outputs] if outputs else row, record.classes, record.multi_label)
 
 
 def _prepared(image: Any, adapter: BankAdapter) -> Tensor:

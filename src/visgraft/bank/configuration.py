@@ -32,7 +32,8 @@ class Configuration:
     """One method with its options, and the backbone's own tensors that train beside it.
 
     `apart` says why such adapters cannot share a forward with others; None: they can. `owned` are the layers whose
-    tensors differ from image to image. `template` is the backbone with the method attached, on the bank's tensors.
+    tensors differ from image to image. `shared` is how many blocks give the same as without an adapter; None: not even
+    what comes before them. `template` is the backbone with the method attached, on the bank's tensors.
     """
 
     def __init__(self, ground: FrozenBackbone, config: MethodConfig, own: Sequence[str]) -> None:
@@ -57,7 +58,7 @@ class Configuration:
                 self.apart = f"replaces {lost}, which is not applied to each image by itself"
         modules = [module for module in attached.positions.values() if isinstance(module, Method)]
         self.inserts = any(isinstance(module, TokenMethod) for module in modules)
-        self.first = _first_block(ground, attached, own_names)
+        self.shared = _shared_blocks(ground, attached, own_names)
 
     def copy(self) -> nn.Module:
         """Return modules of their own, the method attached, on the same tensors."""
@@ -116,16 +117,18 @@ def _owned(ground: FrozenBackbone, names: Sequence[str]) -> tuple[Owned, str | N
     return found, None
 
 
-def _first_block(ground: FrozenBackbone, attached: Attached, own: Sequence[str]) -> int:
-    """Return the number, from 0, of the last block that begins before anything differs from the plain backbone."""
+def _shared_blocks(ground: FrozenBackbone, attached: Attached, own: Sequence[str]) -> int | None:
+    """Return how many blocks give the same as in the plain backbone; None: not even what comes before them."""
     runs = ground.runs()
     touched = {name.rpartition(".")[0] for name in own}
     for position in attached.where.values():
         if position.place.reads in BEFORE_BLOCKS:
-            return 0
+            return None
         reads, adds_to = attached.sites.at(position)
         touched |= {reads.host, adds_to.host, *(site.entry for site in (reads, adds_to) if site.entry)}
     begins = [runs[block["stream.in"].host].order for block in ground.sites.blocks if runs]
     orders = [runs[path].order if path in runs else 0 for path in touched]
-    before = [number for number, order in enumerate(begins) if order <= min(orders, default=len(runs))]
-    return before[-1] if before else 0
+    if not touched:
+        return len(begins) if begins else None
+    before = [number for number, order in enumerate(begins) if order <= min(orders)]
+    return before[-1] if before else None

@@ -104,8 +104,22 @@ class FrozenBackbone:
                         "adapter as a loaded model"
                     )
                 model.reset_classifier(outputs)
-                self._heads[outputs] = head_kind(model.to(self.device, self.dtype), outputs)
+                self._heads[outputs] = head_kind(model, outputs, self.dtype)
             return self._heads[outputs]
+
+    def head_of(self, model: nn.Module, outputs: int) -> HeadKind:
+        """Return the head that a model of this backbone has, whatever somebody put there."""
+        kind = self._heads.get(outputs)
+        if kind is not None and all(
+            type(model.get_submodule(path)) is type(module) and repr(model.get_submodule(path)) == repr(module)
+            for path, module in kind.modules.items()
+        ):
+            return kind
+        found = head_kind(model, outputs, self.dtype)
+        if all(type(module) is nn.Linear for module in found.modules.values()):
+            with self._lock:
+                self._heads[outputs] = found
+        return found
 
     def runs(self) -> dict[str, Run]:
         """Return how each module runs in one forward, by path; nothing where the model does not run without data."""
@@ -115,12 +129,14 @@ class FrozenBackbone:
             return self._runs
 
 
-def head_kind(model: nn.Module, outputs: int) -> HeadKind:
-    """Return the kind of a model's head."""
+def head_kind(model: nn.Module, outputs: int, dtype: torch.dtype) -> HeadKind:
+    """Return the kind of a model's head, its tensors in a precision."""
     paths = classifier_paths(model) if outputs else ()
     modules = {path: model.get_submodule(path) for path in paths}
     tensors: dict[str, Tensor] = {
-        f"{path}.{name}": tensor for path, module in modules.items() for name, tensor in module.state_dict().items()
+        f"{path}.{name}": tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for path, module in modules.items()
+        for name, tensor in module.state_dict().items()
     }
     return HeadKind({path: meta_copy(module).eval() for path, module in modules.items()}, Layout(tensors), outputs)
 

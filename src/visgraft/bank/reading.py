@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from visgraft.adapters.directory import (
     CONFIG,
     Adapted,
-    adapter_tensors,
     check_digest,
     check_tensors,
     make_record,
@@ -19,11 +18,10 @@ from visgraft.adapters.directory import (
 )
 from visgraft.adapters.record import AdapterRecord
 from visgraft.backbones.creation import image_transform
-from visgraft.backbones.heads import head_outputs
 from visgraft.backbones.input_size import built_size, recorded_size, sides
 from visgraft.backbones.wrappers import unwrapped
 from visgraft.bank.configuration import Configuration
-from visgraft.bank.ground import FrozenBackbone, HeadKind, head_kind
+from visgraft.bank.ground import FrozenBackbone, HeadKind
 from visgraft.core.attached import get_attached
 from visgraft.errors import AdapterError, VisgraftError
 
@@ -81,18 +79,17 @@ def _from_model(
     if type(model) is not type(ground.plain):
         raise AdapterError(f"{what} is on another backbone than the bank's {type(ground.plain).__name__}")
     _check_size(ground, built_size(model), what)
-    if any(tensor.is_meta for tensor in attached.stored().values()) or record.digest is None:
+    tensors = {name: tensor.detach() for name, tensor in attached.stored().items()}
+    if any(tensor.is_meta for tensor in tensors.values()) or record.digest is None:
         raise AdapterError(f"{what} holds no data (it is on the meta device); load it first")
     check_digest(record, what, ground.dtype, lambda dtype: ground.digest(frozenset(record.own), dtype))
-    configuration = configurations(record)
-    tensors = adapter_tensors(model)
-    inside = tuple(f"{path}." for path in attached.head)
-    own = {name: tensor for name, tensor in tensors.items() if not name.startswith(inside or " ")}
-    check_tensors(configuration.layout.empty(), own, Path(what))
-    for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
+    configuration, head = configurations(record), ground.head_of(model, record.outputs)
+    for name, shape in (configuration.layout.shapes | head.layout.shapes).items():
+        if name not in tensors or tuple(tensors[name].shape) != shape:
+            raise AdapterError(f"{what} does not fit its options: {name}; attach the method anew")
+        if not bool(torch.isfinite(tensors[name]).all()):
             raise AdapterError(f"{what} is damaged: {name} is not finite; train it again")
-    return ReadAdapter(record, configuration, head_kind(model, head_outputs(model) or 0), tensors)
+    return ReadAdapter(record, configuration, head, tensors)
 
 
 def _check_size(ground: FrozenBackbone, size: tuple[int, int] | None, what: str | Path) -> None:

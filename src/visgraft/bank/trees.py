@@ -38,10 +38,16 @@ class HeadSpan(NamedTuple):
 
 
 class Forward:
-    """What belongs to one mixed forward: how many images, whose rows are whose, and what hooks hand to later ones."""
+    """What belongs to one mixed forward: how many images, whose rows are whose, and what hooks hand to later ones.
+
+    With `copies`, the images pass the first `shared` blocks once and are then copied for so many adapters, each of
+    which takes the place of an image in the spans; its images are to it what windows are to an image.
+    """
 
     def __init__(self, images: int, spans: Mapping[Configuration, Span], heads: Sequence[HeadSpan]) -> None:
         self.images, self.spans, self.heads = images, spans, heads
+        self.copies = 1
+        self.shared: int | None = None
         self.kept: dict[Any, Any] = {}
 
     def factors(self, group: FactorsByRows, span: Span) -> dict[ByRows, LowRank]:
@@ -76,6 +82,7 @@ class MixedTree:
 
     def __init__(self, ground: FrozenBackbone, configurations: Sequence[Configuration]) -> None:
         self.model = ground.copy()
+        self.blocks = [block["stream.in"].host for block in ground.sites.blocks]
         self.forward: Forward | None = None
         fuse_biases(self.model, ground.projections)
         taps, acts = Taps(), dict[Site, list[_Acts]]()
@@ -101,12 +108,21 @@ class MixedTree:
 
     def run(self, x: Tensor, forward: Forward) -> Tensor:
         """Return the answers [B, most outputs], padded with zeros behind the outputs that an image's head has."""
-        self.forward = forward
+        self.forward, handle = forward, None
+        if forward.shared is None:
+            x = _copied(x, forward.copies)
+        elif forward.shared < len(self.blocks):
+            block = self.model.get_submodule(self.blocks[forward.shared])
+            handle = block.register_forward_pre_hook(
+                lambda _, args: (_copied(args[0], forward.copies), *args[1:]), prepend=True
+            )
         try:
             found: Tensor = self.model(x)
             return found
         finally:
             self.forward = None
+            if handle is not None:
+                handle.remove()
 
     def _own_layers(self, configurations: Sequence[Configuration]) -> None:
         owned: dict[str, dict[str, dict[Configuration, list[OwnRows]]]] = {}
@@ -161,7 +177,7 @@ class _SiteAct:
 
     def __init__(self, tree: MixedTree, acts: Sequence[_Acts], fresh: bool, part: bool) -> None:
         self.tree, self.acts = tree, {one.configuration: one.acts for one in acts}
-        both = any(len(one.acts) > 1 and any(isinstance(act, _Read) for act in one.acts) for one in acts)
+        both = any(len(one.acts) > 1 and any(isinstance(act, _ReadRows) for act in one.acts) for one in acts)
         self.fresh, self.part = fresh and not both, fresh and part
 
     def __call__(self, value: Tensor, onto: Tensor, grid: Grid) -> Tensor:
@@ -183,7 +199,7 @@ class _SiteAct:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-class _Apply:
+class _ApplyRows:
     """A module reads and rewrites one site."""
 
     def __init__(self, module: ByRows, factors: FactorsByRows | None) -> None:
@@ -196,7 +212,7 @@ class _Apply:
         return add_factors(onto, hidden_by_rows(x, factors.down), factors, fresh)
 
 
-class _Read:
+class _ReadRows:
     """Modules read one site together, and add at others: of low-rank maps only the hidden features are kept."""
 
     def __init__(self) -> None:
@@ -217,7 +233,7 @@ class _Read:
         return onto
 
 
-class _Add:
+class _AddRows:
     """A module adds to one site what it makes of what it read at another."""
 
     def __init__(self, module: ByRows) -> None:
@@ -230,7 +246,7 @@ class _Add:
         return add_factors(onto, read, factors, fresh)
 
 
-class _Tokens:
+class _TokenRows:
     """A module inserts tokens, or takes them out again."""
 
     def __init__(self, module: ByRows, what: str) -> None:
@@ -244,7 +260,7 @@ class _Tokens:
 def _acts(configuration: Configuration, attached: Attached) -> list[tuple[Site, Any]]:
     """Return what the modules do at which site, in the order in which `attach` hooks them."""
     found: list[tuple[Site, Any]] = []
-    reading: dict[Site, _Read] = {}
+    reading: dict[Site, _ReadRows] = {}
     modules = {key: ByRows(attached, key) for key in attached.where}
     factors = {member: group for group in alike(list(modules.values())) for member in group.members}
     for key, position in attached.where.items():
@@ -252,16 +268,16 @@ def _acts(configuration: Configuration, attached: Attached) -> list[tuple[Site, 
         # The bias stands in the projection itself here.
         reads, adds_to = (dataclasses.replace(site, separate_bias=None) for site in attached.sites.at(position))
         if isinstance(module.module, TokenMethod):
-            found += [(reads, _Tokens(module, "insert")), (adds_to, _Tokens(module, "remove"))]
+            found += [(reads, _TokenRows(module, "insert")), (adds_to, _TokenRows(module, "remove"))]
             continue
         if reads == adds_to:
-            found.append((reads, _Apply(module, factors.get(module))))
+            found.append((reads, _ApplyRows(module, factors.get(module))))
         else:
             if reads not in reading:
-                reading[reads] = _Read()
+                reading[reads] = _ReadRows()
                 found.append((reads, reading[reads]))
             reading[reads].readers.append((module, factors.get(module)))
-            found.append((adds_to, _Add(module)))
+            found.append((adds_to, _AddRows(module)))
         reading.pop(adds_to, None)
     return found
 
@@ -278,7 +294,10 @@ class _Heads(nn.Module):
         """Return the outputs [B, most outputs] of features [B, F]."""
         forward = self.tree.forward
         assert forward is not None
-        found = [self._one(span, x[span.start : span.stop]) for span in forward.heads]
+        if forward.shared == len(self.tree.blocks):
+            x = _copied(x, forward.copies)
+        each = x.unflatten(0, (forward.images, -1))
+        found = [self._one(span, each[span.start : span.stop]) for span in forward.heads]
         most = max(one.shape[-1] for one in found)
         found = [nn.functional.pad(one, (0, most - one.shape[-1])) for one in found]
         return found[0] if len(found) == 1 else torch.cat(found)
@@ -290,12 +309,17 @@ class _Heads(nn.Module):
             if name.startswith(f"{self.path}.")
         }
         template = span.kind.modules[self.path]
-        if type(template) is nn.Linear and x.ndim == 2:
-            weight, x = own["weight"], x.unsqueeze(-1)
-            out = torch.baddbmm(own["bias"].unsqueeze(-1), weight, x) if "bias" in own else weight @ x
-            return out.squeeze(-1)
+        if type(template) is nn.Linear and x.ndim == 3:
+            weight = own["weight"].mT
+            out = torch.baddbmm(own["bias"].unsqueeze(1), x, weight) if "bias" in own else x @ weight
+            return out.flatten(0, 1)
         layer = self.layers.setdefault(id(template), copy.deepcopy(template))
-        return layer_by_images(layer, own, x)
+        return layer_by_images(layer, own, x.flatten(0, 1))
+
+
+def _copied(x: Tensor, copies: int) -> Tensor:
+    """Return a batch so many times one behind the other."""
+    return x if copies == 1 else x.repeat(copies, *([1] * (x.ndim - 1)))
 
 
 def _put_heads(model: nn.Module, head: HeadKind) -> None:

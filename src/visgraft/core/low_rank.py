@@ -101,7 +101,7 @@ def add_by_rows(onto: Tensor, hidden: Tensor, up: Tensor, bias: Tensor | None = 
         up = torch.cat((up, bias.unsqueeze(1)), 1)
     if onto.dtype != hidden.dtype:
         return onto + hidden @ up
-    return onto.baddbmm_(hidden, up) if in_place else torch.baddbmm(onto, hidden, up)
+    return onto.baddbmm_(hidden, up.to(hidden.dtype)) if in_place else torch.baddbmm(onto, hidden, up)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
