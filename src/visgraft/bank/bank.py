@@ -19,7 +19,7 @@ from visgraft.bank.held import BankAdapter, Held, Shelf
 from visgraft.bank.layout import Flats, gathered
 from visgraft.bank.reading import read_adapter
 from visgraft.bank.rows import Span
-from visgraft.bank.trees import Forward, HeadSpan, MixedTree, UniformTree
+from visgraft.bank.trees import Compile, Forward, HeadSpan, MixedTree, UniformTree
 from visgraft.data.decode import open_image
 from visgraft.errors import DataError, VisgraftError, nearest
 from visgraft.measure.evaluation import probabilities_of
@@ -66,13 +66,16 @@ class Bank:
     ask while one adds and removes: a call answers with the adapters that were there when it began.
     """
 
-    def __init__(self, backbone: nn.Module | Backbone, *, capacity: int | None = None) -> None:
+    def __init__(
+        self, backbone: nn.Module | Backbone, *, capacity: int | None = None, compile: Compile | None = None
+    ) -> None:
         """Hold a plain backbone, on the device and in the precision in which it answers.
 
         Args:
             backbone: a plain timm model, or where to get one.
             capacity: how many adapters are kept beside the backbone; the others are parked in host memory, or in files
                 where the backbone is in host memory itself, and come back when they are asked for. None: all.
+            compile: what to put around the modules, such as `torch.compile`; other adapters compile nothing anew.
 
         Raises:
             VisgraftError: something is attached to the backbone, it holds no data, or the capacity is below 1.
@@ -80,6 +83,7 @@ class Bank:
         if capacity is not None and capacity < 1:
             raise VisgraftError(f"capacity is {capacity}, but must be at least 1")
         self._ground = FrozenBackbone(create_backbone(backbone) if isinstance(backbone, Backbone) else backbone)
+        self._compile = compile
         self._shelf = Shelf(capacity, self._ground.device)
         self._adapters: dict[str, BankAdapter] = {}  # never changed, but replaced
         self._configurations: dict[str, Configuration] = {}
@@ -250,12 +254,12 @@ class Bank:
                 common = [kind.shared for kind in kinds]
                 forward.copies = len(adapters)
                 forward.shared = None if None in common else min(n for n in common if n is not None)
-            with self._lent(tuple(kinds), lambda: MixedTree(self._ground, kinds)) as tree:
+            with self._lent(tuple(kinds), lambda: MixedTree(self._ground, kinds, self._compile)) as tree:
                 return tree.run(x, forward)
 
     def _lent_uniform(self, adapter: BankAdapter) -> contextlib.AbstractContextManager[Any]:
         kind, head = adapter.configuration, adapter.head
-        return self._lent((kind, head), lambda: UniformTree(kind, head))
+        return self._lent((kind, head), lambda: UniformTree(kind, head, self._compile))
 
     @contextlib.contextmanager
     def _lent(self, key: Any, make: Callable[[], Any]) -> Iterator[Any]:

@@ -52,7 +52,9 @@ class ByRows:
             images = span.stop - span.start
             tensors = {short: span.tensors[name] for name, short in self.own.items() if name in span.tensors}
             seen = _tokens(x, images)
-            return _as(onto, module.by_rows(tensors, seen, seen if x is onto else _tokens(onto, images), in_place))
+            to = seen if x is onto else _tokens(onto, images)
+            found = module.by_rows(tensors, seen, to, in_place and _is_view(to, onto))
+            return onto if found is to else found.reshape(onto.shape)
         if x is onto:
             return self.mapped(span, lambda x: module(x, x, grid), x)
         return self.mapped(span, lambda x, onto: module(x, onto, grid), x, onto)
@@ -94,7 +96,8 @@ class FactorsByRows:
 
     def make(self, span: Span) -> dict[ByRows, LowRank]:
         """Return each module's map with factors [n, ...] of each image."""
-        first, told = self.members[0], list[LowRank]()
+        first = self.members[0]
+        told: list[LowRank] = []
         own = {
             name: torch.stack([span.tensors[f"{member.here}{short}"] for member in self.members])
             for name, short in first.own.items()
@@ -151,12 +154,15 @@ def add_factors(onto: Tensor, hidden: Tensor, factors: LowRank, in_place: bool =
     images, inner, width = factors.up.shape
     mixed, up = mixed.reshape(images, -1, inner), factors.up if factors.scale == 1 else factors.up * factors.scale
     blocks, bias = onto.shape[-1] // width, factors.bias
-    result = add_by_rows(onto.reshape(images, -1, width), mixed, up, bias if blocks == 1 else None, in_place)
+    to = onto.reshape(images, -1, width)
+    in_place = in_place and _is_view(to, onto)
+    found = add_by_rows(to, mixed, up, bias if blocks == 1 else None, in_place)
     if blocks > 1 and bias is not None:
-        result = result.view(images, -1, onto.shape[-1]).add_(bias.unsqueeze(1))
-    return _as(onto, result)
+        wide = found.view(images, -1, onto.shape[-1]).add_(bias.unsqueeze(1))
+        return onto if found is to else wide.reshape(onto.shape)
+    return onto if found is to else found.reshape(onto.shape)
 
 
-def _as(onto: Tensor, result: Tensor) -> Tensor:
-    """Return a result in the shape of `onto`; where it was written in place, `onto` itself."""
-    return onto if result.data_ptr() == onto.data_ptr() else result.reshape(onto.shape)
+def _is_view(seen: Tensor, onto: Tensor) -> bool:
+    """Whether a tensor that was reshaped for the images is surely the same memory, and no copy."""
+    return seen.shape == onto.shape or onto.is_contiguous()

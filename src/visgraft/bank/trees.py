@@ -6,7 +6,7 @@ what belongs to a forward is simply held by it, and nothing of one forward is se
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,6 +26,9 @@ from visgraft.core.low_rank import LowRank
 from visgraft.core.method import Grid, TokenMethod
 from visgraft.core.sites import Site
 from visgraft.core.taps import Taps
+
+Compile = Callable[[nn.Module], Callable[[Tensor], Any]]
+"""What is put around the modules before they run, such as `torch.compile`."""
 
 
 class HeadSpan(NamedTuple):
@@ -49,27 +52,22 @@ class Forward:
         self.copies = 1
         self.shared: int | None = None
         self.kept: dict[Any, Any] = {}
-
-    def factors(self, group: FactorsByRows, span: Span) -> dict[ByRows, LowRank]:
-        """Return the factors of a group of modules, made when the first of them is asked for."""
-        if group not in self.kept:
-            self.kept[group] = group.make(span)
-        found: dict[ByRows, LowRank] = self.kept[group]
-        return found
+        self.factors: dict[ByRows, LowRank] = {}
 
 
 class UniformTree:
     """The backbone with one adapter at a time attached, as `visgraft.load` attaches it: for images that share one."""
 
-    def __init__(self, configuration: Configuration, head: HeadKind) -> None:
+    def __init__(self, configuration: Configuration, head: HeadKind, compile: Compile | None = None) -> None:
         self.model = configuration.copy()
         _put_heads(self.model, head)
+        self.run_model = compile(self.model) if compile else self.model
         self.slots = slots_of(self.model)
 
     def run(self, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the answers [B, outputs] with an adapter's tensors, which are shared, not copied."""
         with self.holding(tensors):
-            found: Tensor = self.model(x)
+            found: Tensor = self.run_model(x)
             return found
 
     def holding(self, tensors: Mapping[str, Tensor]) -> AbstractContextManager[None]:
@@ -80,11 +78,16 @@ class UniformTree:
 class MixedTree:
     """The backbone with several configurations put in, of which every image of a batch has an adapter of one."""
 
-    def __init__(self, ground: FrozenBackbone, configurations: Sequence[Configuration]) -> None:
+    def __init__(
+        self, ground: FrozenBackbone, configurations: Sequence[Configuration], compile: Compile | None = None
+    ) -> None:
         self.model = ground.copy()
         self.blocks = [block["stream.in"].host for block in ground.sites.blocks]
         self.forward: Forward | None = None
+        for number, path in enumerate(self.blocks):  # before the methods' own hooks
+            self.model.get_submodule(path).register_forward_pre_hook(_CopyHook(self, number))
         fuse_biases(self.model, ground.projections)
+        self.factors: list[tuple[Configuration, FactorsByRows]] = []
         taps, acts = Taps(), dict[Site, list[_Acts]]()
         for configuration in configurations:
             template = configuration.copy()
@@ -92,7 +95,9 @@ class MixedTree:
             for path, attribute in attached.settings:
                 value = getattr(template.get_submodule(path), attribute)
                 setattr(self.model.get_submodule(path), attribute, value)
-            for site, act in _acts(configuration, attached):
+            modules = {key: ByRows(attached, key) for key in attached.where}
+            self.factors += [(configuration, group) for group in alike(list(modules.values()))]
+            for site, act in _acts(attached, modules):
                 of_site = acts.setdefault(site, [])
                 if not of_site or of_site[-1].configuration is not configuration:
                     of_site.append(_Acts(configuration, []))
@@ -105,24 +110,20 @@ class MixedTree:
         self._own_layers(configurations)
         for path in ground.head_paths:
             _set(self.model, path, _Heads(self, path))
+        self.run_model = compile(self.model) if compile else self.model
 
     def run(self, x: Tensor, forward: Forward) -> Tensor:
         """Return the answers [B, most outputs], padded with zeros behind the outputs that an image's head has."""
-        self.forward, handle = forward, None
+        self.forward = forward
+        for configuration, group in self.factors:
+            forward.factors |= group.make(forward.spans[configuration])
         if forward.shared is None:
             x = _copied(x, forward.copies)
-        elif forward.shared < len(self.blocks):
-            block = self.model.get_submodule(self.blocks[forward.shared])
-            handle = block.register_forward_pre_hook(
-                lambda _, args: (_copied(args[0], forward.copies), *args[1:]), prepend=True
-            )
         try:
-            found: Tensor = self.model(x)
+            found: Tensor = self.run_model(x)
             return found
         finally:
             self.forward = None
-            if handle is not None:
-                handle.remove()
 
     def _own_layers(self, configurations: Sequence[Configuration]) -> None:
         owned: dict[str, dict[str, dict[Configuration, list[OwnRows]]]] = {}
@@ -159,6 +160,18 @@ def _own_tensor(forward: Forward, frozen: Tensor, parts: Mapping[Configuration, 
                 like[:, slice(*(rows or (None, None)))] = span.tensors[name]
         found.append(like)
     return found[0] if len(found) == 1 else torch.cat(found)
+
+
+class _CopyHook:
+    """Forward pre-hook on a block that copies the images for every adapter, where those part."""
+
+    def __init__(self, tree: MixedTree, number: int) -> None:
+        self.tree, self.number = tree, number
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        forward = self.tree.forward
+        assert forward is not None
+        return (_copied(args[0], forward.copies), *args[1:]) if forward.shared == self.number else args
 
 
 class _Acts(NamedTuple):
@@ -202,13 +215,13 @@ class _SiteAct:
 class _ApplyRows:
     """A module reads and rewrites one site."""
 
-    def __init__(self, module: ByRows, factors: FactorsByRows | None) -> None:
-        self.module, self.factors = module, factors
+    def __init__(self, module: ByRows) -> None:
+        self.module = module
 
     def __call__(self, forward: Forward, span: Span, x: Tensor, onto: Tensor, grid: Grid, fresh: bool) -> Tensor:
-        if self.factors is None:
+        factors = forward.factors.get(self.module)
+        if factors is None:
             return self.module.forward(span, x, onto, grid, fresh)
-        factors = forward.factors(self.factors, span)[self.module]
         return add_factors(onto, hidden_by_rows(x, factors.down), factors, fresh)
 
 
@@ -216,15 +229,15 @@ class _ReadRows:
     """Modules read one site together, and add at others: of low-rank maps only the hidden features are kept."""
 
     def __init__(self) -> None:
-        self.readers: list[tuple[ByRows, FactorsByRows | None]] = []
+        self.readers: list[ByRows] = []
 
     def __call__(self, forward: Forward, span: Span, x: Tensor, onto: Tensor, grid: Grid, fresh: bool) -> Tensor:
         wide: dict[int, list[tuple[ByRows, LowRank]]] = {}
-        for reader, group in self.readers:
-            if group is None:
+        for reader in self.readers:
+            factors = forward.factors.get(reader)
+            if factors is None:
                 forward.kept[reader] = x, None
             else:
-                factors = forward.factors(group, span)[reader]
                 wide.setdefault(factors.down.shape[1], []).append((reader, factors))
         for pairs in wide.values():
             hidden = read_together(x, [factors for _, factors in pairs])
@@ -257,12 +270,10 @@ class _TokenRows:
         return self.module.mapped(span, lambda x: act(x, grid), x)
 
 
-def _acts(configuration: Configuration, attached: Attached) -> list[tuple[Site, Any]]:
+def _acts(attached: Attached, modules: Mapping[str, ByRows]) -> list[tuple[Site, Any]]:
     """Return what the modules do at which site, in the order in which `attach` hooks them."""
     found: list[tuple[Site, Any]] = []
     reading: dict[Site, _ReadRows] = {}
-    modules = {key: ByRows(attached, key) for key in attached.where}
-    factors = {member: group for group in alike(list(modules.values())) for member in group.members}
     for key, position in attached.where.items():
         module = modules[key]
         # The bias stands in the projection itself here.
@@ -271,12 +282,12 @@ def _acts(configuration: Configuration, attached: Attached) -> list[tuple[Site, 
             found += [(reads, _TokenRows(module, "insert")), (adds_to, _TokenRows(module, "remove"))]
             continue
         if reads == adds_to:
-            found.append((reads, _ApplyRows(module, factors.get(module))))
+            found.append((reads, _ApplyRows(module)))
         else:
             if reads not in reading:
                 reading[reads] = _ReadRows()
                 found.append((reads, reading[reads]))
-            reading[reads].readers.append((module, factors.get(module)))
+            reading[reads].readers.append(module)
             found.append((adds_to, _AddRows(module)))
         reading.pop(adds_to, None)
     return found

@@ -112,8 +112,13 @@ class SSF(Method):
             added = shift if gain is None else gain * x if shift is None else torch.addcmul(shift, gain, x)
             assert added is not None
             return onto + added.to(onto.dtype)
-        out = onto if in_place else torch.empty_like(onto)
+        compiling = (
+            torch.compiler.is_compiling()
+        )  # which takes no part of a tensor to write to, and fuses passes anyway
+        out = None if compiling else onto if in_place else torch.empty_like(onto)
         if gain is None:
             assert shift is not None
-            return torch.add(x, shift, out=out)
-        return torch.mul(x, 1 + gain, out=out) if shift is None else torch.addcmul(shift, x, 1 + gain, out=out)
+            return torch.add(x, shift, out=out).to(onto.dtype)
+        factor = 1 + gain
+        moved = torch.mul(x, factor, out=out) if shift is None else torch.addcmul(shift, x, factor, out=out)
+        return moved.to(onto.dtype)
