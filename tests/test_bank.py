@@ -20,7 +20,7 @@ import visgraft
 from visgraft import Adapted, Bank, save
 from visgraft.core.attached import get_attached
 from visgraft.core.finding import find_sites
-from visgraft.errors import DataError
+from visgraft.errors import DataError, VisgraftError
 
 CANNOT_MIX = ("partial-0", "full-0")
 
@@ -139,6 +139,8 @@ def test_every_answers_also_with_what_cannot_share() -> None:
     with pytest.raises(DataError, match="one tensor"):
         Bank(family("plain")).every([images(1)[0]], [])  # type: ignore[arg-type]
     assert Bank(family("plain")).every(images(2), []) == [[], []]
+    with pytest.raises(VisgraftError, match="'a' is one"):
+        Bank(family("plain")).every(images(2), "a")
 
 
 def test_heads_of_every_kind_answer_side_by_side() -> None:
@@ -165,6 +167,13 @@ def test_without_a_head_the_features_are_the_answer() -> None:
     bank.add("classes", trained("sct-0"))
     found = answers(bank, images(2), ["features", "classes"])
     assert difference(found[0], logits(model, images(2))[0]) <= TOLERANCE and len(found[1]) == 5
+
+
+def test_a_backbone_without_a_head_takes_adapters_with_heads() -> None:
+    bank, models = Bank(family("plain", num_classes=0)), {name: trained(name) for name in ("linear-0", "lora-0")}
+    for name, model in models.items():
+        bank.add(name, model)
+    held_to(bank, models, images(3), ["linear-0", "lora-0", "linear-0"])
 
 
 def test_answers_carry_classes_and_probabilities(tmp_path: Path) -> None:

@@ -50,7 +50,9 @@ def test_the_bank_leaves_backbone_and_models_as_they_are() -> None:
     bank = Bank(plain)
     for name in ("bitfit-0", "full-0", "lora-0", "vpt_deep-0"):
         bank.add(name, trained(name))
+    given = copy.deepcopy(model.state_dict())
     bank.add("model", model)
+    assert all(torch.equal(tensor, given[name]) for name, tensor in model.state_dict().items())
     bank(images(5), list(bank.names))
     assert all(torch.equal(tensor, state[name]) for name, tensor in plain.state_dict().items())
     assert [p.requires_grad for p in plain.parameters()] == flags
@@ -177,14 +179,22 @@ def test_the_last_used_adapters_stay_and_the_others_come_back(tmp_path: Path) ->
     assert not folder.exists()
 
 
-def test_an_error_in_a_forward_leaves_the_bank_usable() -> None:
+def test_an_error_in_a_forward_leaves_the_bank_usable(monkeypatch: pytest.MonkeyPatch) -> None:
     bank, models = Bank(family("plain")), {"a": trained("lora-0"), "b": trained("convpass-0")}
+    block = type(models["a"].blocks[0].attn)
     for name, model in models.items():
         bank.add(name, model)
     for names in (["a", "a"], ["a", "b"]):
-        with pytest.raises((RuntimeError, AssertionError)):
+        with pytest.raises(DataError, match="20 × 20 pixels"):
             bank(images(2, size=20), names)
+        with monkeypatch.context() as patch, pytest.raises(MemoryError):
+            patch.setattr(block, "forward", out_of_memory)
+            bank(images(2), names)
         held_to(bank, models, images(2), names)
+
+
+def out_of_memory(*_: Any, **__: Any) -> None:
+    raise MemoryError
 
 
 class Asking:

@@ -20,6 +20,7 @@ from visgraft.bank.layout import Flats, gathered
 from visgraft.bank.reading import read_adapter
 from visgraft.bank.rows import Span
 from visgraft.bank.trees import Compile, Forward, HeadSpan, MixedTree, UniformTree
+from visgraft.core.fitting import check_shape
 from visgraft.data.decode import open_image
 from visgraft.errors import DataError, VisgraftError, nearest
 from visgraft.measure.evaluation import probabilities_of
@@ -44,7 +45,7 @@ class BankAnswer(NamedTuple):
 
 
 class BankMemory(NamedTuple):
-    """Bytes beside the backbone's own device: of its tensors, of the adapters', of their heads'; and `parked` ones."""
+    """Bytes on the backbone's device: of its tensors, the adapters' and their heads'; and of the adapters `parked`."""
 
     backbone: int
     adapters: int
@@ -88,6 +89,7 @@ class Bank:
         self._adapters: dict[str, BankAdapter] = {}  # never changed, but replaced
         self._configurations: dict[str, Configuration] = {}
         self._heads: dict[Any, HeadKind] = {}
+        self._shapes: set[torch.Size] = set()  # of images that the backbone takes
         self._trees: OrderedDict[Any, deque[Any]] = OrderedDict()
         self._writing, self._lending = threading.RLock(), threading.Lock()
 
@@ -167,7 +169,7 @@ class Bank:
 
         Raises:
             VisgraftError: there is no adapter of a name, or not as many names as images.
-            DataError: a file is no image, or a tensor no image.
+            DataError: a file is no image, or an image is none that the backbone takes.
         """
         adapters = self._adapters
         if isinstance(names, str) or len(images) != len(names):
@@ -176,7 +178,11 @@ class Bank:
         prepared = [_prepared(image, adapter) for image, adapter in zip(images, asked, strict=True)]
         found: list[BankAnswer | None] = [None] * len(asked)
         for group in _grouped(prepared, asked):
-            x = torch.stack([prepared[number] for number in group.images])
+            if isinstance(images, Tensor) and group.images == list(range(len(images))):
+                x = images  # as it is, which saves a copy
+            else:
+                x = torch.stack([prepared[number] for number in group.images])
+            self._check_shape(x)
             logits = self._logits(x.to(self._ground.device, self._ground.dtype), group.adapters)
             for number, adapter, row in zip(group.images, group.adapters, logits, strict=True):
                 found[number] = _answer(adapter, row)
@@ -193,13 +199,16 @@ class Bank:
             names: the adapters.
 
         Raises:
-            VisgraftError: there is no adapter of a name.
-            DataError: the images are no batch.
+            VisgraftError: there is no adapter of a name, or `names` is one name and no list.
+            DataError: the images are no batch, or none that the backbone takes.
         """
         adapters = self._adapters
+        if isinstance(names, str):
+            raise VisgraftError(f"a list of names is needed, but {names!r} is one; pass [name]")
         if not isinstance(images, Tensor) or images.ndim != 4:
             raise DataError("every needs prepared images as one tensor [B, channels, height, width]")
         asked = [_named(adapters, name) for name in names]
+        self._check_shape(images)
         x, found = images.to(self._ground.device, self._ground.dtype), dict[BankAdapter, Tensor]()
         distinct = list(dict.fromkeys(asked)) if len(x) else []
         for group in _grouped([x[0]] * len(distinct), distinct):
@@ -226,6 +235,12 @@ class Bank:
             if size == (0, 0)
         )
         return BankMemory(sum(tensors.values()), sum(rows for rows, _ in sizes), sum(h for _, h in sizes), parked)
+
+    def _check_shape(self, x: Tensor) -> None:
+        """Raise a DataError unless the backbone takes images of this shape."""
+        if len(x) and x.shape[1:] not in self._shapes:
+            check_shape(self._ground.plain, x.shape[1], x.shape[2:], "the images")
+            self._shapes.add(x.shape[1:])
 
     def _configuration(self, record: AdapterRecord) -> Configuration:
         key = configuration_key(record.method, record.own)

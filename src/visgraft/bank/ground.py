@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from visgraft.backbones.heads import classifier_paths
+from visgraft.backbones.heads import classifier_paths, head_paths
 from visgraft.backbones.input_size import built_size, input_size
 from visgraft.backbones.wrappers import unwrapped
 from visgraft.bank.layout import Layout
@@ -60,6 +60,9 @@ class FrozenBackbone:
         if like.is_meta:
             raise VisgraftError("this backbone holds no data (it is on the meta device); create it with its weights")
         self.device, self.dtype = like.device, precision_of(self.plain)
+        if not head_paths(self.plain) and hasattr(self.plain, "reset_classifier"):  # adapters bring one
+            self.plain.reset_classifier(1)  # type: ignore[operator]
+            self.plain.to(self.device, self.dtype).eval()
         self.head_paths = classifier_paths(self.plain)
         self.size = built_size(self.plain)
         self._digests: dict[tuple[frozenset[str], torch.dtype], str | None] = {}
