@@ -197,6 +197,21 @@ def out_of_memory(*_: Any, **__: Any) -> None:
     raise MemoryError
 
 
+def test_a_call_answers_with_the_adapters_that_were_there_when_it_began() -> None:
+    bank, versions = Bank(family("plain")), [trained("lora-0", seed=1), trained("sct-0", seed=2, outputs=3)]
+    bank.add("a", versions[0])
+
+    class Names(list[str]):
+        def __iter__(self) -> Any:
+            yield "a"
+            bank.add("a", versions[1], replace=True)
+            yield "a"
+
+    first = answers(bank, images(2), Names(["a", "a"]))
+    assert difference(torch.stack(first), logits(versions[0], images(2))) <= TOLERANCE
+    held_to(bank, {"a": versions[1]}, images(2), ["a", "a"])
+
+
 class Asking:
     """Threads that ask a bank for answers until told to stop, and note what is wrong."""
 
