@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from visgraft.core.method import Batches, ChosenChannels, Grid, Method, Place, Position
 from visgraft.core.registry import register
 from visgraft.errors import SiteError, VisgraftError
-from visgraft.methods.alore import Bank
+from visgraft.methods.alore import KroneckerFactors
 from visgraft.methods.salience import SCORE_FUNCTIONS, SCORES, channel_squares
 from visgraft.options import MethodConfig, TrainConfig, option
 
@@ -92,7 +92,7 @@ class Salex(Method):
 
     @classmethod
     def shared(cls, config: SalexConfig, positions: Sequence[Position]) -> dict[str, nn.Module]:
-        return {"bank": Bank(config.experts, "xavier")}
+        return {"bank": KroneckerFactors(config.experts, "xavier")}
 
     @classmethod
     def calibrate(

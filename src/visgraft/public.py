@@ -6,6 +6,7 @@ from visgraft.adapters.blending import blend
 from visgraft.adapters.directory import Adapted, load, save
 from visgraft.adapters.publish import push
 from visgraft.backbones.creation import Backbone, create_backbone, model_data_config
+from visgraft.bank.bank import Bank, BankAnswer
 from visgraft.check.findings import Report
 from visgraft.check.run import check_data
 from visgraft.core.attach import ParameterCount, attach, count_parameters, detach

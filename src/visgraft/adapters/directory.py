@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -240,16 +240,30 @@ def check_backbone(model: nn.Module, record: AdapterRecord, path: Path) -> None:
     """
     attached = get_attached(model)
     attached.adopt(record.own)
+
+    def digest(dtype: torch.dtype) -> str | None:
+        return attached.digest if dtype == attached.digest_dtype else backbone_digest(model, record.own, dtype=dtype)
+
+    check_digest(record, path, attached.digest_dtype, digest)
+
+
+def check_digest(
+    record: AdapterRecord, path: str | Path, has: torch.dtype, digest: Callable[[torch.dtype], str | None]
+) -> None:
+    """Raise an AdapterError unless a backbone in the precision `has` is the one that the adapter was trained on.
+
+    `digest` gives the backbone's in a precision, without the tensors that the record calls the adapter's own.
+    """
     if record.digest is None:  # made only to be compared: that takes longer than the rest of loading
         return
-    wanted, has = getattr(torch, record.digest_precision), attached.digest_dtype
+    wanted = getattr(torch, record.digest_precision)
     if torch.promote_types(wanted, has) != has:
         raise AdapterError(
             f"{path} was made with the backbone in {record.digest_precision}, but this one is in "
             f"{str(has).removeprefix('torch.')}, in which nobody can tell whether it is the same; pass the backbone in "
             f"{record.digest_precision}, and convert the model after loading"
         )
-    found = attached.digest if wanted == has else backbone_digest(model, record.own, dtype=wanted)
+    found = digest(wanted)
     if found != record.digest:
         raise AdapterError(
             f"{path} was trained on another backbone (sha256 {record.digest[:12]}…, this one is {str(found)[:12]}…); "
@@ -281,7 +295,15 @@ def check_canary(model: nn.Module, record: AdapterRecord, path: Path) -> None:
 def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Path, record: AdapterRecord) -> None:
     """Copy the stored tensors in, after checking the backbone, every name and every shape."""
     check_backbone(model, record, path)
-    own = adapter_tensors(model)
+    check_tensors(adapter_tensors(model), tensors, path)
+    state = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            state[name].copy_(tensor)
+
+
+def check_tensors(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raise an AdapterError unless the stored tensors have the names and shapes of the model's own and are finite."""
     wrong = sorted(set(own) ^ set(tensors)) + [
         name for name in own if name in tensors and (own[name].shape, own[name].dtype.is_floating_point)
         != (tensors[name].shape, tensors[name].dtype.is_floating_point)
@@ -290,9 +312,6 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Path, record: A
         raise AdapterError(
             f"{path / TENSORS} does not fit its config: {', '.join(wrong[:3])}; restore it or train again"
         )
-    state = model.state_dict()
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            if not bool(torch.isfinite(tensor).all()):
-                raise AdapterError(f"{path / TENSORS} is damaged: {name} is not finite; restore it or train again")
-            state[name].copy_(tensor)
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(f"{path / TENSORS} is damaged: {name} is not finite; restore it or train again")

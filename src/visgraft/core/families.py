@@ -4,7 +4,7 @@ A general rule such as "hook whatever is called norm1" sits in the wrong place i
 a block class without a row is refused by name. A row is proven by a dry run whenever something is attached.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -92,6 +92,18 @@ def _split_biases(attn: Any, path: str, inner: int) -> tuple[Bias, ...] | None:
     if attn.q_bias is None:
         return None
     return Bias(f"{path}.q_bias", (0, inner)), Bias(f"{path}.v_bias", (2 * inner, 3 * inner))
+
+
+def fuse_biases(model: nn.Module, projections: Iterable[Neighbour]) -> None:
+    """Give projections, in place, the biases that attention keeps apart for them and adds behind them."""
+    for projection in projections:
+        layer: Any = model.get_submodule(projection.path)
+        bias = layer.weight.new_zeros(len(layer.weight))
+        for part in projection.biases or ():
+            bias[slice(*part.rows)] = model.get_parameter(part.path).detach()
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+        attention: Any = model.get_submodule(projection.path.rpartition(".")[0])
+        attention.q_bias = None  # without which it calls the projection and adds nothing
 
 
 def _proj_sites(attn: Any, path: str, block: int, grid: Grid) -> list[Site]:

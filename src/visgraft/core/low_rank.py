@@ -91,6 +91,19 @@ def add_product(onto: Tensor, hidden: Tensor, factors: LowRank, rows: tuple[int,
     return _Product.apply(onto, hidden, *small, keep, late, rows)
 
 
+def add_by_rows(onto: Tensor, hidden: Tensor, up: Tensor, bias: Tensor | None = None, in_place: bool = False) -> Tensor:
+    """Return `onto` [B, N, C] plus hidden features [B, N, k] by a factor [B, k, C] and a bias [B, C] of each image.
+
+    With `in_place`, `onto` may be rewritten.
+    """
+    if bias is not None:  # as one more hidden feature, so that it takes no pass of its own
+        hidden = torch.cat((hidden, hidden.new_ones(*hidden.shape[:-1], 1)), -1)
+        up = torch.cat((up, bias.unsqueeze(1)), 1)
+    if onto.dtype != hidden.dtype:
+        return onto + hidden @ up
+    return onto.baddbmm_(hidden, up.to(hidden.dtype)) if in_place else torch.baddbmm(onto, hidden, up)
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the precision in which products with `x` are computed: autocast's where it acts on such a tensor."""
     kind = x.device.type

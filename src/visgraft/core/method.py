@@ -106,7 +106,7 @@ class Method(nn.Module):
     A subclass sets `Config` and `recipe`, says its `placements`, and computes `delta`. It knows nothing of timm,
     files or the command line. What follows from its options alone, such as whether it is affine, its config answers.
     Methods that only unfreeze existing parameters list them in `unfrozen` instead; `TokenMethod` is the base of those
-    that insert tokens. Further abilities are protocols, met by defining their functions: `ReadsLayer`,
+    that insert tokens. Further abilities are protocols, met by defining their functions: `ReadsLayer`, `ActsByRows`,
     `ChoosesChannels`, `MadeOfParts`. Every tensor that a method sees is [B, N, C], however the backbone lays its
     features out.
     """
@@ -195,6 +195,23 @@ class ReadsLayer(Protocol):
 
     def beside(self, layer: FrozenLayer) -> None:
         """Take the layer; called once by `attach`, before any forward."""
+
+
+@runtime_checkable
+class ActsByRows(Protocol):
+    """A method that says how many images are computed at once, each with tensors of its own.
+
+    Without it a bank computes the factors of `low_rank`, or maps `forward` over the images.
+    """
+
+    def by_rows(self, tensors: Mapping[str, Tensor], x: Tensor, onto: Tensor, in_place: bool = False) -> Tensor:
+        """Return what `forward` returns in eval mode, image by image: `x` [B, N, R] and `onto` [B, N, C] -> [B, N, C].
+
+        `tensors` holds the module's own by name, each with a first axis of B; N counts all tokens of an image, in
+        whatever windows they lie. `x` and `onto` may be one tensor. With `in_place`, `onto` is nobody else's, and may
+        be rewritten and returned.
+        """
+        ...
 
 
 class ChosenChannels(NamedTuple):

@@ -1,9 +1,10 @@
 """The backbone's own tensors: its head, its digest, and what each tensor is."""
 
 import contextlib
+import copy
 import hashlib
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -70,6 +71,13 @@ def backbone_digest(
     if dtype not in (None, own):
         tensors = {name: tensor.to(dtype) if tensor.dtype == own else tensor for name, tensor in tensors.items()}
     return _sha256(tensors)
+
+
+def sharing_copy(model: nn.Module, own: Iterable[str] = ()) -> nn.Module:
+    """Return a deep copy that shares all tensors with the model but those named in `own`."""
+    apart = set(own)
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return copy.deepcopy(model, {id(tensor): tensor for name, tensor in tensors if name not in apart})
 
 
 def precision_of(model: nn.Module) -> torch.dtype:

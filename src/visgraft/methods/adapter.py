@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visgraft.core.low_rank import add_by_rows
 from visgraft.core.method import Grid, Method, OwnTensor, Place, Position
 from visgraft.core.registry import register
 from visgraft.options import MethodConfig, TrainConfig, option
@@ -91,3 +92,9 @@ class Adapter(Method):
         """Return s (act(x W_d + b_d) W_u + b_u): [B, N, C] -> [B, N, C]."""
         hidden = self.dropout(self.activation(self.down(x)))
         return F.linear(hidden, self.scale * self.up.weight, self.scale * self.up.bias)
+
+    def by_rows(self, tensors: Mapping[str, Tensor], x: Tensor, onto: Tensor, in_place: bool = False) -> Tensor:
+        """As `forward`, with both projections of each image."""
+        hidden = self.activation(add_by_rows(tensors["down.bias"].unsqueeze(1), x, tensors["down.weight"].mT))
+        up, bias = self.scale * tensors["up.weight"].mT, self.scale * tensors["up.bias"]
+        return add_by_rows(onto, hidden, up, bias, in_place)

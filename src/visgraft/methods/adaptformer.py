@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visgraft.core.low_rank import add_by_rows
 from visgraft.core.method import Grid, Method, Place, Position
 from visgraft.core.registry import register
 from visgraft.options import MethodConfig, TrainConfig, option
@@ -79,3 +80,22 @@ class AdaptFormer(Method):
         hidden = self.dropout(F.relu(self.down(self.norm_before(x))))
         added: Tensor = self.norm_after(F.linear(hidden, self.scale * self.up.weight, self.scale * self.up.bias))
         return added
+
+    def by_rows(self, tensors: Mapping[str, Tensor], x: Tensor, onto: Tensor, in_place: bool = False) -> Tensor:
+        """As `forward`, with projections, factor and norm of each image."""
+        scale = tensors["scale"].view(-1, 1, 1) if "scale" in tensors else self.scale
+        seen = _norm_by_rows(self.norm_before, x, tensors, "norm_before")
+        hidden = F.relu(add_by_rows(tensors["down.bias"].unsqueeze(1), seen, tensors["down.weight"].mT))
+        up, bias = tensors["up.weight"].mT, tensors["up.bias"].unsqueeze(1)
+        if isinstance(self.norm_after, nn.Identity):
+            return add_by_rows(onto, hidden, scale * up, (scale * bias).squeeze(1), in_place)
+        added = (hidden @ up + bias) * scale
+        return onto + _norm_by_rows(self.norm_after, added, tensors, "norm_after").to(onto.dtype)
+
+
+def _norm_by_rows(norm: nn.Module, x: Tensor, tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """The norm [B, N, C] with a factor and a shift of each image."""
+    if not isinstance(norm, nn.LayerNorm):
+        return x
+    weight, bias = (tensors[f"{name}.{part}"].unsqueeze(1) for part in ("weight", "bias"))
+    return torch.addcmul(bias, F.layer_norm(x, norm.normalized_shape, None, None, norm.eps), weight)

@@ -40,7 +40,7 @@ class ALoREConfig(MethodConfig):
         self.check_rates("dropout")
 
 
-class Bank(nn.Module):
+class KroneckerFactors(nn.Module):
     """The experts' shared Kronecker factors W_s: `weight` [n, n, n], expert i's slice being n × n."""
 
     def __init__(self, experts: int, init: str) -> None:
@@ -91,7 +91,7 @@ class ALoRE(Method):
     @classmethod
     def shared(cls, config: ALoREConfig, positions: Sequence[Position]) -> dict[str, nn.Module]:
         names = dict.fromkeys(_bank_name(config, position) for position in positions)
-        return {name: Bank(config.experts, config.init) for name in names}
+        return {name: KroneckerFactors(config.experts, config.init) for name in names}
 
     @property
     def bank(self) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -121,14 +121,24 @@ class SCT(Method):
     def forward(self, x: Tensor, onto: Tensor, grid: Grid) -> Tensor:
         return onto.index_add(-1, self.index, self._tuned(x).to(onto.dtype))
 
+    def by_rows(self, tensors: Mapping[str, Tensor], x: Tensor, onto: Tensor, in_place: bool = False) -> Tensor:
+        """As `forward`, with channels [B, K], weights [B, K, K] and biases [B, K] of each image."""
+        index = tensors["index"].unsqueeze(1).expand(-1, x.shape[1], -1)
+        z = x.gather(-1, index)
+        bias = tensors["linear.bias"].unsqueeze(1)
+        tuned = self._formed(z, z @ tensors["linear.weight"].transpose(1, 2) + bias)
+        add = onto.scatter_add_ if in_place else onto.scatter_add
+        return add(-1, index, tuned.to(onto.dtype))
+
     def _tuned(self, x: Tensor) -> Tensor:
         """What is added to the chosen channels [B, N, K]: s(Wz + b) in form A, (s - 1)z + Wz + b in form B.
 
         Without a form it is Wz + b.
         """
         z = x.index_select(-1, self.index)
+        return self._formed(z, self.linear(z))
+
+    def _formed(self, z: Tensor, mapped: Tensor) -> Tensor:
         if self.scale is None:
-            return cast(Tensor, self.linear(z))
-        if self.form == "A":
-            return self.scale * self.linear(z)
-        return cast(Tensor, (self.scale - 1) * z + self.linear(z))
+            return mapped
+        return self.scale * mapped if self.form == "A" else (self.scale - 1) * z + mapped

@@ -104,3 +104,21 @@ class SSF(Method):
         shift = zero if self.shift is None else self.shift
         flat, training, momentum, eps, cudnn = x.flatten(0, -2), False, 0.0, 0.0, False
         return torch.batch_norm(flat, factor, shift, zero, one, training, momentum, eps, cudnn).view(x.shape)
+
+    def by_rows(self, tensors: Mapping[str, Tensor], x: Tensor, onto: Tensor, in_place: bool = False) -> Tensor:
+        """As `forward`, with factors and shifts [B, C] of each image."""
+        gain, shift = (None if t is None else t.unsqueeze(1) for t in map(tensors.get, ("gain", "shift")))
+        if x is not onto:
+            added = shift if gain is None else gain * x if shift is None else torch.addcmul(shift, gain, x)
+            assert added is not None
+            return onto + added.to(onto.dtype)
+        compiling = (
+            torch.compiler.is_compiling()
+        )  # which takes no part of a tensor to write to, and fuses passes anyway
+        out = None if compiling else onto if in_place else torch.empty_like(onto)
+        if gain is None:
+            assert shift is not None
+            return torch.add(x, shift, out=out).to(onto.dtype)
+        factor = 1 + gain
+        moved = torch.mul(x, factor, out=out) if shift is None else torch.addcmul(shift, x, factor, out=out)
+        return moved.to(onto.dtype)

@@ -1,6 +1,5 @@
 """Predictions over any number of images, with any number of adapters of one backbone in one pass."""
 
-import copy
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,7 +21,7 @@ from visgraft.backbones.creation import shape_from
 from visgraft.core.attach import detach
 from visgraft.core.attached import get_attached
 from visgraft.core.fitting import check_shape
-from visgraft.core.tensors import eval_mode
+from visgraft.core.tensors import eval_mode, sharing_copy
 from visgraft.data.decode import open_image
 from visgraft.errors import AdapterError, DataError, VisgraftError
 from visgraft.measure.evaluation import probabilities_of
@@ -347,7 +346,7 @@ def load_together(paths: Sequence[str | Path], *, weights: str | None = None) ->
     first.model.to(make_compute("fp32").device)
     if len(paths) == 1:
         return [first]
-    plain = detach(_sharing_copy(first.model, get_attached(first.model).originals))
+    plain = detach(sharing_copy(first.model, get_attached(first.model).originals))
     return [first, *(_load_onto(plain, Path(path)) for path in paths[1:])]
 
 
@@ -358,20 +357,13 @@ def _load_onto(plain: nn.Module, path: Path) -> Adapted:
             own = set(file.keys())
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{path / TENSORS} is missing or damaged ({error}); {remedy(path)}") from error
-    model: Any = _sharing_copy(plain, own)
+    model: Any = sharing_copy(plain, own)
     outputs = read_record(path).outputs
     if model.num_classes != outputs:
         like = next(model.parameters())
         model.reset_classifier(outputs)
         model.to(like.device, like.dtype)
     return load(path, backbone=model)
-
-
-def _sharing_copy(model: nn.Module, own: Iterable[str]) -> nn.Module:
-    """Return a deep copy that shares all tensors of the backbone with the model but those named in `own`."""
-    apart = set(own)
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return copy.deepcopy(model, {id(tensor): tensor for name, tensor in tensors if name not in apart})
 
 
 def check_same_backbone(paths: Sequence[str | Path]) -> None:

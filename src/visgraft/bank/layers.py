@@ -1,0 +1,67 @@
+"""Layers of the backbone whose vectors (biases, norms) differ from image to image."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import timm.layers
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from visgraft.bank.layout import slots_of, substituted
+
+Own = Mapping[str, Tensor]
+"""Tensors of a layer by their name in it, each with a first axis of the images."""
+
+
+def layer_by_images(layer: Any, own: Own, x: Tensor) -> Tensor:
+    """Return the layer's output for x [images · windows, ...], each image with tensors of its own."""
+    return LAYERS.get(type(layer), _mapped)(layer, own, x)
+
+
+def _linear(layer: Any, own: Own, x: Tensor) -> Tensor:
+    if own.keys() != {"bias"} or x.ndim < 3:
+        return _mapped(layer, own, x)
+    out, bias = F.linear(x, layer.weight), own["bias"]
+    out.view(len(bias), -1, out.shape[-1]).add_(bias.unsqueeze(1))  # in place: it is nobody else's
+    return out
+
+
+def _conv(layer: Any, own: Own, x: Tensor) -> Tensor:
+    if own.keys() != {"bias"}:
+        return _mapped(layer, own, x)
+    out, bias = layer._conv_forward(x, layer.weight, None), own["bias"]
+    return out.add_(bias.repeat_interleave(len(x) // len(bias), 0)[..., None, None])
+
+
+def _layer_norm(layer: Any, own: Own, x: Tensor) -> Tensor:
+    weight, bias = own.get("weight", layer.weight), own.get("bias", layer.bias)
+    if x.ndim < 3 or weight is None or bias is None or len(layer.normalized_shape) > 1:
+        return _mapped(layer, own, x)
+    images = len(next(iter(own.values())))
+    out = F.layer_norm(x, layer.normalized_shape, None, None, layer.eps)
+    weight, bias = (t.unsqueeze(1) if t.ndim == 2 else t for t in (weight, bias))
+    tokens = out.view(images, -1, x.shape[-1])
+    torch.addcmul(bias, tokens, weight, out=tokens)  # in place: it is nobody else's
+    return out
+
+
+def _mapped(layer: Any, own: Own, x: Tensor) -> Tensor:
+    """The layer's own forward, mapped over the images."""
+    slots = slots_of(layer)
+
+    def one(tensors: dict[str, Tensor], x: Tensor) -> Tensor:
+        with substituted(slots, tensors):
+            found: Tensor = type(layer).forward(layer, x)
+            return found
+
+    images = len(next(iter(own.values())))
+    return torch.vmap(one)(dict(own), x.unflatten(0, (images, -1))).flatten(0, 1)
+
+
+LAYERS: dict[type[nn.Module], Callable[[Any, Own, Tensor], Tensor]] = {
+    nn.Linear: _linear,
+    nn.Conv2d: _conv,
+    nn.LayerNorm: _layer_norm,
+    timm.layers.LayerNorm: _layer_norm,
+}
