@@ -24,7 +24,7 @@ class AffineALoREConfig(ALoREConfig):
             raise VisgraftError("affine_alore without tensors of the backbone is alore; name that, or leave it out")
 
 
-@register("affine_alore", paper="arXiv:2412.08341 with arXiv:2106.10199")
+@register("affine_alore", paper="arXiv:2412.08341")
 class AffineALoRE(ALoRE):
     """ALoRE with trained biases and norms: visgraft's own combination, measured in `docs/recipes.md`.
 
