@@ -61,7 +61,7 @@ def with_head_of(head: Any, model: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=() if k in ("plain", "swin") else pytest.mark.long) for k in ALL_FAMILIES]
+    "kind", [pytest.param(k, marks=() if k == "plain" else pytest.mark.long) for k in ALL_FAMILIES]
 )
 def test_17_all_configurations_in_one_batch(kind: str) -> None:
     bank, models = Bank(family(kind)), {}
