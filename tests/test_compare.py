@@ -155,6 +155,15 @@ def test_an_automatic_choice_is_the_most_accurate_and_says_how_sure_that_is(
     )
 
 
+def test_without_time_for_the_folds_no_method_is_left_out(colours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shortened(monkeypatch, {"linear": 4, "ssf": 6, "lora": 5, "full": 3})
+    monkeypatch.setattr("visgraft.search.run.possible_folds", lambda examples: 5)
+    monkeypatch.setattr("visgraft.search.race.Race.cross_validate", lambda self, examples: {})
+    found = compared(colours, names=("auto",), trials=1)
+    assert [row.method for row in found.results] == ["linear", "ssf", "lora", "full"] and found.recommended == "ssf"
+    assert not any("fell behind" in note for note in found.notes)
+
+
 def train(*arguments: object) -> Any:
     words = ["train", *(str(argument) for argument in arguments)]
     return CliRunner().invoke(build(words), words)

@@ -34,6 +34,7 @@ class Race:
 
     def keep(self, count: int) -> None:
         """Let only the `count` methods go on that are best on the validation images."""
+        self.kept = None
         ranked = sorted(self.found, key=lambda search: search.best[0] if search.best else 0.0, reverse=True)
         self.kept = tuple(search.method for search in ranked[:count])
 

@@ -97,7 +97,10 @@ def compare(
     race.search(trials)
     if automatic and plan.folds:
         race.keep(FINALISTS)
-    return _conclude(race, dataset, race.cross_validate(examples), automatic)
+    crossed = race.cross_validate(examples)
+    if not crossed:
+        race.keep(len(names))
+    return _conclude(race, dataset, crossed, automatic)
 
 
 def _check(methods: Sequence[str], budget: float | None, trials: int | None, epochs: int | None) -> list[str]:
