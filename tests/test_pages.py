@@ -51,7 +51,8 @@ def small(words: list[str]) -> list[str]:
         words = [*without(words, "--methods"), "--methods", "linear,alore"]
     extra = [] if "--init-from" in words else list(SMALL)
     extra += [] if "--epochs" in words else ["--epochs", "1"]
-    return words + extra + (["--trials", "1"] if words[0] == "compare" else [])
+    searches = words[0] == "compare" or "auto" in words
+    return words + extra + (["--trials", "1"] if searches else [])
 
 
 def small_benchmark(words: list[str]) -> list[str]:
