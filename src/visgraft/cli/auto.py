@@ -60,17 +60,14 @@ class Chosen(NamedTuple):
     command: str
 
 
-def choose(
-    data: str | None, csv: Path | None, out: Path, origin: Any, options: Mapping[str, Any], asked: Asked, json: bool
-) -> Chosen:
+def choose(data: str | None, csv: Path | None, out: Path, whole: Mapping[str, Any], asked: Asked, json: bool) -> Chosen:
     """Compare methods and return the most accurate one as it is to be trained.
 
     Args:
         data: the images, as typed.
         csv: a table of them.
         out: where the adapter will lie.
-        origin: the backbone.
-        options: how images are divided and loaded, as `compare` takes them.
+        whole: the backbone, and how images are divided and loaded, as `train_folder` takes them.
         asked: what else was given.
         json: print nothing but one document at the end.
 
@@ -83,12 +80,13 @@ def choose(
     from visgraft.core.configure import AUTO_METHODS, with_values
     from visgraft.search import compare, parse_budget
 
+    options = {name: whole[name] for name in ("split", "loading")}
     given = train_config(AUTO_METHODS[0], asked.values)  # of `GIVEN` only, which mean the same for all
     epochs = None if asked.values.get("epochs") is None else given.epochs
     limited = asked.budget or asked.trials is None
     with loading_progress() as show_loading, comparison_progress() as show:
         found = compare(
-            source(data, csv), (AUTO,), backbone=origin,
+            source(data, csv), (AUTO,), backbone=whole["backbone"],
             budget_seconds=parse_budget(asked.budget or BUDGET) if limited else None,
             spent_seconds=time.monotonic() - asked.begin, trials=asked.trials,
             epochs=epochs, seed=given.seed, precision=given.precision,
@@ -104,7 +102,7 @@ def choose(
     recipe = replace(recipe, precision=given.precision)
     progress_console.print(f"training {found.recommended} for {recipe.epochs} epochs into {out}")
     more = {"epochs": None if method.head_only else epochs, "precision": asked.values.get("precision")}
-    command = train_command(found, data, csv, origin.weights, **options, out=out, **more)
+    command = train_command(found, data, csv, whole["backbone"].weights, **options, out=out, **more)
     return Chosen(method, recipe, {"chosen": _kept(found)}, command)
 
 

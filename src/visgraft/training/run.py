@@ -78,10 +78,10 @@ def train_folder(
 ) -> dict[str, Any]:
     """Train a method on labelled images and write the adapter to `out`; the test images are never read.
 
-    The figures are those on the validation images. While it trains, the state to go on from lies beside `out`.
+    The figures are of the validation images. While it trains, the state to go on from lies beside `out`.
 
     Args:
-        data: a folder, a table or a data set (see `read_data`), divided by `split` where it does not say.
+        data: a folder, table or a data set (see `read_data`), divided by `split` where it does not say.
         resume: go on from the state that an interrupted run with the same arguments left, to the very same weights.
         init_from: an adapter of the same backbone and method to start from; classes may have come or gone.
         record: further facts that the adapter is to keep, as JSON values.
@@ -111,19 +111,17 @@ def train_folder(
     kept = {**_record(dataset, split, train_config, loading.background or "white"), **(record or {})}
 
     def write(**more: Any) -> None:
-        save(model, out, classes=dataset.classes, record={**kept, **more})
+        save(model, out, classes=dataset.classes, record=kept | more)
 
     show = _watched(watch, lambda: faster_options(model, backbone, method_config, train_config, init_from is None))
 
-    def learn(**told: Any) -> Fitted:
-        return fit(model, method_config, train_config, images, val, start=start, on_progress=show, **told)
-
+    learn = partial(fit, model, method_config, train_config, images, val, start=start, on_progress=show)
     fitted = _train(model, learn, train_config.epochs, out, run, state, write, watch)
     figures, costs = _conclude(model, out, fitted, val, train_config.precision, write, watch)
     what: dict[str, Any] = {"adapter": str(out), "method": method_config.method, "backbone": backbone.name}
-    figures = {"split": "val" if val else None, **figures}
     sizes = {**sizes_of(model, out), "params_backbone": counts.total - counts.head}
-    return what | figures | sizes | _told(costs, train_config, dataset, images, val)
+    told = _told(costs, train_config, dataset, images, val)
+    return what | {"split": "val" if val else None} | figures | sizes | told
 
 
 def _conclude(
