@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from visgraft import Backbone, TrainConfig, list_methods
+from visgraft.bench.caption import caption
 from visgraft.bench.evidence import check_evidence
 from visgraft.bench.ledger import append, read_file, read_results
 from visgraft.bench.paper_recipes import ALORE_PAPER, SCT_PAPER
@@ -266,6 +267,7 @@ def test_an_automatic_choice_is_among_methods_and_has_a_row_of_its_own(
     check_evidence(found)
     rows = tables(found)[0].rows
     assert [row.label for row in rows] == ["linear", "auto"] and len(rows[1].results) == 2
+    assert "for as many epochs as the method chosen takes, and measured once" in caption(tables(chosen)[0])
     with pytest.raises(VisgraftError, match="auto chooses on validation images; use --recipe validated"):
         plan(request(root, methods=("auto",), recipe=Recipe("default")))
 

@@ -43,6 +43,8 @@ def _epochs(rows: Sequence[RecipeRow]) -> str:
     for row in rows:
         if row.method != AUTO:
             found.setdefault(row.epochs, []).append(row.label)
+    if not found:
+        return "as many epochs as the method chosen takes"
     if len(found) == 1:
         return f"{next(iter(found))} epochs"
     return " and ".join(f"{epochs} epochs ({', '.join(labels)})" for epochs, labels in sorted(found.items()))
