@@ -35,7 +35,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files that are decoded from now on."""
     found: list[Path] = []
-    for name in ("visgraft.data.images", "visgraft.serve.prediction"):
+    for name in ("visgraft.data.images", "visgraft.serve.decoding"):
         module: Any = importlib.import_module(name)
         real = module.open_image
         monkeypatch.setattr(

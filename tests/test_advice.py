@@ -60,6 +60,8 @@ REACHED = {
     "cli/auto": ("train",),
     "cli/log": ("train",),
     "cli/predict": ("predict",),
+    "cli/predict_images": ("predict",),
+    "cli/predict_output": ("predict",),
     "cli/report": ("report",),
     "cli/train": ("train",),
 }

@@ -188,7 +188,7 @@ def test_an_adapter_keeps_the_background_of_its_training(tmp_path: Path, monkeyp
         colours.append(background)
         return open_image(source, background)
 
-    for place in ("visgraft.data.images", "visgraft.serve.prediction"):
+    for place in ("visgraft.data.images", "visgraft.serve.decoding"):
         monkeypatch.setattr(importlib.import_module(place), "open_image", note)
     train = ["train", data, "--out", out, "--method", "linear", "--epochs", 1, *SMALL]
     for words, asked, expected in (

@@ -80,7 +80,7 @@ def rarely(page: str) -> Any:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the pages' commands are run on: photos, new-photos, labels.csv and trained adapters."""
+    """A folder with what the pages' commands are run on: photos, new-photos, labels.csv, trained adapters, a folder of them and a table for it."""
     root = tmp_path_factory.mktemp("pages")
     draw(root / "photos", 20)
     for old, new in (("blue", "cat"), ("green", "dog"), ("red", "rabbit")):
@@ -96,6 +96,10 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         out = root / f"photos-{method}"
         code, _, err = run("train", root / "photos", "--out", out, "--method", method, "--epochs", 1, *SMALL)
         assert code == 0, err
+    shutil.copytree(root / "photos-linear", root / "zoo" / "cats")
+    shutil.copytree(root / "photos-alore", root / "zoo" / "weather" / "clouds")
+    pictures = sorted(path.relative_to(root) for path in (root / "new-photos").iterdir())
+    (root / "work.csv").write_text(f"image,adapter\n{pictures[0]},cats\n{pictures[1]},weather/clouds\n")
     return root
 
 

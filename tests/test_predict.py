@@ -20,36 +20,84 @@ from safetensors.torch import save_file
 
 from visgraft import Backbone, create_backbone, evaluate, load, load_images, model_data_config, predict
 from visgraft.adapters.directory import CONFIG
-from visgraft.core.attached import get_attached
+from visgraft.bank.opening import load_bank
 from visgraft.data.dataset import Example
 from visgraft.errors import AdapterError, DataError, VisgraftError
 from visgraft.measure.precision import make_compute
-from visgraft.serve.prediction import Prediction, load_together, predict_stream
+from visgraft.serve.prediction import Prediction, predict_rows, predict_stream
 
 
 def test_together_they_answer_as_each_alone_in_any_order(adapters: dict[str, Path], pictures: list[Path]) -> None:
-    alone = {name: list(predict_stream([path], pictures, top=3, batch_size=4)) for name, path in adapters.items()}
-    assert all([row.image for row in rows] == pictures for rows in alone.values())
-    expected = [alone[name][i] for i in range(len(pictures)) for name in adapters]
-    assert list(predict_stream(list(adapters.values()), pictures, top=3, batch_size=4)) == expected
+    many = pictures * 2  # enough for a forward of each adapter, which is then bit for bit its own
+    alone = {name: list(predict_stream([path], many, top=3, batch_size=20)) for name, path in adapters.items()}
+    assert all([row.image for row in rows] == many for rows in alone.values())
+    expected = [alone[name][i] for i in range(len(many)) for name in adapters]
+    assert list(predict_stream(list(adapters.values()), many, top=3, batch_size=20)) == expected
     backwards = list(reversed(adapters.values()))
-    found = list(predict_stream(backwards, pictures, top=3, batch_size=4))
+    found = list(predict_stream(backwards, many, top=3, batch_size=20))
     assert sorted(found, key=str) == sorted(expected, key=str)
     assert [row.adapter for row in found[:5]] == [str(path) for path in backwards]
-    assert len({tuple(row.classes) for row in expected}) == len(expected), "the adapters differ"
+    assert len({(row.image, *row.classes) for row in expected}) == len(expected) / 2, "the adapters differ"
+    mixed = list(predict_stream(list(adapters.values()), many, top=3, batch_size=4))
+    same(mixed, expected)
 
 
-@pytest.mark.parametrize("first", CLASSES)
-def test_what_is_frozen_is_held_once_and_what_is_trained_is_not_shared(first: str, adapters: dict[str, Path]) -> None:
-    names = [first, *(name for name in adapters if name != first)]
-    loaded = dict(zip(names, load_together([adapters[name] for name in names]), strict=True))
-    addresses = {n: {k: t.data_ptr() for k, t in one.model.state_dict().items()} for n, one in loaded.items()}
-    for name, one in loaded.items():
-        own = {key for key in addresses[name] if key.startswith("visgraft.")} | set(get_attached(one.model).originals)
-        for key, address in addresses[name].items():
-            others = {addresses[other].get(key) for other in loaded if other not in (name, "full")}
-            assert others != {address} if key in own else others == {address}, (name, key)
-            assert key not in own or address not in others
+def same(found: list[Prediction], expected: list[Prediction]) -> None:
+    """Hold predictions to others, their probabilities up to the rounding of another forward."""
+    assert [row[:2] for row in found] == [row[:2] for row in expected]
+    for row, other in zip(found, expected, strict=True):
+        assert dict(row.classes) == pytest.approx(dict(other.classes), abs=1e-6)
+
+
+def test_a_bank_answers_all_and_rows_each_with_their_own(adapters: dict[str, Path], pictures: list[Path]) -> None:
+    alone = {name: list(predict_stream([path], pictures, top=3)) for name, path in adapters.items()}
+    bank = load_bank(adapters)
+    assert bank.names == tuple(adapters)
+    expected = [alone[name][i]._replace(adapter=name) for i in range(len(pictures)) for name in adapters]
+    same(list(predict_stream(bank, pictures, top=3)), expected)
+    names = [list(adapters)[number * 7 % len(adapters)] for number in range(len(pictures))]
+    wanted = [alone[name][i]._replace(adapter=name) for i, name in enumerate(names)]
+    same(list(predict_rows(bank, zip(pictures, names, strict=True), top=3, batch_size=4)), wanted)
+    bad = pictures[0].with_name("missing.png")
+    told: list[Path] = []
+    rows = [(pictures[0], "sct"), (bad, "lora"), (pictures[1], "lora")]
+    found = predict_rows(bank, rows, on_broken=lambda path, why: told.append(path))
+    assert [row[:2] for row in found] == [(pictures[0], "sct"), (pictures[1], "lora")] and told == [bad]
+    with pytest.raises(DataError, match=r"missing\.png"):
+        list(predict_rows(bank, rows))
+    with pytest.raises(VisgraftError, match="no adapter 'lore'; did you mean alore, lora"):
+        list(predict_rows(bank, [(pictures[0], "lore")]))
+
+
+def test_rows_are_prepared_as_their_own_adapters_were(tmp_path: Path, pictures: list[Path]) -> None:
+    paths = {name: make(tmp_path / name, "lora", classes="xyz") for name in ("whole", "middle")}
+    config = json.loads((paths["middle"] / CONFIG).read_text())
+    config["data_config"]["crop_pct"] = 0.5
+    (paths["middle"] / CONFIG).write_text(json.dumps(config))
+    alone = {name: next(iter(predict_stream([path], pictures[:1], top=3))) for name, path in paths.items()}
+    assert alone["whole"].classes != alone["middle"].classes
+    found = list(predict_rows(load_bank(paths), [(pictures[0], name) for name in paths], top=3))
+    same(found, [alone[name]._replace(adapter=name) for name in paths])
+    with pytest.raises(AdapterError, match="whole and middle prepare images differently"):
+        predict_stream(load_bank(paths), pictures)
+
+
+def test_a_folder_of_adapters_is_found_at_any_depth(adapters: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("b/one", "a", "b/.hidden"):
+        shutil.copytree(adapters["linear"], tmp_path / "zoo" / name)
+    (tmp_path / "zoo" / "a" / "note.txt").write_text("no adapter")
+    assert load_bank(tmp_path / "zoo").names == ("a", "b/one")
+    assert load_bank(str(tmp_path / "zoo" / "a")).names == ("a",)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(AdapterError, match="none holds no adapters"):
+        load_bank(tmp_path / "none")
+    with pytest.raises(AdapterError, match="nowhere is no folder"):
+        load_bank(tmp_path / "nowhere")
+    with pytest.raises(VisgraftError, match="at least one"):
+        load_bank([])
+    (tmp_path / "zoo" / "a" / "adapter_model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(AdapterError, match="missing or damaged"):
+        load_bank(tmp_path / "zoo")
 
 
 def test_heads_of_different_size_on_weights_from_a_file(tmp_path: Path, pictures: list[Path]) -> None:
@@ -102,7 +150,7 @@ def test_each_runs_in_the_precision_it_was_trained_in(tmp_path: Path, pictures: 
 def test_images_are_streamed_and_decoded_once(
     adapters: dict[str, Path], pictures: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module: Any = sys.modules["visgraft.serve.prediction"]
+    module: Any = sys.modules["visgraft.serve.decoding"]
     opened, asked, real = [], [], module.open_image
     monkeypatch.setattr(module, "open_image", lambda path, *how: (opened.append(path), real(path, *how))[1])
 

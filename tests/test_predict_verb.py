@@ -4,6 +4,7 @@
 
 import csv
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from predicting import adapters, content, make, pictures, refused, rows_of, run
 
 from visgraft import load, predict
 from visgraft.adapters.directory import TENSORS
-from visgraft.cli import predict as verb
+from visgraft.cli import predict_output as verb
 
 
 def test_lines_for_people(adapters: dict[str, Path], pictures: list[Path]) -> None:
@@ -191,3 +192,98 @@ def test_file_names_that_are_no_text_are_written_all_the_same(adapters: dict[str
     (row,) = rows_of(adapters["linear"], folder)
     assert row["image"].endswith("caf\\udce9.png")
     assert run(adapters["linear"], folder, "--out", tmp_path / "t.csv")[0] == 0
+
+
+# Folders of adapters, and tables that say which adapter answers which image
+
+
+def table(path: Path, *lines: str) -> Path:
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def zoo(tmp_path: Path, adapters: dict[str, Path]) -> Path:
+    for name in ("alore", "lora", "full"):
+        shutil.copytree(adapters[name], tmp_path / "zoo" / ("sub/lora" if name == "lora" else name))
+    return tmp_path / "zoo"
+
+
+def test_a_folder_of_adapters_answers_every_image(zoo: Path, adapters: dict[str, Path], pictures: list[Path]) -> None:
+    found = rows_of("--adapters", zoo, *pictures[:2], "--top", 3)
+    assert [row["adapter"] for row in found] == ["alore", "full", "sub/lora"] * 2
+    for row in found:
+        (alone,) = rows_of(adapters[row["adapter"].split("/")[-1]], row["image"], "--top", 3)
+        expected = {one["class"]: one["probability"] for one in alone["classes"]}
+        assert {one["class"]: one["probability"] for one in row["classes"]} == pytest.approx(expected, abs=1e-6)
+    both = rows_of(adapters["sct"], pictures[0], "--adapters", zoo)
+    assert [row["adapter"] for row in both] == [str(adapters["sct"]), "alore", "full", "sub/lora"]
+    assert "nowhere is no folder" in refused("--adapters", zoo / "nowhere", pictures[0])
+    assert "no images are given" in refused("--adapters", zoo, adapters["sct"])
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "parquet"])
+def test_a_table_names_an_adapter_for_each_image(
+    ending: str, zoo: Path, adapters: dict[str, Path], pictures: list[Path], tmp_path: Path
+) -> None:
+    work = tmp_path / f"work.{ending}"
+    named = [(str(pictures[0]), "sub/lora"), ("near.png", "alore"), (str(pictures[1]), "sub/lora")]
+    (tmp_path / "near.png").write_bytes(pictures[2].read_bytes())
+    if ending == "parquet":
+        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        columns = {"adapter": [b for _, b in named], "more": [1, 2, 3], "Image": [a for a, _ in named]}
+        parquet.write_table(pyarrow.table(columns), work)
+    else:
+        comma = "," if ending == "csv" else "\t"
+        table(work, comma.join(["adapter", "more", "Image"]), *(comma.join([b, "1", a]) for a, b in named))
+    found = rows_of("--adapters", zoo, work, "--top", 3)
+    assert [row["adapter"] for row in found] == [name for _, name in named]
+    assert [Path(row["image"]) for row in found] == [pictures[0], tmp_path / "near.png", pictures[1]]
+    for row in found:
+        (alone,) = rows_of(adapters[row["adapter"].split("/")[-1]], row["image"], "--top", 3)
+        expected = {one["class"]: one["probability"] for one in alone["classes"]}
+        assert {one["class"]: one["probability"] for one in row["classes"]} == pytest.approx(expected, abs=1e-6)
+    code, out, _ = run("--adapters", zoo, work, "--out", tmp_path / "t.csv")
+    assert code == 0 and "t.csv: 3 images, each with its own of 2 adapters, " in out
+    (tmp_path / "near.png").write_bytes(b"")
+    assert "near.png" in refused("--adapters", zoo, work)
+    code, out, err = run("--adapters", zoo, work, "--skip-broken")
+    assert code == 0 and len(out.splitlines()) == 2 and "left out 1 images" in err
+
+
+def test_a_table_may_give_the_adapters_paths_or_none(zoo: Path, pictures: list[Path], tmp_path: Path) -> None:
+    work = table(tmp_path / "work.csv", "image_path;adapter", f"{pictures[0]};zoo/full")
+    assert [row["adapter"] for row in rows_of(work)] == ["zoo/full"]
+    work = table(tmp_path / "list.csv", "image", *map(str, pictures[:3]))
+    found = rows_of(zoo / "full", work)
+    assert [Path(row["image"]) for row in found] == pictures[:3]
+    assert len(rows_of(zoo / "full", work, pictures[5])) == 4
+    assert "no adapter is given; name one, or add a column adapter to" in refused(work)
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (("image,adapter", "a.png,alor"), "line 2: adapter alor is none of the 3 given; did you mean alore"),
+        (("image,adapter", "a.png,alore", "b.png,"), "line 3 names no adapter"),
+        (("image,adapter", ",alore"), "line 2 names no image"),
+        (("image,adapter", "a.png"), "line 2 has 1 fields, but the header 2"),
+        (("picture,adapter", "a.png,alore"), "has no column image (or image_path); its columns are picture, adapter"),
+        (("image,image_path", "a.png,b.png"), "has two columns for image"),
+        (("image,adapter",), "has no rows below its header"),
+        (("",), "its columns are none"),
+        (("image,adapter", 'a.png,"alore'), "repair the quotes"),
+        (("image,adapter", "a.png,full"), "a.png is not a readable image (No such file"),
+    ],
+)
+def test_a_table_that_cannot_be_used_is_named(lines: tuple[str, ...], words: str, zoo: Path, tmp_path: Path) -> None:
+    assert words in refused("--adapters", zoo, table(tmp_path / "work.csv", *lines))
+
+
+def test_what_does_not_go_with_a_table_is_refused(zoo: Path, pictures: list[Path], tmp_path: Path) -> None:
+    work = table(tmp_path / "work.csv", "image,adapter", f"{pictures[0]},full")
+    assert "there is no ensemble" in refused("--adapters", zoo, work, "--ensemble")
+    assert "no other images can be given beside it" in refused("--adapters", zoo, work, pictures[0])
+    assert "is not an adapter" in refused(table(tmp_path / "w.csv", "image,adapter", f"{pictures[0]},zoo"))
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1")
+    assert "bad.parquet" in refused("--adapters", zoo, tmp_path / "bad.parquet")

@@ -7,6 +7,7 @@ from visgraft.adapters.directory import Adapted, load, save
 from visgraft.adapters.publish import push
 from visgraft.backbones.creation import Backbone, create_backbone, model_data_config
 from visgraft.bank.bank import Bank, BankAnswer
+from visgraft.bank.opening import load_bank
 from visgraft.check.findings import Report
 from visgraft.check.run import check_data
 from visgraft.core.attach import ParameterCount, attach, count_parameters, detach
@@ -30,7 +31,7 @@ from visgraft.report.page import build_report
 from visgraft.search.blending import BlendSearch, search_blend
 from visgraft.search.result import Comparison
 from visgraft.search.run import compare
-from visgraft.serve.prediction import Prediction, predict, predict_stream
+from visgraft.serve.prediction import Prediction, predict, predict_rows, predict_stream
 from visgraft.training.crossval import CrossValidation, cross_validate
 from visgraft.training.forecast import forecast_folder
 from visgraft.training.loop import Training, train

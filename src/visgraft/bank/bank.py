@@ -3,7 +3,7 @@
 import contextlib
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from visgraft.adapters.directory import Adapted, check_canary
 from visgraft.adapters.record import AdapterRecord
-from visgraft.backbones.creation import Backbone, create_backbone, image_transform
+from visgraft.backbones.creation import Backbone, create_backbone
 from visgraft.bank.configuration import Configuration, configuration_key
 from visgraft.bank.ground import FrozenBackbone, HeadKind
+from visgraft.bank.grouping import adapter_tensors, grouped, mixed_forward, tiles
 from visgraft.bank.held import BankAdapter, Held, Shelf
-from visgraft.bank.layout import Flats, gathered
 from visgraft.bank.reading import read_adapter
-from visgraft.bank.rows import Span
-from visgraft.bank.trees import Compile, Forward, HeadSpan, MixedTree, UniformTree
+from visgraft.bank.trees import Compile, MixedTree, UniformTree
 from visgraft.core.fitting import check_shape
 from visgraft.data.decode import open_image
 from visgraft.errors import DataError, VisgraftError, nearest
@@ -51,13 +50,6 @@ class BankMemory(NamedTuple):
     adapters: int
     heads: int
     parked: int
-
-
-class _Group(NamedTuple):
-    """Images that share a forward: their numbers in the batch, in the order of the forward; and their adapters."""
-
-    images: list[int]
-    adapters: list[BankAdapter]
 
 
 class Bank:
@@ -158,6 +150,20 @@ class Bank:
             self._adapters = {other: adapter for other, adapter in self._adapters.items() if other != name}
             self._shelf.drop(gone.held)
 
+    def prepare(self, image: Any, name: str, *, background: str | None = None) -> Tensor:
+        """Return a picture (PIL, or its path) as an adapter's were in training [3, H, W].
+
+        Args:
+            image: the picture; a tensor is taken to be prepared.
+            name: the adapter.
+            background: the colour behind transparent places of a file; None: as in training.
+
+        Raises:
+            VisgraftError: there is no adapter of this name.
+            DataError: a file is no image.
+        """
+        return _prepared(image, _named(self._adapters, name), background)
+
     @torch.no_grad()
     def __call__(self, images: Tensor | Sequence[Any], names: Sequence[str]) -> list[BankAnswer]:
         """Answer each image with the adapter that is named for it, in as few forwards as can be.
@@ -177,7 +183,7 @@ class Bank:
         asked = [_named(adapters, name) for name in names]
         prepared = [_prepared(image, adapter) for image, adapter in zip(images, asked, strict=True)]
         found: list[BankAnswer | None] = [None] * len(asked)
-        for group in _grouped(prepared, asked):
+        for group in grouped(prepared, asked):
             if isinstance(images, Tensor) and group.images == list(range(len(images))):
                 x = images  # as it is, which saves a copy
             else:
@@ -209,11 +215,13 @@ class Bank:
             raise DataError("every needs prepared images as one tensor [B, channels, height, width]")
         asked = [_named(adapters, name) for name in names]
         self._check_shape(images)
-        x, found = images.to(self._ground.device, self._ground.dtype), dict[BankAdapter, Tensor]()
+        x, found = images.to(self._ground.device, self._ground.dtype), dict[BankAdapter, list[Tensor]]()
         distinct = list(dict.fromkeys(asked)) if len(x) else []
-        for group in _grouped([x[0]] * len(distinct), distinct):
-            logits = self._logits(x, group.adapters, every=True).unflatten(0, (len(group.adapters), -1))
-            found |= dict(zip(group.adapters, logits, strict=True))
+        for group in grouped([x[0]] * len(distinct), distinct):
+            for rows, together in tiles(group.adapters, len(x)):
+                logits = self._logits(x[rows], together, every=True).unflatten(0, (len(together), -1))
+                for adapter, of_adapter in zip(together, logits, strict=True):
+                    found.setdefault(adapter, []).extend(of_adapter)
         return [[_answer(adapter, found[adapter][row]) for adapter in asked] for row in range(len(x))]
 
     def explain(self) -> str:
@@ -249,7 +257,7 @@ class Bank:
         return self._configurations[key]
 
     def _check(self, adapter: BankAdapter, path: Path) -> None:
-        with self._lent_uniform(adapter) as tree, tree.holding(_tensors(adapter, adapter.held.here or ())):
+        with self._lent_uniform(adapter) as tree, tree.holding(adapter_tensors(adapter, adapter.held.here or ())):
             check_canary(tree.model, adapter.record, path)
 
     def _logits(self, x: Tensor, adapters: Sequence[BankAdapter], every: bool = False) -> Tensor:
@@ -262,9 +270,9 @@ class Bank:
         with Compute(self._ground.device, adapters[0].precision).autocast():
             if len(distinct) == 1:
                 with self._lent_uniform(distinct[0]) as tree:
-                    return tree.run(x, _tensors(distinct[0], flats[distinct[0]]))
+                    return tree.run(x, adapter_tensors(distinct[0], flats[distinct[0]]))
             kinds = list(dict.fromkeys(adapter.configuration for adapter in adapters))
-            forward = _forward(adapters, flats)
+            forward = mixed_forward(adapters, flats)
             if every:
                 common = [kind.shared for kind in kinds]
                 forward.copies = len(adapters)
@@ -307,63 +315,12 @@ def _answer(adapter: BankAdapter, row: Tensor) -> BankAnswer:
     return BankAnswer(adapter.name, row[:outputs] if outputs else row, record.classes, record.multi_label)
 
 
-def _prepared(image: Any, adapter: BankAdapter) -> Tensor:
+def _prepared(image: Any, adapter: BankAdapter, background: str | None = None) -> Tensor:
     """Return an image as the model takes it [3, H, W]."""
     if isinstance(image, str | Path):
-        image = open_image(Path(image), adapter.record.background or "white")
+        image = open_image(Path(image), background or adapter.record.background or "white")
     if not isinstance(image, Tensor):
-        image = image_transform(adapter.record.data_config)(image)
+        image = adapter.transform(image)
     if image.ndim != 3:
         raise DataError(f"an image is a tensor of shape {tuple(image.shape)}, but must be [channels, height, width]")
     return image
-
-
-def _grouped(images: Sequence[Tensor], adapters: Sequence[BankAdapter]) -> list[_Group]:
-    """Return which images share a forward, each group's sorted by configuration and head."""
-    groups: dict[Any, list[int]] = {}
-    for number, (image, adapter) in enumerate(zip(images, adapters, strict=True)):
-        kind = adapter.configuration
-        own: Any = None
-        if kind.apart or not adapter.head.outputs:
-            own = adapter
-        elif kind.inserts:
-            own = kind
-        groups.setdefault((image.shape, adapter.precision, own), []).append(number)
-    found = []
-    for numbers in groups.values():
-        order: dict[Any, int] = {}
-        for number in numbers:
-            for key in (adapters[number].configuration, adapters[number].head):
-                order.setdefault(key, len(order))
-        numbers.sort(key=lambda n: (order[adapters[n].configuration], order[adapters[n].head]))
-        found.append(_Group(numbers, [adapters[number] for number in numbers]))
-    return found
-
-
-def _tensors(adapter: BankAdapter, flats: Flats) -> dict[str, Tensor]:
-    """Return the tensors of one adapter by name."""
-    split = adapter.held.split
-    return {**adapter.configuration.layout.views(flats[:split]), **adapter.head.layout.views(flats[split:])}
-
-
-def _forward(adapters: Sequence[BankAdapter], flats: dict[BankAdapter, Flats]) -> Forward:
-    """Return whose rows are whose, with the tensors of each image."""
-    spans, heads = {}, []
-    for kind, start, stop in _runs(adapter.configuration for adapter in adapters):
-        rows = gathered([flats[a][: a.held.split] for a in adapters[start:stop]])
-        spans[kind] = Span(start, stop, kind.layout.views(rows))
-    for head, start, stop in _runs(adapter.head for adapter in adapters):
-        rows = gathered([flats[a][a.held.split :] for a in adapters[start:stop]])
-        heads.append(HeadSpan(start, stop, head, head.layout.views(rows)))
-    return Forward(len(adapters), spans, heads)
-
-
-def _runs(values: Iterable[Any]) -> Iterator[tuple[Any, int, int]]:
-    """Yield each run of one value, with where it starts and stops."""
-    start, before, number = 0, None, 0
-    for number, value in enumerate(values):
-        if number and value is not before:
-            yield before, start, number
-            start = number
-        before = value
-    yield before, start, number + 1

@@ -5,12 +5,15 @@ import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 
 from visgraft.adapters.record import AdapterRecord
+from visgraft.backbones.creation import image_transform
 from visgraft.bank.configuration import Configuration
 from visgraft.bank.ground import HeadKind
 from visgraft.bank.layout import Flats
@@ -26,6 +29,11 @@ class BankAdapter:
     head: HeadKind
     precision: str
     held: "Held"
+
+    @cached_property
+    def transform(self) -> Any:
+        """The image transform of its training: PIL image -> float [3, H, W]."""
+        return image_transform(self.record.data_config)
 
 
 class Held:

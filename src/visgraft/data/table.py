@@ -7,7 +7,7 @@ import re
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -97,23 +97,33 @@ def read_table(
     return Dataset(table, classes, found["train"], found["val"], found["test"], layout, mark, drawn_by, multi_label)
 
 
-def _records(table: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Return the column names in lower case and (line, fields) of each row that is not empty."""
+def read_lines(table: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line, fields) of each row that is not empty, the header first; the header tells the delimiter.
+
+    Raises:
+        DataError: the table cannot be read; the message names the line.
+    """
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
             first = file.readline()
             file.seek(0)
             reader = csv.reader(file, delimiter=max(DELIMITERS, key=first.count), strict=True)
-            records = [(reader.line_num, fields) for fields in reader if any(field.strip() for field in fields)]
+            try:
+                yield from ((reader.line_num, fields) for fields in reader if any(field.strip() for field in fields))
+            except csv.Error as error:
+                raise DataError(f"{table}, line {reader.line_num}: {error}; repair the quotes there") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{table} is not UTF-8 text; save it as CSV UTF-8") from error
-    except csv.Error as error:
-        raise DataError(f"{table}, line {reader.line_num}: {error}; repair the quotes there") from error
     except FileNotFoundError as error:
         beside = [path.name for path in table.parent.iterdir()] if table.parent.is_dir() else []
         raise DataError(f"{table} does not exist; give the path of a .csv file{nearest(table.name, beside)}") from error
     except OSError as error:
         raise DataError(f"{table} cannot be read ({error.strerror}); give the path of a .csv file") from error
+
+
+def _records(table: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Return the column names in lower case and (line, fields) of each row that is not empty."""
+    records = list(read_lines(table))
     if not records:
         raise DataError(f"{table} is empty; its first line must name the columns {PATH} and {LABEL}")
     header = [name.strip().casefold() for name in records[0][1]]

@@ -1,0 +1,193 @@
+"""What `predict` prints or writes: lines, JSON or a table, whole or not at all; and how far it has come."""
+
+import csv
+import io
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from visgraft.errors import VisgraftError
+
+if TYPE_CHECKING:
+    from visgraft.serve.prediction import Prediction
+
+Write = Callable[["Prediction"], None]
+ROWS_AT_ONCE = 10_000  # row group of a .parquet file
+HELD_IN_MEMORY = 16 * 2**20  # bytes of results that wait in memory; more go to a temporary file
+SECONDS_BETWEEN_LINES = 10
+
+
+def written(path: Path) -> str:
+    """Return a path as text that any output can hold, though file names need not be UTF-8."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
+
+
+@contextmanager
+def printed(adapters: int, json: bool, streamed: bool) -> Iterator[Write]:
+    """Yield a writer to standard output; unless `streamed`, nothing appears there before all has gone well."""
+    from visgraft.cli.text import json_text, visible
+
+    with tempfile.SpooledTemporaryFile(HELD_IN_MEMORY, "w+", encoding="utf-8") as held:
+        file: Any = sys.stdout if streamed else held
+        between = "["
+
+        def write_json(found: "Prediction") -> None:
+            nonlocal between
+            classes = [{"class": name, "probability": p} for name, p in found.classes]
+            row = {"image": written(found.image), "adapter": found.adapter, "classes": classes}
+            file.write(between + json_text(row))
+            between = ", "
+
+        def write_line(found: "Prediction") -> None:
+            named = ", ".join(f"{name} {100 * p:.1f} %" for name, p in found.classes) or "–"
+            prefix = f"{found.adapter}: " if adapters > 1 else ""
+            line = visible(f"{prefix}{written(found.image)}: {named}").replace("\n", "\\n")
+            file.write(f"{line}\n")
+
+        yield write_json if json else write_line
+        if json:
+            file.write("]\n")
+        if not streamed:
+            held.seek(0)
+            shutil.copyfileobj(held, sys.stdout)
+
+
+TableWriter = Callable[[Path, int], AbstractContextManager[Write]]
+
+
+def choose_table(out: Path) -> TableWriter:
+    """Return the writer of a table, by its extension.
+
+    Raises:
+        VisgraftError: another extension, a folder, or .parquet without pyarrow.
+    """
+    tables: dict[str, TableWriter] = {".csv": _csv, ".parquet": _parquet}
+    if out.suffix.lower() not in tables or out.is_dir():
+        raise VisgraftError(f"--out is {out}, but must be a file that ends in .csv or .parquet")
+    if out.suffix.lower() == ".parquet":
+        try:
+            import pyarrow.parquet  # noqa: F401
+        except ImportError as error:
+            raise VisgraftError(
+                "a .parquet file needs pyarrow; pip install 'visgraft[parquet]', or write a .csv"
+            ) from error
+    return tables[out.suffix.lower()]
+
+
+def _columns(width: int) -> list[str]:
+    numbers = ["", *(f"_{number}" for number in range(2, width + 1))]
+    return ["image", "adapter", *(f"{name}{number}" for number in numbers for name in ("class", "probability"))]
+
+
+def _row(found: "Prediction", width: int) -> list[Any]:
+    """Return a row of the table; None where fewer classes are named."""
+    missing = [(None, None)] * (width - len(found.classes))
+    return [written(found.image), found.adapter, *chain.from_iterable([*found.classes, *missing])]
+
+
+@contextmanager
+def _new_table(out: Path) -> Iterator[Any]:
+    from visgraft.files import new_file
+
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(out) as file:
+            yield file
+    except OSError as error:
+        raise VisgraftError(f"{out} cannot be written ({error.strerror or error}); choose another --out") from error
+
+
+@contextmanager
+def _csv(out: Path, width: int) -> Iterator[Write]:
+    with _new_table(out) as file:
+        text = io.TextIOWrapper(file, "utf-8", newline="")
+        rows = csv.writer(text)
+        rows.writerow(_columns(width))
+        yield lambda found: rows.writerow(_row(found, width))
+        text.flush()
+        text.detach()  # the file below stays open, for its owner to close
+
+
+@contextmanager
+def _parquet(out: Path, width: int) -> Iterator[Write]:
+    import pyarrow
+    import pyarrow.parquet
+
+    columns, rows = _columns(width), list[list[Any]]()
+    kinds = [pyarrow.float64() if name.startswith("probability") else pyarrow.string() for name in columns]
+    schema = pyarrow.schema(list(zip(columns, kinds, strict=True)))
+    with _new_table(out) as file, pyarrow.parquet.ParquetWriter(file, schema) as writer:
+
+        def flush() -> None:
+            if rows:
+                writer.write_table(pyarrow.table(list(map(list, zip(*rows, strict=True))), schema=schema))
+                rows.clear()
+
+        def write(found: "Prediction") -> None:
+            rows.append(_row(found, width))
+            if len(rows) >= ROWS_AT_ONCE:
+                flush()
+
+        yield write
+        flush()
+
+
+class StreamProgress:
+    """Images done, images per second and the time left: a bar on a terminal, otherwise a line now and then.
+
+    The clock starts on entering. Lines come every 10 seconds at first, later whenever a tenth more time has passed.
+    """
+
+    def __init__(self, total: int | None, hidden: bool) -> None:
+        self.total, self.hidden, self.done = total, hidden, 0
+        self.bar: Any = None
+
+    def __enter__(self) -> Self:
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        from visgraft.cli.show import progress_console
+
+        self.console, self.begin, self.last = progress_console, time.perf_counter(), 0.0
+        if self.console.is_terminal and not self.hidden:
+            columns = (BarColumn(bar_width=10), TextColumn("{task.description}", markup=False))
+            self.bar = Bar(*columns, console=self.console, redirect_stdout=False)
+            self.task = self.bar.add_task("starting", total=self.total)
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since entering."""
+        return time.perf_counter() - self.begin
+
+    @property
+    def rate(self) -> str:
+        """Images per second."""
+        return f"{self.done / self.seconds:.1f} images/s"
+
+    def show(self, done: int) -> None:
+        """Tell that so many images have been read."""
+        self.done = done
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done, description=self._line())
+        elif not self.hidden and self.seconds - self.last >= max(SECONDS_BETWEEN_LINES, self.last / 10):
+            self.last = self.seconds
+            self.console.print(self._line())
+
+    def _line(self) -> str:
+        if self.total is None:
+            return f"{self.done:,} images {self.rate}"
+        left = (self.total - self.done) * self.seconds / max(self.done, 1)
+        told = f"{left / 3600:.1f} h" if left >= 5400 else f"{left / 60:.0f} min" if left >= 90 else f"{left:.0f} s"
+        return f"{self.done:,} of {self.total:,} images {self.rate} {told} left"

@@ -1,0 +1,109 @@
+"""Tables of work: images by path, each perhaps with the name of the adapter that is to answer it; read as a stream."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from visgraft.data.table import PATH, read_lines
+from visgraft.errors import DataError, nearest
+
+IMAGE, ADAPTER = ("image", PATH), "adapter"
+ENDINGS = (".csv", ".tsv", ".parquet")
+ROWS_AT_ONCE = 10_000
+
+
+class TableImage(NamedTuple):
+    """A row: where it stands, the image's path from the table's own folder, and its adapter, if the table names one."""
+
+    where: str
+    path: str
+    adapter: str | None
+
+
+class ImageTable:
+    """A .csv, .tsv or .parquet file with a column `image` (or `image_path`) and perhaps a column `adapter`.
+
+    Relative paths start at the table's folder. Other columns are not read, and no more than a few rows are held.
+
+    Raises:
+        DataError: the table cannot be read, or has no column of images.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        header = self._header()
+        found = [name for name in IMAGE if name in header]
+        if not found:
+            named = f"its columns are {', '.join(header) or 'none'}{nearest(IMAGE[0], header, 1)}"
+            raise DataError(f"{self.path} has no column {IMAGE[0]} (or {IMAGE[1]}); {named}")
+        for name in (*found, ADAPTER):
+            if header.count(name) > 1 or len(found) > 1:
+                raise DataError(f"{self.path} has two columns for {name}; remove one")
+        self.images, self.adapters = header.index(found[0]), header.index(ADAPTER) if ADAPTER in header else None
+        self.width = len(header)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether each row names its adapter."""
+        return self.adapters is not None
+
+    def rows(self) -> Iterator[TableImage]:
+        """Yield the rows in order.
+
+        Raises:
+            DataError: a row names no image, or no adapter where there is such a column.
+        """
+        for where, fields in self._fields():
+            if len(fields) != self.width:
+                remedy = "quote fields that contain the delimiter"
+                raise DataError(f"{where} has {len(fields)} fields, but the header {self.width}; {remedy}")
+            adapter = None if self.adapters is None else fields[self.adapters].strip()
+            for name, value in ((IMAGE[0], fields[self.images].strip()), (ADAPTER, adapter)):
+                if value == "":
+                    raise DataError(f"{where} names no {name}; fill it in, or remove the line")
+            yield TableImage(where, os.path.join(self.path.parent, fields[self.images].strip()), adapter)
+
+    def _header(self) -> list[str]:
+        names = next(self._lines(), (0, []))[1] if self._is_text else self._parquet().schema_arrow.names
+        return [name.strip().casefold() for name in names]
+
+    @property
+    def _is_text(self) -> bool:
+        return self.path.suffix.lower() != ".parquet"
+
+    def _lines(self) -> Iterator[tuple[int, list[str]]]:
+        return read_lines(self.path)
+
+    def _fields(self) -> Iterator[tuple[str, list[str]]]:
+        if self._is_text:
+            lines = self._lines()
+            next(lines)
+            yield from ((f"{self.path}, line {line}", fields) for line, fields in lines)
+            return
+        row, file = 0, self._parquet()
+        chosen = sorted({self.images, self.images if self.adapters is None else self.adapters})
+        for batch in file.iter_batches(ROWS_AT_ONCE, columns=[file.schema_arrow.names[column] for column in chosen]):
+            for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                row, fields = row + 1, [""] * self.width
+                for column, value in zip(chosen, values, strict=True):
+                    fields[column] = "" if value is None else str(value)
+                yield f"{self.path}, row {row}", fields
+
+    def _parquet(self) -> Any:
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError as error:
+            raise DataError(
+                f"{self.path} needs pyarrow to be read; pip install 'visgraft[parquet]', or pass a .csv"
+            ) from error
+        try:
+            return pyarrow.parquet.ParquetFile(self.path)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise DataError(f"{self.path} is no readable .parquet file ({str(error).splitlines()[0]})") from error
+
+
+def is_table(path: str) -> bool:
+    """Whether a path is that of a table, by its ending."""
+    return path.lower().endswith(ENDINGS) and os.path.isfile(path)
