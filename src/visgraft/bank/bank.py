@@ -120,24 +120,57 @@ class Bank:
             AdapterError: it is damaged, or was trained on another backbone.
             VisgraftError: the name is taken or empty.
         """
+        with self._writing:
+            self._check_free(name, replace)
+            made = self.open(name, adapter)
+            if canary and isinstance(adapter, str | Path):
+                self._check(made, Path(adapter))
+            self.put(made, replace=replace)
+
+    def open(self, name: str, adapter: str | Path | Adapted | nn.Module) -> BankAdapter:
+        """Return an adapter read and checked, but for its seeded picture, that the bank answers with but does not hold.
+
+        Raises:
+            AdapterError: it is damaged, or was trained on another backbone.
+            VisgraftError: the name is empty.
+        """
         if not isinstance(name, str) or not name:
             raise VisgraftError(f"an adapter's name must be a text that is not empty, not {name!r}")
         with self._writing:
-            if name in self._adapters and not replace:
-                raise VisgraftError(f"the bank holds an adapter {name!r} already; pass replace=True, or another name")
             read = read_adapter(adapter, self._ground, self._configuration)
             head = self._heads.setdefault(read.head.key, read.head)
-            rows = read.configuration.layout.flatten(read.tensors, self._ground.device)
-            heads = head.layout.flatten(read.tensors, self._ground.device)
-            precision = resolve_precision(read.record.precision)
-            made = BankAdapter(name, read.record, read.configuration, head, precision, Held(rows, heads))
-            if canary and isinstance(adapter, str | Path):
-                self._check(made, Path(adapter))
-            before = self._adapters.get(name)
-            self._shelf.put(made.held)
-            self._adapters = {**self._adapters, name: made}
+        rows = read.configuration.layout.flatten(read.tensors, self._ground.device)
+        heads = head.layout.flatten(read.tensors, self._ground.device)
+        precision = resolve_precision(read.record.precision)
+        return BankAdapter(name, read.record, read.configuration, head, precision, Held(rows, heads))
+
+    def put(self, adapter: BankAdapter, *, replace: bool = False, pinned: bool = False) -> None:
+        """Hold an adapter that `open` returned, under its name, from now on.
+
+        Args:
+            adapter: the adapter.
+            replace: put it in place of one of the same name.
+            pinned: never park it.
+
+        Raises:
+            VisgraftError: the name is taken.
+        """
+        with self._writing:
+            self._check_free(adapter.name, replace)
+            before = self._adapters.get(adapter.name)
+            adapter.held.pinned = pinned
+            self._shelf.put(adapter.held)
+            self._adapters = {**self._adapters, adapter.name: adapter}
             if before is not None:
                 self._shelf.drop(before.held)
+
+    def adapter(self, name: str) -> BankAdapter:
+        """Return an adapter itself, with which a call answers even where another has taken its name meanwhile.
+
+        Raises:
+            VisgraftError: there is none of this name.
+        """
+        return _named(self._adapters, name)
 
     def remove(self, name: str) -> None:
         """Let go of an adapter.
@@ -165,13 +198,13 @@ class Bank:
         return _prepared(image, _named(self._adapters, name), background)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor | Sequence[Any], names: Sequence[str]) -> list[BankAnswer]:
+    def __call__(self, images: Tensor | Sequence[Any], names: Sequence[str | BankAdapter]) -> list[BankAnswer]:
         """Answer each image with the adapter that is named for it, in as few forwards as can be.
 
         Args:
             images: prepared ones, [B, 3, H, W] or a list of [3, H, W] of any sizes that the backbone takes; or pictures
                 (PIL, or their paths), each prepared as its adapter's were in training.
-            names: an adapter for each image.
+            names: an adapter for each image, by its name or as `adapter` or `open` returned it.
 
         Raises:
             VisgraftError: there is no adapter of a name, or not as many names as images.
@@ -180,7 +213,7 @@ class Bank:
         adapters = self._adapters
         if isinstance(names, str) or len(images) != len(names):
             raise VisgraftError(f"{len(images)} images need as many names, but there are {len(names)}")
-        asked = [_named(adapters, name) for name in names]
+        asked = [name if isinstance(name, BankAdapter) else _named(adapters, name) for name in names]
         prepared = [_prepared(image, adapter) for image, adapter in zip(images, asked, strict=True)]
         found: list[BankAnswer | None] = [None] * len(asked)
         for group in grouped(prepared, asked):
@@ -224,6 +257,10 @@ class Bank:
                     found.setdefault(adapter, []).extend(of_adapter)
         return [[_answer(adapter, found[adapter][row]) for adapter in asked] for row in range(len(x))]
 
+    def check_images(self, images: Tensor) -> None:
+        """Raise a DataError unless the backbone takes images of this shape [B, channels, height, width]."""
+        self._check_shape(images)
+
     def explain(self) -> str:
         """Return, a line for each configuration, how its adapters are computed beside others."""
         counts: dict[Configuration, int] = {}
@@ -243,6 +280,10 @@ class Bank:
             if size == (0, 0)
         )
         return BankMemory(sum(tensors.values()), sum(rows for rows, _ in sizes), sum(h for _, h in sizes), parked)
+
+    def _check_free(self, name: str, replace: bool) -> None:
+        if name in self._adapters and not replace:
+            raise VisgraftError(f"the bank holds an adapter {name!r} already; pass replace=True, or another name")
 
     def _check_shape(self, x: Tensor) -> None:
         """Raise a DataError unless the backbone takes images of this shape."""

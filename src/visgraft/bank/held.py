@@ -43,7 +43,7 @@ class Held:
         self.split = len(rows)
         self.here: Flats | None = (*rows, *heads)
         self.parked: Flats | Path | None = None
-        self.dropped = False
+        self.dropped = self.pinned = False
 
     @property
     def bytes(self) -> tuple[int, int]:
@@ -57,8 +57,8 @@ class Held:
 class Shelf:
     """Keeps the tensors of at most `capacity` adapters beside the backbone, and parks those used longest ago.
 
-    They are parked in host memory where the backbone is on an accelerator, else in files of a folder that goes with the
-    bank. Whoever has taken an adapter's tensors keeps them, parked or not.
+    Pinned ones stay. The others are parked in host memory where the backbone is on an accelerator, else in files of a
+    folder that goes with the bank. Whoever has taken an adapter's tensors keeps them, parked or not.
     """
 
     def __init__(self, capacity: int | None, device: torch.device) -> None:
@@ -109,8 +109,8 @@ class Shelf:
                 self._here[held] = None  # the last one in the order of use
 
     def _make_room(self) -> None:
-        while self.capacity is not None and len(self._here) > self.capacity:
-            held = next(iter(self._here))
+        above = len(self._here) - self.capacity if self.capacity is not None else 0
+        for held in [held for held in self._here if not held.pinned][: max(above, 0)]:
             self._park(held)
             del self._here[held]
 

@@ -47,12 +47,20 @@ def load_bank(
     if not paths:
         raise VisgraftError("adapters must be at least one")
     check_same_backbone(paths, prepared_alike=False)
-    first = read_record(paths[0])
-    backbone = create_backbone(first.located(paths[0], weights), first.outputs)
-    bank = Bank(backbone.to(make_compute("fp32").device), capacity=capacity, compile=compile)
+    bank = empty_bank(paths[0], weights=weights, capacity=capacity, compile=compile)
     for name, path in named.items():
         bank.add(name, path)
     return bank
+
+
+@settled()
+def empty_bank(
+    path: str | Path, *, weights: str | None = None, capacity: int | None = None, compile: Compile | None = None
+) -> Bank:
+    """Return a bank without adapters on the backbone of an adapter; arguments and errors are those of `load_bank`."""
+    record = read_record(path)
+    backbone = create_backbone(record.located(Path(path), weights), record.outputs)
+    return Bank(backbone.to(make_compute("fp32").device), capacity=capacity, compile=compile)
 
 
 def find_adapters(folder: str | Path) -> dict[str, Path]:

@@ -34,6 +34,7 @@ from visgraft.cli.import_ import import_
 from visgraft.cli.predict import predict
 from visgraft.cli.push import push
 from visgraft.cli.report import report
+from visgraft.cli.serve import serve
 from visgraft.cli.streams import prepare_streams
 from visgraft.cli.text import visible
 from visgraft.cli.train import train
@@ -49,6 +50,7 @@ visgraft adapts a frozen, pretrained vision backbone to your images. From a fold
   visgraft eval my-adapter photos                   how good is it on images kept apart?
   visgraft report my-adapter --data photos --out report.html     where does it err, and why?
   visgraft predict my-adapter new-photos            name the classes of new images
+  visgraft serve my-adapter                         the same over HTTP, with a page
   visgraft merge my-adapter --out my-model          fold it into one plain timm model
   visgraft export my-adapter --data photos --out my-model.onnx   write it for another runtime, proven on your images
   visgraft push my-adapter USER/NAME                publish it; hf:USER/NAME then stands for it everywhere
@@ -222,7 +224,14 @@ def build(words: Sequence[str]) -> typer.Typer:
     app = typer.Typer(name="visgraft", add_completion=True, pretty_exceptions_enable=False)
     app.callback(invoke_without_command=True)(_road)
     verbs: dict[str, Callable[..., None]] = {"check": check, "compare": compare, "train": _with_flags(train, words)}
-    verbs |= {"eval": eval_, "report": report, "predict": predict, "merge": merge, "export": _with_flags(export, words)}
+    verbs |= {
+        "eval": eval_,
+        "report": report,
+        "predict": predict,
+        "serve": serve,
+        "merge": merge,
+        "export": _with_flags(export, words),
+    }
     verbs |= {"blend": blend, "import": import_, "info": info, "push": push, "methods": methods}
     for name, verb in (verbs | {"demo": demo}).items():
         app.command(name)(verb)

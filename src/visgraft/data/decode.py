@@ -39,11 +39,12 @@ def max_pixels() -> int:
     return 2 * (Image.MAX_IMAGE_PIXELS or 0)
 
 
-def open_image(source: str | Path | Example, background: str = "white") -> Image.Image:
+def open_image(source: str | Path | Example, background: str = "white", most_pixels: int | None = None) -> Image.Image:
     """Decode an image file, or the first picture of several, to RGB and upright by EXIF.
 
     Transparent places show `background`, a colour's name or #rrggbb. Grey levels of 16 bit become 8 bit by dividing by
-    257, and floating-point grey levels from 0 to 1 by multiplying by 255; nothing is stretched picture by picture.
+    257, and floating-point grey levels from 0 to 1 by multiplying by 255; nothing is stretched picture by picture. Of a
+    picture with more than `most_pixels` only the header is read.
 
     Raises:
         DataError: the file does not decode to a whole image, has too many pixels or is a mere line, or there is no
@@ -58,6 +59,7 @@ def open_image(source: str | Path | Example, background: str = "white") -> Image
             file.seek(0)
             with Image.open(file) as stored:
                 _check_ratio(stored.size, str(name))
+                _check_pixels(stored.size, str(name), most_pixels)
                 inverted = getattr(stored, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO
                 image = _upright(stored)
         if image.mode == "F" or image.mode.startswith("I"):
@@ -86,6 +88,13 @@ def _check_ratio(size: tuple[int, int], name: str) -> None:
         raise DataError(
             f"{name} is {size[0]:,} × {size[1]:,} pixels, more than {LONGEST_RATIO} times as long as wide; cut it into "
             "pieces, or leave it out"
+        )
+
+
+def _check_pixels(size: tuple[int, int], name: str, most: int | None) -> None:
+    if most is not None and size[0] * size[1] > most:
+        raise DataError(
+            f"{name} has {size[0] * size[1]:,} pixels, more than the {most:,} that are decoded here; scale it down"
         )
 
 

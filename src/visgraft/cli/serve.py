@@ -1,0 +1,155 @@
+"""The verb `serve`: answer over HTTP, with any number of adapters on one backbone."""
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from visgraft.cli.arguments import Weights
+
+LOCAL = ("localhost", "127.0.0.1", "::1")
+
+
+def serve(
+    adapters: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[ADAPTER]...", help="adapter folders or hf:USER/NAME", show_default=False),
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--adapters", metavar="DIR", help="folder with any number of adapters", show_default=False),
+    ] = None,
+    host: Annotated[str, typer.Option(help="address to listen on; another than this machine's own needs tokens")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="port; 0: one that is free", min=0, max=65535)] = 8000,
+    weights: Weights = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(help="file with a token on each line, of which every request must bear one", show_default=False),
+    ] = None,
+    workers: Annotated[int, typer.Option(help="processes, each with its own backbone", min=1)] = 1,
+    threads: Annotated[
+        int | None, typer.Option(help="of each process; none: the cores divided", min=1, show_default=False)
+    ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(help="folder for uploaded adapters; none: they end with the server", show_default=False),
+    ] = None,
+    capacity: Annotated[
+        int | None,
+        typer.Option(help="adapters held beside the backbone; none: all; others are parked", min=1, show_default=False),
+    ] = None,
+    pin: Annotated[
+        list[str] | None, typer.Option(help="name of an adapter that is never parked", show_default=False)
+    ] = None,
+    max_batch: Annotated[int, typer.Option(help="images in a forward at most", min=1)] = 32,
+    max_delay_ms: Annotated[
+        float, typer.Option(help="how long an idle model waits for images that are being decoded", min=0, max=1000)
+    ] = 5.0,
+    max_queue: Annotated[int, typer.Option(help="images under way at most; more are told to come again", min=1)] = 512,
+    max_images: Annotated[int, typer.Option(help="images in a request at most", min=1)] = 64,
+    max_body_mb: Annotated[float, typer.Option(help="megabytes of a request at most", min=0.001)] = 32.0,
+    max_megapixels: Annotated[float, typer.Option(help="of a picture, by its header", min=0.001)] = 50.0,
+) -> None:
+    """Serve adapters over HTTP: a page for people, routes for programs."""
+    from visgraft.serve.extra import check_installed
+
+    check_installed()
+    from visgraft.serve.run import listen
+    from visgraft.serve.run import serve as run
+
+    named = name_adapters(adapters or [], folder, pin or [])
+    tokens = read_tokens(token_file, host)
+    options: dict[str, Any] = {
+        "adapters": str(folder) if folder else None,
+        "weights": weights,
+        "capacity": capacity,
+        "pinned": tuple(pin or ()),
+        "max_batch": max_batch,
+        "max_delay_ms": max_delay_ms,
+        "max_queue": max_queue,
+        "max_images": max_images,
+        "max_body": int(max_body_mb * 2**20),
+        "max_pixels": int(max_megapixels * 1_000_000),
+        "tokens": tokens,
+        "hosts": LOCAL if _is_local(host) else (),
+        "threads": threads or _share(workers),
+    }
+    if store:
+        options["store"] = str(store)
+    with listen(host, port) as listening:
+        shown = f"[{host}]" if ":" in host else host
+        print(
+            f"{len(named)} adapters at http://{shown}:{listening.getsockname()[1]}, as soon as they are loaded",
+            flush=True,
+        )
+        run(named, options, listening, workers)
+
+
+def name_adapters(paths: list[str], folder: Path | None, pinned: list[str]) -> dict[str, str]:
+    """Return the adapters by the name they are served under: that of their folder, or their path below `folder`.
+
+    Raises:
+        AdapterError: one is damaged, they are of different backbones, or there are none.
+        VisgraftError: two have one name, or there is none of a pinned name.
+    """
+    from visgraft.bank.opening import check_same_backbone, find_adapters
+    from visgraft.errors import AdapterError, VisgraftError, nearest
+    from visgraft.files import HUB_PREFIX
+    from visgraft.serve.hosting import check_name
+
+    found = {name: str(path) for name, path in find_adapters(folder).items()} if folder else {}
+    for path in paths:
+        name = path.removeprefix(HUB_PREFIX) if path.startswith(HUB_PREFIX) else Path(path).absolute().name
+        if name in found:
+            raise VisgraftError(f"{found[name]} and {path} would both be called {name}; rename one of the folders")
+        found[name] = path
+    if not found:
+        raise AdapterError("no adapter is given; name adapter folders, or pass --adapters DIR")
+    for name in found:
+        check_name(name)
+    for name in pinned:
+        if name not in found:
+            raise VisgraftError(f"--pin {name}: there is no adapter of this name{nearest(name, found)}")
+    check_same_backbone(list(found.values()), prepared_alike=False)
+    return found
+
+
+def read_tokens(file: Path | None, host: str) -> tuple[str, ...]:
+    """Return the tokens, of which a server that others can reach needs at least one.
+
+    Raises:
+        VisgraftError: there is none where one is needed, or the file cannot be used.
+    """
+    from visgraft.errors import VisgraftError
+
+    if file is None:
+        if not _is_local(host):
+            raise VisgraftError(f"--host {host} can be reached by others; pass --token-file FILE with a token in it")
+        return ()
+    try:
+        found = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, ValueError) as error:
+        raise VisgraftError(
+            f"--token-file {file} cannot be read ({getattr(error, 'strerror', None) or error})"
+        ) from error
+    if not found or not all(token.isascii() and " " not in token for token in found):
+        raise VisgraftError(f"--token-file {file} must hold a token on each line, of ASCII without spaces")
+    return found
+
+
+def _is_local(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _share(workers: int) -> int | None:
+    import os
+
+    return max(1, (os.cpu_count() or 1) // workers) if workers > 1 else None

@@ -1,0 +1,179 @@
+"""The HTTP application: the page, pictures by multipart form, figures, and what is answered to mistakes."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from importlib import resources
+from typing import Annotated, Any
+
+import swagger_ui_bundle
+from fastapi import FastAPI, HTTPException, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import PlainTextResponse
+from fastapi.staticfiles import StaticFiles
+from starlette.datastructures import UploadFile
+
+from visgraft.errors import VisgraftError
+from visgraft.serve.answering import SentPicture
+from visgraft.serve.clients import add_clients
+from visgraft.serve.engine import QueueFullError
+from visgraft.serve.guard import Guard, said
+from visgraft.serve.hosting import NoAdapterError
+from visgraft.serve.replies import Answers, AsciiJson, ErrorReply, answer_to
+from visgraft.serve.resources import add_adapters
+from visgraft.serve.server import Server
+from visgraft.serve.settings import ServeConfig
+from visgraft.version import __version__
+
+PAGE = {"page.css": "text/css", "page.js": "text/javascript"}
+PICTURES = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": {"image": {"type": "array", "items": {"type": "string", "format": "binary"}}},
+                }
+            },
+            "image/*": {"schema": {"type": "string", "format": "binary"}},
+        },
+    }
+}
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorReply} for status in (400, 401, 404, 408, 413, 421, 422, 429, 503)
+}
+
+
+def make_app(config: ServeConfig) -> FastAPI:
+    """Return the application; the backbone and all adapters are loaded when it returns.
+
+    Raises:
+        VisgraftError: one cannot be loaded.
+    """
+    server = Server(config)
+    server.hosting.refresh(strict=True)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        server.draining = True
+        await asyncio.to_thread(server.close)
+
+    app = FastAPI(
+        title="visgraft",
+        version=__version__,
+        summary="Classes of pictures, by any number of adapters on one backbone.",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        responses=ERRORS,
+        default_response_class=AsciiJson,
+    )
+    app.state.server = server
+    app.add_middleware(Guard, config=config, metrics=server.metrics)
+    _handle_errors(app)
+    add_pages(app)
+    add_adapters(app, server)
+    add_predict(app, server)
+    add_operations(app, server)
+    add_clients(app, server)
+    return app
+
+
+def _handle_errors(app: FastAPI) -> None:
+    @app.exception_handler(HTTPException)
+    @app.exception_handler(404)
+    @app.exception_handler(405)
+    async def refused(request: Request, error: Any) -> Response:
+        return said(error.status_code, str(error.detail), getattr(error, "headers", None))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        return said(422, f"{'.'.join(map(str, first['loc'][1:])) or 'the request'}: {first['msg']}")
+
+    @app.exception_handler(VisgraftError)
+    async def wrong(request: Request, error: VisgraftError) -> Response:
+        if isinstance(error, QueueFullError):
+            return said(429, str(error), {"retry-after": f"{error.seconds:.0f}"})
+        return said(404 if isinstance(error, NoAdapterError) else 422, str(error))
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        return said(500, "the server failed; its log says why")
+
+
+def add_predict(app: FastAPI, server: Server) -> None:
+    """Pictures in, classes out."""
+
+    @app.post("/predict", response_model=Answers, openapi_extra=PICTURES)
+    async def predict(
+        request: Request,
+        adapter: Annotated[list[str], Query(description="which is to answer; several answer each")] = [],  # noqa: B006
+        top: Annotated[int, Query(ge=1, le=1000, description="classes to name")] = 5,
+        coverage: Annotated[float | None, Query(gt=0, lt=1)] = None,
+    ) -> Any:
+        """Name the classes of pictures: parts of a multipart form, or one picture as the body."""
+        if coverage is not None:
+            raise HTTPException(422, "coverage: no adapter here is calibrated; leave it out")
+        found, seconds = await server.answer(request, await pictures_of(request, server.config.max_images), adapter)
+        answers = [answer_to(one, top) for one in found]
+        if all(one.adapter is None for one in found):
+            broken = {"error": found[0].error, "answers": [a.model_dump(exclude_none=True) for a in answers]}
+            return AsciiJson(broken, 422)
+        whole = Answers(answers=answers, milliseconds=seconds.milliseconds())
+        return AsciiJson(whole.model_dump(exclude_none=True))
+
+
+async def pictures_of(request: Request, most: int) -> list[SentPicture]:
+    """Return the pictures in a request's body, a multipart form or one picture."""
+    if not request.headers.get("content-type", "").startswith("multipart/"):
+        content = await request.body()
+        return [SentPicture("the picture", content)] if content else []
+    async with request.form(max_files=most + 1, max_fields=100) as form:
+        files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
+        return [SentPicture(_called(file.filename, number), await file.read()) for number, file in enumerate(files, 1)]
+
+
+def _called(name: str | None, number: int) -> str:
+    """Return what to call a file that was sent: its name without folders."""
+    return (name or "").replace("\\", "/").rpartition("/")[2].replace("\0", "")[:200] or f"picture {number}"
+
+
+def add_operations(app: FastAPI, server: Server) -> None:
+    """What keeps a server running."""
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Figures in Prometheus' format."""
+        server.count()
+        return Response(server.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+def add_pages(app: FastAPI) -> None:
+    """The page for people, and the one that lists the routes."""
+    folder = resources.files("visgraft.serve")
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return Response((folder / "page.html").read_bytes(), media_type="text/html; charset=utf-8")
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return get_swagger_ui_html(
+            openapi_url="/openapi.json",
+            title="visgraft",
+            swagger_js_url="/docs/swagger-ui-bundle.js",
+            swagger_css_url="/docs/swagger-ui.css",
+            swagger_favicon_url="/docs/favicon-32x32.png",
+        )
+
+    app.mount("/docs", StaticFiles(directory=swagger_ui_bundle.swagger_ui_path))
+
+    @app.get("/page/{name}", include_in_schema=False)
+    async def part(name: str) -> Response:
+        if name not in PAGE:
+            raise HTTPException(404, "there is no such part of the page")
+        return Response((folder / name).read_bytes(), media_type=f"{PAGE[name]}; charset=utf-8")

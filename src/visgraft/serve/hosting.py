@@ -1,0 +1,305 @@
+"""Which adapters a server answers with: added, replaced and removed while it answers, the same in all its processes."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+from PIL import Image
+
+from visgraft.adapters.canary import canary_pixels, compare_canary, normalised
+from visgraft.adapters.directory import read_record
+from visgraft.adapters.hub import CONFIG, TENSORS, resolve, settled
+from visgraft.adapters.record import AdapterRecord
+from visgraft.bank.bank import Bank
+from visgraft.bank.held import BankAdapter
+from visgraft.errors import AdapterError, VisgraftError, nearest
+from visgraft.files import one_at_a_time, write_json
+from visgraft.serve.engine import Engine
+
+LOG = logging.getLogger(__name__)
+STATE, UPLOADS = "adapters.json", "uploads"
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+CANARY_SECONDS = 120.0
+_HOST = "server"
+"""Who asks where the server itself does."""
+
+
+class NoAdapterError(VisgraftError):
+    """There is no adapter of a name."""
+
+
+class HostedAdapter(NamedTuple):
+    """An adapter that answers, and the sha256 of its two files."""
+
+    adapter: BankAdapter
+    digest: str
+
+    @property
+    def record(self) -> AdapterRecord:
+        """All that is known of it."""
+        return self.adapter.record
+
+
+class Hosting:
+    """The adapters in the bank of one process, kept as the state file in the store says.
+
+    Whoever changes them does so in its own bank first, and then in the file, at which every process looks before it
+    answers a request. So a change is seen by all as soon as it has been answered.
+    """
+
+    def __init__(self, bank: Bank, engine: Engine, store: Path, pinned: tuple[str, ...] = ()) -> None:
+        self.bank, self.engine, self.store, self.pinned = bank, engine, store, pinned
+        self._hosted: dict[str, HostedAdapter] = {}  # never changed, but replaced
+        self._seen: Any = None
+        self._loading = threading.RLock()
+
+    @property
+    def adapters(self) -> Mapping[str, HostedAdapter]:
+        """The adapters by name."""
+        return self._hosted
+
+    def get(self, name: str) -> HostedAdapter:
+        """Return an adapter; it answers also where another takes its name meanwhile.
+
+        Raises:
+            NoAdapterError: there is none of this name.
+        """
+        try:
+            return self._hosted[name]
+        except KeyError:
+            known = nearest(name, self._hosted) or f"; there are {len(self._hosted)}, see GET /adapters"
+            raise NoAdapterError(f"there is no adapter {name!r}{known}") from None
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the state file is as it was when it was last read; asked before every request."""
+        return self._seen == _mark(self.store / STATE)
+
+    def refresh(self, *, strict: bool = False) -> None:
+        """Follow the state file; an adapter that cannot be loaded is left out, or as it was, and logged.
+
+        Raises:
+            AdapterError: with `strict`, one cannot be loaded.
+        """
+        with self._loading:
+            mark = _mark(self.store / STATE)
+            wanted = read_state(self.store)
+            for name, facts in wanted.items():
+                if name in self._hosted and self._hosted[name].digest == facts["digest"]:
+                    continue
+                try:
+                    self._answer_with(self._opened(name, facts["path"], facts["digest"]), facts["digest"])
+                except VisgraftError as error:
+                    if strict:
+                        raise
+                    LOG.error("adapter %s: %s", name, error)
+            for name in self._hosted.keys() - wanted.keys():
+                self._let_go(name)
+            self._seen = mark
+
+    def put(self, name: str, path: Path | str, *, keep: bool = False) -> bool:
+        """Load an adapter, check it with its seeded picture, and answer with it under a name from now on.
+
+        Args:
+            name: what it is called.
+            path: its folder, or `hf:USER/NAME`.
+            keep: copy it into the store first, for the folder will not stay.
+
+        Returns:
+            Whether there was another of this name.
+
+        Raises:
+            AdapterError: it is damaged or of another backbone; nothing has changed then.
+            VisgraftError: it cannot be called so.
+        """
+        check_name(name)
+        with self._loading, settled(), one_at_a_time(self.store):
+            self.refresh()
+            digest = digest_of(path)
+            made = self._opened(name, path, digest)
+            place = _kept(Path(path), self.store / UPLOADS / digest) if keep else path
+            before = name in self._hosted
+            facts = {"path": str(place), "digest": digest}
+            write_json(self.store / STATE, read_state(self.store) | {name: facts})
+            self._answer_with(made, digest)
+            self._seen = _mark(self.store / STATE)
+        return before
+
+    def remove(self, name: str) -> None:
+        """Answer with an adapter no more.
+
+        Raises:
+            NoAdapterError: there is none of this name.
+        """
+        with self._loading, one_at_a_time(self.store):
+            self.refresh()
+            self.get(name)
+            left = {other: facts for other, facts in read_state(self.store).items() if other != name}
+            write_json(self.store / STATE, left)
+            self._let_go(name)
+            self._seen = _mark(self.store / STATE)
+
+    def check(self) -> None:
+        """Send seeded pictures through the way of every request.
+
+        Raises:
+            AdapterError: an answer is not what it was when the adapter was saved.
+            VisgraftError: there is no answer.
+        """
+        if not self.engine.alive:
+            raise VisgraftError("the model's thread has ended; start the server anew")
+        for name in list(self._hosted)[:1]:
+            hosted = self._hosted[name]
+            pixels = canary_pixels(hosted.record.data_config["input_size"])
+            if len(pixels) == 3:
+                picture = self.bank.prepare(Image.fromarray(pixels.permute(1, 2, 0).numpy()), name)
+                with self.engine.admit(_HOST, 1) as ticket:
+                    ticket.put(picture, hosted.adapter).result(CANARY_SECONDS)
+            self._check_canary(hosted.adapter, name)
+
+    def _opened(self, name: str, path: str | Path, digest: str) -> BankAdapter:
+        if digest_of(path) != digest:
+            raise AdapterError(f"{path} has changed since it was added; add it again")
+        made = self.bank.open(name, path)
+        self._check_canary(made, path)
+        return made
+
+    def _answer_with(self, made: BankAdapter, digest: str) -> None:
+        self.bank.put(made, replace=True, pinned=made.name in self.pinned)
+        self._hosted = {**self._hosted, made.name: HostedAdapter(made, digest)}
+
+    def _let_go(self, name: str) -> None:
+        self._hosted = {other: hosted for other, hosted in self._hosted.items() if other != name}
+        self.bank.remove(name)
+
+    def _check_canary(self, adapter: BankAdapter, path: str | Path) -> None:
+        """Let the adapter answer its seeded picture beside whatever else is being answered."""
+        record = adapter.record
+        if record.canary is None:
+            return
+        x = normalised(canary_pixels(record.data_config["input_size"])[None], record.data_config)[0]
+        with self.engine.admit(_HOST, 1) as ticket:
+            logits = ticket.put(x, adapter).result(CANARY_SECONDS).logits
+        found, allowed = compare_canary(logits, record.canary, PRECISIONS[adapter.precision])
+        if not found <= allowed:
+            raise AdapterError(
+                f"{path} answers a seeded picture otherwise than when it was saved: a logit differs by {found:.2g}, "
+                f"above {allowed:.2g}; its tensors were changed, or this device or torch computes wrongly"
+            )
+
+
+def check_name(name: str) -> None:
+    """Raise a VisgraftError where an adapter cannot be called so."""
+    parts = name.split("/")
+    if (
+        len(name) > 200
+        or not name.isprintable()
+        or "\\" in name
+        or any(not p.strip() or p in (".", "..") for p in parts)
+    ):
+        raise VisgraftError(
+            f"an adapter cannot be called {name!r:.60}; give it a name of printable characters, at most 200"
+        )
+
+
+def digest_of(path: str | Path) -> str:
+    """Return the sha256 over an adapter's two files.
+
+    Raises:
+        AdapterError: there is none.
+    """
+    read_record(path)
+    found = hashlib.sha256()
+    for name in (CONFIG, TENSORS):
+        try:
+            with open(resolve(path) / name, "rb") as file:
+                found.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise AdapterError(f"{path} cannot be read: {name} is missing ({error.strerror})") from error
+    return found.hexdigest()
+
+
+def write_state(store: Path, adapters: Mapping[str, str | Path]) -> None:
+    """Write which adapters there are, by name, into a new store.
+
+    Raises:
+        AdapterError: one is damaged.
+    """
+    store.mkdir(parents=True, exist_ok=True)
+    facts = {name: {"path": _absolute(path), "digest": digest_of(path)} for name, path in adapters.items()}
+    write_json(store / STATE, facts)
+
+
+def read_state(store: Path) -> dict[str, dict[str, str]]:
+    """Return path and digest of the adapters in a store, by name."""
+    try:
+        found: dict[str, dict[str, str]] = json.loads((store / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise VisgraftError(f"{store / STATE} cannot be read ({error}); start the server anew") from error
+    return found
+
+
+@contextlib.contextmanager
+def uploaded(config: bytes, tensors: Iterator[bytes] | bytes) -> Iterator[Path]:
+    """Yield a folder with an adapter that somebody sent, which goes again afterwards."""
+    with tempfile.TemporaryDirectory(prefix="visgraft-upload-") as folder:
+        path = Path(folder)
+        (path / CONFIG).write_bytes(config)
+        (path / TENSORS).write_bytes(tensors if isinstance(tensors, bytes) else b"".join(tensors))
+        try:
+            with safetensors.safe_open(path / TENSORS, "pt"):
+                pass
+        except (safetensors.SafetensorError, OSError) as error:
+            told = re.sub(r"[^ -~]", "?", str(error))
+            raise AdapterError(f"tensors is no safetensors file ({told}); send an adapter_model.safetensors") from error
+        yield path
+
+
+def inside(root: str, path: str) -> Path:
+    """Return a path below a folder.
+
+    Raises:
+        VisgraftError: it leads elsewhere.
+    """
+    top = Path(os.path.realpath(root))
+    found = Path(os.path.realpath(top / path))
+    if "\0" in path or not found.is_relative_to(top) or found == top:
+        raise VisgraftError(f"path {path!r:.60} does not lie below the folder of adapters; give one that does")
+    return found
+
+
+def _absolute(path: str | Path) -> str:
+    text = str(path)
+    return text if text.startswith("hf:") else os.path.abspath(text)
+
+
+def _kept(source: Path, target: Path) -> Path:
+    """Return the copy of an adapter in the store, made whole or not at all."""
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            made = Path(folder) / "made"
+            made.mkdir()
+            for name in (CONFIG, TENSORS):
+                shutil.copyfile(source / name, made / name)
+            os.replace(made, target)
+    return target
+
+
+def _mark(file: Path) -> tuple[int, int, int] | None:
+    """Return what changes whenever a file is written anew."""
+    try:
+        facts = file.stat()
+    except OSError:
+        return None
+    return facts.st_mtime_ns, facts.st_ino, facts.st_size

@@ -1,0 +1,130 @@
+"""Starting and ending a server: its socket, its processes, and connections that never ask."""
+
+import asyncio
+import os
+import socket
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import h11
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from visgraft.errors import VisgraftError
+from visgraft.serve.application import make_app
+from visgraft.serve.hosting import write_state
+from visgraft.serve.metrics import MANY, log_to_stderr
+from visgraft.serve.settings import ServeConfig
+
+STORE = "VISGRAFT_SERVE_STORE"
+"""Tells a further process where the store is, in which the options lie."""
+
+OPTIONS = "options.json"
+LONGEST_HEADERS = 64 * 2**10  # bytes
+DRAIN_SECONDS = 30
+
+
+class PromptH11(H11Protocol):
+    """HTTP/1.1 in which a request's headers must arrive in some seconds, or the connection is closed."""
+
+    header_seconds = 30.0
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """Begin to wait for the first request."""
+        super().connection_made(transport)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        """Go on waiting where headers are not whole yet."""
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._stop()
+        elif self._timer is None:
+            self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait no more."""
+        self._stop()
+        super().connection_lost(exc)
+
+    def _wait(self) -> None:
+        self._timer = self.loop.call_later(self.header_seconds, self.transport.close)
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def application() -> FastAPI:
+    """Return the application of a further process."""
+    log_to_stderr()
+    text = (Path(os.environ[STORE]) / OPTIONS).read_text(encoding="utf-8")
+    return make_app(ServeConfig.from_json(text))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket on which a server can listen; port 0 means one that is free.
+
+    Raises:
+        VisgraftError: there is no such address, or the port is taken.
+    """
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise VisgraftError(
+            f"{host}:{port} cannot be listened on ({reason}); choose another --host or --port"
+        ) from error
+
+
+def serve(
+    adapters: Mapping[str, str | Path], options: Mapping[str, Any], listening: socket.socket, workers: int = 1
+) -> None:
+    """Answer until a signal ends it; then what is under way is answered first.
+
+    Args:
+        adapters: at least one, by name.
+        options: of `ServeConfig`; without `store`, one in a temporary folder goes with the server.
+        listening: what `listen` returned.
+        workers: processes, each with a backbone of its own.
+
+    Raises:
+        VisgraftError: an adapter cannot be loaded, or all processes ended.
+    """
+    with tempfile.TemporaryDirectory(prefix="visgraft-serve-") as folder:
+        config = ServeConfig(**{"store": folder, **options})
+        store = Path(config.store)
+        write_state(store, adapters)
+        log_to_stderr()
+        with _private(store / OPTIONS) as file:
+            file.write(config.to_json())
+        settings: dict[str, Any] = {
+            "http": PromptH11,
+            "log_config": None,
+            "access_log": False,
+            "server_header": False,
+            "timeout_graceful_shutdown": DRAIN_SECONDS,
+            "h11_max_incomplete_event_size": LONGEST_HEADERS,
+        }
+        if workers == 1:
+            uvicorn.Server(uvicorn.Config(make_app(config), **settings)).run(sockets=[listening])
+            return
+        make_app(config).state.server.close()  # says what is wrong once, and not in each process again and again
+        figures = Path(folder) / "figures"
+        figures.mkdir()
+        os.environ |= {STORE: str(store), MANY: str(figures)}
+        host, port = listening.getsockname()[:2]
+        listening.close()  # each process takes its share of what the parent listens on
+        uvicorn.run("visgraft.serve.run:application", factory=True, workers=workers, host=host, port=port, **settings)
+
+
+def _private(path: Path) -> Any:
+    """Open a new file that only its owner can read, for it may hold tokens."""
+    path.unlink(missing_ok=True)
+    return os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="utf-8")

@@ -1,0 +1,126 @@
+"""What all routes of the server share: its adapters, its answers, its figures, and whether all of it works."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastapi import HTTPException, Request
+
+from visgraft.bank.held import BankAdapter
+from visgraft.bank.opening import empty_bank
+from visgraft.errors import VisgraftError
+from visgraft.serve.answering import Answerer, SaidOf, Seconds, SentPicture
+from visgraft.serve.engine import Answered, Engine
+from visgraft.serve.hosting import Hosting, read_state
+from visgraft.serve.metrics import Metrics
+from visgraft.serve.settings import ServeConfig
+
+CHECKED_FOR = 5.0
+"""Seconds for which a check of the whole way is taken to hold."""
+
+
+class Server:
+    """What the routes share: adapters, answers, figures, and when the whole way was last seen to work."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.config, self.metrics = config, Metrics()
+        first = next(iter(read_state(Path(config.store)).values()))["path"]
+        self.bank = empty_bank(first, weights=config.weights, capacity=config.capacity)
+        self.engine = Engine(
+            self.bank,
+            max_batch=config.max_batch,
+            max_delay=config.max_delay_ms / 1000,
+            max_queue=config.max_queue,
+            observe=self._observe,
+        )
+        self.hosting = Hosting(self.bank, self.engine, Path(config.store), config.pinned)
+        self.answerer = Answerer(self.hosting, config)
+        self.loader = ThreadPoolExecutor(1, thread_name_prefix="visgraft-load")
+        self.draining, self._checked = False, -CHECKED_FOR
+        self._checking = asyncio.Lock()
+
+    async def load(self, work: Callable[[], Any]) -> Any:
+        """Do something with adapters in the one thread that may."""
+        return await asyncio.get_running_loop().run_in_executor(self.loader, work)
+
+    async def current(self) -> Hosting:
+        """Return the adapters as they are now in all processes."""
+        if not self.hosting.is_current:
+            await self.load(self.hosting.refresh)
+        return self.hosting
+
+    async def check(self) -> None:
+        """Raise unless pictures have gone through the whole way, now or a moment ago."""
+        if self.draining:
+            raise VisgraftError("the server is about to end")
+        async with self._checking:
+            if time.monotonic() - self._checked >= CHECKED_FOR:
+                await asyncio.to_thread((await self.current()).check)
+                self._checked = time.monotonic()
+
+    async def answer(
+        self, request: Request, pictures: list[SentPicture], names: list[str]
+    ) -> tuple[list[SaidOf], Seconds]:
+        """Answer pictures, count them, and note in the request's line what it was about."""
+        hosting = await self.current()
+        if not names:
+            if len(hosting.adapters) != 1:
+                raise HTTPException(400, "say which adapter: ?adapter=NAME, as often as you like; see GET /adapters")
+            names = list(hosting.adapters)
+        if not pictures:
+            raise HTTPException(400, "no picture was sent; send parts of a form: curl -F image=@photo.jpg")
+        if len(pictures) > self.config.max_images or len(pictures) * len(names) > self.config.max_queue:
+            raise HTTPException(
+                413,
+                f"{len(pictures)} pictures for {len(names)} adapters are more than one request may have; send at most "
+                f"{min(self.config.max_images, self.config.max_queue // len(names))}",
+            )
+        found, seconds = await self.answerer.answer(pictures, names, request.state.owner)
+        self.note(request, found, seconds, len(pictures))
+        return found, seconds
+
+    async def answer_prepared(self, request: Request, images: torch.Tensor, name: str) -> list[SaidOf]:
+        """Answer images that the caller has prepared [B, C, H, W]."""
+        hosting = await self.current()
+        if len(images) > min(self.config.max_images, self.config.max_queue):
+            raise HTTPException(413, f"{len(images)} images are more than the {self.config.max_images} of one request")
+        hosting.bank.check_images(images)
+        found, seconds = await self.answerer.prepared(images, name, request.state.owner)
+        self.note(request, found, seconds, len(images))
+        return found
+
+    def note(self, request: Request, found: list[SaidOf], seconds: Seconds, images: int) -> None:
+        """Put into the request's line how much there was to do."""
+        broken = sum(one.adapter is None for one in found)
+        self.metrics.broken.inc(broken)
+        for stage, value in vars(seconds).items():
+            self.metrics.stage.labels(stage).observe(value)
+        adapters = sorted({one.adapter.adapter.name for one in found if one.adapter})
+        facts = {"images": images, "broken": broken, "adapters": adapters[:20], **seconds.milliseconds()}
+        request.state.facts.update(facts)
+        self.count()
+
+    def count(self) -> None:
+        """Bring up to date what is no sum."""
+        self.metrics.under_way.set(self.engine.under_way)
+        self.metrics.adapters.set(len(self.hosting.adapters))
+
+    def _observe(self, answered: Answered, adapter: BankAdapter) -> None:
+        if adapter.name in self.hosting.adapters:  # not one that is only being tried
+            self.metrics.answers.labels(adapter.name).inc()
+            for stage in ("wait", "forward"):
+                share = getattr(answered, stage) / (answered.batch if stage == "forward" else 1)
+                self.metrics.adapter_seconds.labels(adapter.name, stage).inc(share)
+        self.metrics.batch.observe(answered.batch)
+
+    def close(self) -> None:
+        """Answer what waits, and end."""
+        self.engine.close()
+        self.loader.shutdown(wait=False, cancel_futures=True)
+        self.answerer.decoders.shutdown(wait=False, cancel_futures=True)
