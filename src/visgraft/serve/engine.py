@@ -217,6 +217,6 @@ class Engine:
         seconds = time.perf_counter() - begin
         for item, one in zip(batch, logits, strict=True):
             answered = Answered(one.clone(), begin - item.since, seconds, len(batch))
-            item.future.set_result(answered)
             if self._observe is not None:
                 self._observe(answered, item.adapter)
+            item.future.set_result(answered)

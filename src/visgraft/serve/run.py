@@ -25,6 +25,7 @@ STORE = "VISGRAFT_SERVE_STORE"
 OPTIONS = "options.json"
 LONGEST_HEADERS = 64 * 2**10  # bytes
 DRAIN_SECONDS = 30
+START_SECONDS = 120  # in which a process must say that it lives: importing torch takes long beside others
 
 
 class PromptH11(H11Protocol):
@@ -110,6 +111,7 @@ def serve(
             "access_log": False,
             "server_header": False,
             "timeout_graceful_shutdown": DRAIN_SECONDS,
+            "timeout_worker_healthcheck": START_SECONDS,
             "h11_max_incomplete_event_size": LONGEST_HEADERS,
         }
         if workers == 1:
