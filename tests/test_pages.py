@@ -80,7 +80,7 @@ def rarely(page: str) -> Any:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the pages' commands are run on: photos, new-photos, labels.csv, trained adapters, a folder of them and a table for it."""
+    """A folder with what the pages' commands are run on: photos, tables, trained adapters and a folder of them."""
     root = tmp_path_factory.mktemp("pages")
     draw(root / "photos", 20)
     for old, new in (("blue", "cat"), ("green", "dog"), ("red", "rabbit")):
