@@ -34,6 +34,19 @@ def read_adapters(folder: Path) -> dict[str, Any]:
     return found
 
 
+def read_base(base: Path, form: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the adapters of an earlier export, and what its backbone is.
+
+    Raises:
+        ExportError: there is none.
+    """
+    try:
+        found = read_adapters(base)
+        return dict(found["adapters"]), dict(found["backbone"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ExportError(f"--base is {base}, which is no export of the format {form} ({error})") from error
+
+
 def taken_over(
     base: Path, target: Path, about: Mapping[str, Any], name: str, form: str, graphs: Sequence[str] = (BACKBONE,)
 ) -> dict[str, Any]:
@@ -42,11 +55,10 @@ def taken_over(
     Raises:
         ExportError: there is none, its backbone is another, or the name is taken.
     """
-    try:
-        found = read_adapters(base)
-        known, theirs = dict(found["adapters"]), dict(found["backbone"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ExportError(f"--base is {base}, which is no export of the format {form} ({error})") from error
+    known, theirs = read_base(base, form)
+    if theirs.get("mixed") != about.get("mixed"):
+        remedy = "add" if theirs.get("mixed") else "leave out"
+        raise ExportError(f"--base {base} is another kind of onnx-adapter; {remedy} --mixed, or export without --base")
     for key, facts in known.items():  # its file is put under the same name, which must be no other file of the folder
         file = str(facts.get("file")) if isinstance(facts, dict) else ""
         if not (re.fullmatch(_NAME, key) and Path(file).name == file and file.rpartition(".")[0] == key):

@@ -27,6 +27,7 @@ from visgraft.export.format import ExportError, Format, Subject, register_format
 from visgraft.export.graph import INPUTS, OPSET, example_inputs, onnx_program, sizes_of, with_pixels
 from visgraft.export.metadata import PIXELS
 from visgraft.export.onnx import check_opset, open_session, save_proto, session_answers
+from visgraft.export.onnx_mixed import MOST_CLASSES, ROWS, mixed_answers, write_mixed
 from visgraft.export.precision import LEAST_AGREEMENT, check_agreement
 from visgraft.export.quantize import quantized
 from visgraft.export.samples import Samples
@@ -45,6 +46,12 @@ class OnnxAdapterOptions(Options):
     name: str | None = option(None, "of the adapter's file; none: that of its folder")
     precision: Literal["fp32", "int8"] = option("fp32", "of the backbone; adapters stay in fp32")
     pixels: Literal["float", "uint8", "any-size"] = option("float", PIXELS)
+    mixed: bool = option(
+        False, "every image of a batch brings its own adapter, as a row of numbers, in place of one for the whole run"
+    )
+    most_classes: int | None = option(
+        None, f"outputs of a mixed graph; none: as --base has, else {MOST_CLASSES}, or what this adapter has if more"
+    )
     opset: int = option(OPSET, "version of ONNX's operators")
     least_agreement: float | None = option(None, LEAST_AGREEMENT)
 
@@ -52,6 +59,12 @@ class OnnxAdapterOptions(Options):
         super().__post_init__()
         check_agreement(self.least_agreement, self.precision)
         check_name(self.name)
+        if self.mixed and self.precision != "fp32":
+            raise ExportError(f"--precision {self.precision} has no form with --mixed; leave out one of both")
+        if self.most_classes is not None and not self.mixed:
+            raise ExportError("--most-classes has no effect without --mixed; add that, or leave it out")
+        if self.most_classes is not None and self.most_classes < 1:
+            raise ExportError(f"--most-classes is {self.most_classes}, but must be at least 1")
 
     @property
     def quantization(self) -> str:
@@ -74,7 +87,10 @@ class _WithInputs(nn.Module):
 
 @register_format("onnx-adapter")
 class OnnxAdapter(Format):
-    """A folder: `backbone.onnx`, one `.onnx_adapter` per adapter, and `adapters.json` on what each answers."""
+    """A folder: `backbone.onnx`, one file per adapter, and `adapters.json` on what each answers.
+
+    The file is onnxruntime's `.onnx_adapter`; in a mixed folder a row of numbers in safetensors.
+    """
 
     Options = OnnxAdapterOptions
     summary = "one ONNX backbone for all tasks, a small file per adapter, swapped in under a millisecond"
@@ -85,6 +101,8 @@ class OnnxAdapter(Format):
     @classmethod
     def write(cls, subject: Subject, options: Any, target: Path) -> Mapping[str, Any]:
         check_opset(options.opset)
+        if options.mixed:
+            return write_mixed(subject, options, target, cls.name)
         tensors = stored_tensors(subject)
         about = about_backbone(subject, options, tensors)
         name = options.name or file_name(subject.name)
@@ -120,7 +138,17 @@ class OnnxAdapter(Format):
         return answer
 
     @classmethod
+    def opened_onto(cls, subject: Subject, target: Path, options: Any) -> Callable[[Samples], Tensor]:
+        return mixed_answers(subject, target, options) if options.mixed else cls.opened(target, options)
+
+    @classmethod
+    def images_each(cls, options: Any) -> int:
+        return 2 if options.mixed else 1
+
+    @classmethod
     def usage(cls, out: Path, options: Any) -> str:
+        if options.mixed:
+            return f"a row per image: {str(out / BACKBONE)!r} takes them as {ROWS!r} (docs/export.md)"
         return f"onnxruntime.LoraAdapter().Load(...), active in a run of {str(out / BACKBONE)!r} (docs/export.md)"
 
 
