@@ -100,7 +100,13 @@ def add_by_rows(onto: Tensor, hidden: Tensor, up: Tensor, bias: Tensor | None = 
         hidden = torch.cat((hidden, hidden.new_ones(*hidden.shape[:-1], 1)), -1)
         up = torch.cat((up, bias.unsqueeze(1)), 1)
     if onto.dtype != hidden.dtype:
-        return onto + hidden @ up
+        # A sum of two precisions is no vectorised pass on a CPU, and autocast would round `onto`.
+        wide = torch.promote_types(onto.dtype, hidden.dtype)
+        with torch.autocast(onto.device.type, enabled=False):
+            hidden, up = hidden.to(wide), up.to(wide)
+            if in_place and onto.dtype == wide:
+                return onto.baddbmm_(hidden, up)
+            return torch.baddbmm(onto.to(wide), hidden, up)
     return onto.baddbmm_(hidden, up.to(hidden.dtype)) if in_place else torch.baddbmm(onto, hidden, up)
 
 
