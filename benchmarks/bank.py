@@ -5,12 +5,15 @@
 
 Adapters are drawn at random. `mixed ÷ merged`: as many different adapters as images, beside the plain model, which is
 what a merged one costs. `one ÷ attached`: all images with one adapter, beside the model that `visgraft.attach` gives.
-Both are ratios of the same round, with their quartiles. Then, for banks of several sizes: what adding and swapping
-takes, and how much memory.
+Both are ratios of the same round, with their quartiles. `peft ÷ merged`: the same batch by huggingface/peft's
+`adapter_names`, for LoRA of that rank on qkv, where peft is installed and takes the backbone. Then, for banks of
+several sizes: what adding and swapping takes, and how much memory.
 """
 
+import importlib.util
 import itertools
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +59,7 @@ def row(backbone: str, method: str, images: int, precision: str, rounds: int) ->
     device = torch.device("cpu")
     compute = Compute(device, precision)
 
-    def run(one: nn.Module) -> object:
+    def run(one: Callable[[torch.Tensor], object]) -> object:
         with torch.no_grad(), compute.autocast():
             return one(x)
 
@@ -66,9 +69,28 @@ def row(backbone: str, method: str, images: int, precision: str, rounds: int) ->
         "one": shared.seconds_of(lambda: bank(x, names[:1] * images), device),
         "mixed": shared.seconds_of(lambda: bank(x, names), device),
     }
+    others = peft_model(backbone, names) if method == "lora" else None
+    if others is not None:
+        parts["peft"] = shared.seconds_of(lambda: run(lambda x: others(x, adapter_names=names)), device)
     found = shared.in_turns(parts, rounds)
     mixed, one = shared.ratios(found, "mixed", "merged"), shared.ratios(found, "one", "attached")
-    return [backbone, method, precision, str(images), shared.shown(*mixed, digits=2), shared.shown(*one, digits=2)]
+    told = [shared.shown(*ratio, digits=2) for ratio in (mixed, one)]
+    told.append("" if others is None else shared.shown(*shared.ratios(found, "peft", "merged"), digits=2))
+    return [backbone, method, precision, str(images), *told]
+
+
+def peft_model(backbone: str, names: Sequence[str]) -> Any:
+    """Return the backbone with as many LoRA adapters of peft; None where peft is missing or does not take it."""
+    if importlib.util.find_spec("peft") is None or not backbone.startswith("vit"):
+        return None
+    import peft
+
+    rank = visgraft.LoRAConfig().rank
+    config = peft.LoraConfig(r=rank, target_modules=["qkv"], init_lora_weights=False)
+    model = peft.get_peft_model(plain(backbone), config, adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    return model.eval()
 
 
 def with_precision(model: nn.Module, precision: str) -> visgraft.Adapted:
@@ -124,7 +146,7 @@ def main() -> None:
     for choice in itertools.product(asked.backbones.split(","), asked.images.split(","), asked.precisions.split(",")):
         backbone, images, precision = choice
         found += [row(backbone, m, int(images), precision, asked.rounds) for m in asked.methods.split(",")]
-    head = ["backbone", "method", "precision", "images", "mixed ÷ merged", "one ÷ attached"]
+    head = ["backbone", "method", "precision", "images", "mixed ÷ merged", "one ÷ attached", "peft ÷ merged"]
     print(shared.table(head, found))
     held = sizes(asked.backbones.split(",")[0], "alore", [int(n) for n in asked.counts.split(",")], asked.rounds)
     head = ["backbone", "method", "adapters", "swap, ms", "file, ms", "file with canary, ms", "MiB", "÷ stored"]

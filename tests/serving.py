@@ -68,7 +68,9 @@ def running(store: Path, named: dict[str, Path], **options: Any) -> Iterator[Run
     write_state(store, named)
     app = make_app(ServeConfig(str(store), **options))
     with listen("127.0.0.1", 0) as listening:
-        config = uvicorn.Config(app, http=PromptH11, log_config=None, access_log=False, timeout_graceful_shutdown=20)
+        config = uvicorn.Config(
+            app, http=PromptH11, log_config=None, timeout_graceful_shutdown=20, timeout_keep_alive=1
+        )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()

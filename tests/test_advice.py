@@ -41,6 +41,7 @@ REACHED = {
     "search": ("compare",),
     "search/blending": ("blend",),
     "serve": ("predict",),
+    "serve/run": ("serve",),
     "training/loop": ("train", "compare"),
     "training/objective": ("train",),
     "training/resume": ("train",),
@@ -63,6 +64,7 @@ REACHED = {
     "cli/predict_images": ("predict",),
     "cli/predict_output": ("predict",),
     "cli/report": ("report",),
+    "cli/serve": ("serve",),
     "cli/train": ("train",),
 }
 """By file or room: the verbs that can print its messages. A message may send to another verb by name."""

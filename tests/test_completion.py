@@ -21,7 +21,8 @@ def complete(*words: str) -> list[str]:
 def test_verbs_are_completed() -> None:
     assert complete("visgraft", "tr") == ["train"]
     assert set(complete("visgraft", "")) == {
-        "bench", "check", "compare", "train", "eval", "report", "predict", "merge", "export", "import", "info", "blend",
+        "bench", "check", "compare", "train", "eval", "report", "predict", "serve", "merge", "export", "import", "info",
+        "blend",
         "push", "methods", "demo",
     }  # fmt: skip
 

@@ -80,7 +80,7 @@ def rarely(page: str) -> Any:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the pages' commands are run on: photos, new-photos, labels.csv, trained adapters, a folder of them and a table for it."""
+    """A folder with what the pages' commands are run on: photos, tables, trained adapters and a folder of them."""
     root = tmp_path_factory.mktemp("pages")
     draw(root / "photos", 20)
     for old, new in (("blue", "cat"), ("green", "dog"), ("red", "rabbit")):
@@ -98,6 +98,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert code == 0, err
     shutil.copytree(root / "photos-linear", root / "zoo" / "cats")
     shutil.copytree(root / "photos-alore", root / "zoo" / "weather" / "clouds")
+    (root / "tokens").write_text("a-token\n")
     pictures = sorted(path.relative_to(root) for path in (root / "new-photos").iterdir())
     (root / "work.csv").write_text(f"image,adapter\n{pictures[0]},cats\n{pictures[1]},weather/clouds\n")
     return root
@@ -114,6 +115,7 @@ def test_commands_run(page: str, photos: Path, tmp_path: Path, monkeypatch: pyte
     shutil.copytree(photos, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("VISGRAFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("visgraft.serve.run.serve", lambda *what: None)  # which would not end
     for words in commands(page):
         code, out, err = run(*small(words))
         problems = words[0] == "check" and "error" in out  # found in the images, not in the command

@@ -131,9 +131,9 @@ def test_hugging_faces_client(served: Running, expected: Any, pictures: list[Pat
     for image in (pictures[2].read_bytes(), pictures[2]):
         found = client.image_classification(image)
         close({one.label: one.score for one in found}, expected["deep/al ö"][2])
-    assert [one.label for one in client.image_classification(pictures[2], top_k=2)] == list(
-        expected["deep/al ö"][2]
-    )[:2]
+    assert [one.label for one in client.image_classification(pictures[2], top_k=2)] == list(expected["deep/al ö"][2])[
+        :2
+    ]
     adapted = visgraft.load(adapters["alore"])
     with torch.inference_mode():
         logits = adapted.model(adapted.transform(visgraft_open(pictures[2]))[None])[0]
@@ -347,9 +347,15 @@ def test_a_request_leaves_one_line_without_pictures_or_names(
 ) -> None:
     from visgraft.serve.metrics import JsonLines
 
+    def lines() -> list[str]:
+        records = [record for record in caplog.records if getattr(record, "facts", {}).get("images") == 2]
+        return [JsonLines().format(record) for record in records]
+
     with caplog.at_level("INFO", "visgraft.serve"):
         served.send("/predict?adapter=linear", pictures[0], ("secret.png", b"no"))
-    (line,) = [JsonLines().format(record) for record in caplog.records if record.name == "visgraft.serve"]
+        while not lines():  # it is written once the answer has been sent
+            time.sleep(0.01)
+    (line,) = lines()
     found = json.loads(line)
     assert (found["route"], found["status"], found["images"], found["broken"]) == ("/predict", 200, 2, 1)
     assert found["adapters"] == ["linear"] and "secret" not in line and "00.png" not in line

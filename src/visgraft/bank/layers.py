@@ -23,7 +23,7 @@ def _linear(layer: Any, own: Own, x: Tensor) -> Tensor:
     if own.keys() != {"bias"} or x.ndim < 3:
         return _mapped(layer, own, x)
     out, bias = F.linear(x, layer.weight), own["bias"]
-    out.view(len(bias), -1, out.shape[-1]).add_(bias.unsqueeze(1))  # in place: it is nobody else's
+    out.view(bias.shape[0], -1, out.shape[-1]).add_(bias.unsqueeze(1))  # in place: it is nobody else's
     return out
 
 
@@ -31,19 +31,23 @@ def _conv(layer: Any, own: Own, x: Tensor) -> Tensor:
     if own.keys() != {"bias"}:
         return _mapped(layer, own, x)
     out, bias = layer._conv_forward(x, layer.weight, None), own["bias"]
-    return out.add_(bias.repeat_interleave(len(x) // len(bias), 0)[..., None, None])
+    return out.add_(bias.repeat_interleave(x.shape[0] // bias.shape[0], 0)[..., None, None])
 
 
 def _layer_norm(layer: Any, own: Own, x: Tensor) -> Tensor:
     weight, bias = own.get("weight", layer.weight), own.get("bias", layer.bias)
     if x.ndim < 3 or weight is None or bias is None or len(layer.normalized_shape) > 1:
         return _mapped(layer, own, x)
-    images = len(next(iter(own.values())))
+    images = next(iter(own.values())).shape[0]
     out = F.layer_norm(x, layer.normalized_shape, None, None, layer.eps)
     weight, bias = (t.unsqueeze(1) if t.ndim == 2 else t for t in (weight, bias))
     tokens = out.view(images, -1, x.shape[-1])
     torch.addcmul(bias, tokens, weight, out=tokens)  # in place: it is nobody else's
     return out
+
+
+def _layer_norm_2d(layer: Any, own: Own, x: Tensor) -> Tensor:
+    return _layer_norm(layer, own, x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
 
 
 def _mapped(layer: Any, own: Own, x: Tensor) -> Tensor:
@@ -55,7 +59,7 @@ def _mapped(layer: Any, own: Own, x: Tensor) -> Tensor:
             found: Tensor = type(layer).forward(layer, x)
             return found
 
-    images = len(next(iter(own.values())))
+    images = next(iter(own.values())).shape[0]
     return torch.vmap(one)(dict(own), x.unflatten(0, (images, -1))).flatten(0, 1)
 
 
@@ -64,4 +68,5 @@ LAYERS: dict[type[nn.Module], Callable[[Any, Own, Tensor], Tensor]] = {
     nn.Conv2d: _conv,
     nn.LayerNorm: _layer_norm,
     timm.layers.LayerNorm: _layer_norm,
+    timm.layers.LayerNorm2d: _layer_norm_2d,
 }

@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -36,6 +37,15 @@ class Layout:
     def bytes(self) -> int:
         """How many bytes the tensors of one adapter take."""
         return sum(kind.itemsize * sum(sizes) for kind, sizes in self._sizes.items())
+
+    @property
+    def starts(self) -> dict[str, int]:
+        """Where each tensor begins in the flat tensor of its type."""
+        return {
+            name: start
+            for kind, names in self.names.items()
+            for name, start in zip(names, accumulate([0, *self._sizes[kind]]), strict=False)
+        }
 
     def flatten(self, tensors: Mapping[str, Tensor], device: torch.device) -> Flats:
         """Return copies of the tensors, in this layout's types, on a device."""

@@ -25,7 +25,7 @@ class Span(NamedTuple):
 
     def of(self, x: Tensor, images: int) -> Tensor:
         """Return the part of a tensor [images · windows, ...] that belongs to these images; all of it is itself."""
-        windows = len(x) // images
+        windows = x.shape[0] // images
         if self.start == 0 and self.stop == images:
             return x
         return x[self.start * windows : self.stop * windows]
@@ -130,7 +130,7 @@ def alike(modules: Sequence[ByRows]) -> list[FactorsByRows]:
 
 def _tokens(x: Tensor, images: int) -> Tensor:
     """All tokens of an image together: [n · windows, N, C] -> [n, windows · N, C]."""
-    return x if len(x) == images else x.reshape(images, -1, x.shape[-1])
+    return x if x.shape[0] == images else x.reshape(images, -1, x.shape[-1])
 
 
 def hidden_by_rows(x: Tensor, down: Tensor) -> Tensor:

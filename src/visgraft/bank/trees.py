@@ -25,7 +25,7 @@ from visgraft.core.families import NORMS, fuse_biases
 from visgraft.core.low_rank import LowRank
 from visgraft.core.method import Grid, TokenMethod
 from visgraft.core.sites import Site
-from visgraft.core.taps import Taps
+from visgraft.core.taps import Taps, is_traced
 
 Compile = Callable[[nn.Module], Callable[[Tensor], Any]]
 """What is put around the modules before they run, such as `torch.compile`."""
@@ -197,17 +197,19 @@ class _SiteAct:
         forward = self.tree.forward
         assert forward is not None
         pieces, changed = [], False
+        fresh = self.fresh and not is_traced()  # what is written to a part becomes a slow scatter in an exported graph
+        part = self.part and fresh
         for configuration, span in forward.spans.items():
             before = now = span.of(onto, forward.images)
             seen = before if value is onto else span.of(value, forward.images)
             for act in self.acts.get(configuration, ()):
-                new = act(forward, span, now if seen is now else seen, now, grid, self.fresh)
+                new = act(forward, span, now if seen is now else seen, now, grid, fresh)
                 now, seen = new, new if seen is now else seen
-            if now is not before and self.part:
+            if now is not before and part:
                 before.copy_(now)
             changed = changed or now is not before
             pieces.append(now)
-        if not changed or self.part:
+        if not changed or part:
             return onto
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 

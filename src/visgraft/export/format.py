@@ -130,6 +130,11 @@ class Format:
         return cls.opened(target, options)
 
     @classmethod
+    def images_each(cls, options: Any) -> int:
+        """Return how many images what `opened_onto` returns computes for a sample, by which its time is divided."""
+        return 1
+
+    @classmethod
     def least_agreement(cls, options: Any) -> float | None:
         """Return the share of answers that must agree; None: every logit must, up to the rounding of float32.
 

@@ -1,11 +1,7 @@
 """The format `onnx-adapter`: the backbone once, without a task, and each adapter as a small file that is swapped."""
 
-import json
-import os
-import re
-import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -18,19 +14,26 @@ from torch import Tensor, nn
 from visgraft.backbones.heads import output_layers
 from visgraft.backbones.weights import first_line
 from visgraft.core.attached import get_attached
+from visgraft.export.adapters_folder import (
+    BACKBONE,
+    check_name,
+    facts_of,
+    file_name,
+    read_adapters,
+    taken_over,
+    write_adapters,
+)
 from visgraft.export.format import ExportError, Format, Subject, register_format
 from visgraft.export.graph import INPUTS, OPSET, example_inputs, onnx_program, sizes_of, with_pixels
-from visgraft.export.metadata import PIXELS, metadata
+from visgraft.export.metadata import PIXELS
 from visgraft.export.onnx import check_opset, open_session, save_proto, session_answers
+from visgraft.export.onnx_mixed import MOST_CLASSES, ROWS, mixed_answers, write_mixed
 from visgraft.export.precision import LEAST_AGREEMENT, check_agreement
 from visgraft.export.quantize import quantized
 from visgraft.export.samples import Samples
-from visgraft.files import write_json
 from visgraft.options import Options, option
 
-BACKBONE, ADAPTERS, SUFFIX = "backbone.onnx", "adapters.json", ".onnx_adapter"
-_NAME = r"\w[\w.-]{,199}"
-"""What an adapter may be called: with its ending a file's name on every system."""
+SUFFIX = ".onnx_adapter"
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,12 @@ class OnnxAdapterOptions(Options):
     name: str | None = option(None, "of the adapter's file; none: that of its folder")
     precision: Literal["fp32", "int8"] = option("fp32", "of the backbone; adapters stay in fp32")
     pixels: Literal["float", "uint8", "any-size"] = option("float", PIXELS)
+    mixed: bool = option(
+        False, "every image of a batch brings its own adapter, as a row of numbers, in place of one for the whole run"
+    )
+    most_classes: int | None = option(
+        None, f"outputs of a mixed graph; none: as --base has, else {MOST_CLASSES}, or what this adapter has if more"
+    )
     opset: int = option(OPSET, "version of ONNX's operators")
     least_agreement: float | None = option(None, LEAST_AGREEMENT)
 
@@ -50,17 +59,17 @@ class OnnxAdapterOptions(Options):
         super().__post_init__()
         check_agreement(self.least_agreement, self.precision)
         check_name(self.name)
+        if self.mixed and self.precision != "fp32":
+            raise ExportError(f"--precision {self.precision} has no form with --mixed; leave out one of both")
+        if self.most_classes is not None and not self.mixed:
+            raise ExportError("--most-classes has no effect without --mixed; add that, or leave it out")
+        if self.most_classes is not None and self.most_classes < 1:
+            raise ExportError(f"--most-classes is {self.most_classes}, but must be at least 1")
 
     @property
     def quantization(self) -> str:
         """How the backbone comes to int8."""
         return "dynamic"
-
-
-def check_name(name: str | None) -> None:
-    """Raise an ExportError where an adapter's file cannot be called so."""
-    if name is not None and not re.fullmatch(_NAME, name):
-        raise ExportError(f"--name is {name!r:.80}, but must be letters, digits, - and _ only, at most 200")
 
 
 class _WithInputs(nn.Module):
@@ -78,7 +87,10 @@ class _WithInputs(nn.Module):
 
 @register_format("onnx-adapter")
 class OnnxAdapter(Format):
-    """A folder: `backbone.onnx`, one `.onnx_adapter` per adapter, and `adapters.json` on what each answers."""
+    """A folder: `backbone.onnx`, one file per adapter, and `adapters.json` on what each answers.
+
+    The file is onnxruntime's `.onnx_adapter`; in a mixed folder a row of numbers in safetensors.
+    """
 
     Options = OnnxAdapterOptions
     summary = "one ONNX backbone for all tasks, a small file per adapter, swapped in under a millisecond"
@@ -89,6 +101,8 @@ class OnnxAdapter(Format):
     @classmethod
     def write(cls, subject: Subject, options: Any, target: Path) -> Mapping[str, Any]:
         check_opset(options.opset)
+        if options.mixed:
+            return write_mixed(subject, options, target, cls.name)
         tensors = stored_tensors(subject)
         about = about_backbone(subject, options, tensors)
         name = options.name or file_name(subject.name)
@@ -124,7 +138,17 @@ class OnnxAdapter(Format):
         return answer
 
     @classmethod
+    def opened_onto(cls, subject: Subject, target: Path, options: Any) -> Callable[[Samples], Tensor]:
+        return mixed_answers(subject, target, options) if options.mixed else cls.opened(target, options)
+
+    @classmethod
+    def images_each(cls, options: Any) -> int:
+        return 2 if options.mixed else 1
+
+    @classmethod
     def usage(cls, out: Path, options: Any) -> str:
+        if options.mixed:
+            return f"a row per image: {str(out / BACKBONE)!r} takes them as {ROWS!r} (docs/export.md)"
         return f"onnxruntime.LoraAdapter().Load(...), active in a run of {str(out / BACKBONE)!r} (docs/export.md)"
 
 
@@ -202,50 +226,6 @@ def _neutral(subject: Subject, tensors: Mapping[str, Tensor], bound: set[str]) -
     return found
 
 
-def write_adapters(folder: Path, about: Mapping[str, Any], known: Mapping[str, Any], **more: Any) -> None:
-    """Write the list of a folder's adapters, with what their backbone is, and more that is compared with nothing."""
-    write_json(folder / ADAPTERS, {"backbone": about, "adapters": known, **more})  # classes need not be valid UTF-8
-
-
-def read_adapters(folder: Path) -> dict[str, Any]:
-    """Return what `write_adapters` wrote."""
-    found: dict[str, Any] = json.loads((folder / ADAPTERS).read_text(encoding="utf-8"))
-    return found
-
-
-def taken_over(
-    base: Path, target: Path, about: Mapping[str, Any], name: str, form: str, graphs: Sequence[str] = (BACKBONE,)
-) -> dict[str, Any]:
-    """Put the graphs and adapters of an earlier export into the new folder; returns its adapters.
-
-    Raises:
-        ExportError: there is none, its backbone is another, or the name is taken.
-    """
-    try:
-        found = read_adapters(base)
-        known, theirs = dict(found["adapters"]), dict(found["backbone"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ExportError(f"--base is {base}, which is no export of the format {form} ({error})") from error
-    for key, facts in known.items():  # its file is put under the same name, which must be no other file of the folder
-        file = str(facts.get("file")) if isinstance(facts, dict) else ""
-        if not (re.fullmatch(_NAME, key) and Path(file).name == file and file.rpartition(".")[0] == key):
-            raise ExportError(f"{base / ADAPTERS} is damaged: adapter {key!r:.80}; restore it or export without --base")
-    for key in dict.fromkeys((*about, *theirs)):
-        if theirs.get(key) != about.get(key):
-            raise ExportError(f"--base {base} does not fit this adapter: its {key} is another; export without --base")
-    if name in known:
-        raise ExportError(f"--base {base} has an adapter {name!r} already; give this one another --name")
-    for file in (*graphs, *(facts["file"] for facts in known.values())):
-        source = (base / file).resolve()  # a link to a link would lead nowhere from the new folder
-        if not source.is_file():
-            raise ExportError(f"--base {base} is damaged: {file} is missing; restore it or export without --base")
-        try:
-            os.link(source, target / file)  # the backbone is large, and neither copy is ever written to
-        except OSError:
-            shutil.copyfile(source, target / file)
-    return known
-
-
 def write_adapter(tensors: Mapping[str, np.ndarray], file: Path) -> None:
     """Write tensors in onnxruntime's own format for adapters."""
     import onnxruntime
@@ -273,21 +253,3 @@ def _swap_seconds(file: Path) -> float:
         onnxruntime.LoraAdapter().Load(str(file))
         seconds.append(time.perf_counter() - begin)
     return sorted(seconds)[len(seconds) // 2]
-
-
-def file_name(adapter: str) -> str:
-    """Return a file's name made of an adapter's path, which may be one of the hub with a revision."""
-    made = re.sub(r"[^\w.-]+", "-", Path(adapter).name).strip("-.")[:200]
-    return made or "adapter"
-
-
-def facts_of(subject: Subject, options: Any) -> dict[str, Any]:
-    """Return the adapter's metadata as JSON values."""
-    return {key: _json(value) for key, value in metadata(subject, options).items()}
-
-
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text

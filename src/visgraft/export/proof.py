@@ -117,9 +117,20 @@ def accuracy_of(logits: Tensor, labels: Tensor | None) -> float | None:
 
 
 def measure(
-    subject: Subject, answer: Callable[[Samples], Tensor], least_agreement: float | None, prepares: bool
+    subject: Subject,
+    answer: Callable[[Samples], Tensor],
+    least_agreement: float | None,
+    prepares: bool,
+    images_each: int = 1,
 ) -> dict[str, Any]:
-    """Return the measured fields of a certificate; `prepares`: the file resizes and crops by itself.
+    """Return the measured fields of a certificate.
+
+    Args:
+        subject: what was exported.
+        answer: computes the logits [N, classes] of samples by the file, and `images_each` images for each sample.
+        least_agreement: share of equal answers demanded; None: every logit must agree.
+        prepares: the file resizes and crops by itself.
+        images_each: see `answer`.
 
     Raises:
         ExportError: the file answers otherwise than the model.
@@ -146,7 +157,7 @@ def measure(
         "torch_accuracy": accuracy_of(expected, samples.labels),
         # To a file that resizes by itself, the seeded picture would be another one.
         "canary_difference": None if prepares else _canary(subject, answer, least_agreement is None),
-        **_times(subject, answer),
+        **_times(subject, answer, images_each),
     }
     measured["verdict"] = _verdict(measured)
     return measured
@@ -172,7 +183,7 @@ def _canary(subject: Subject, answer: Callable[[Samples], Tensor], demanded: boo
     return found
 
 
-def _times(subject: Subject, answer: Callable[[Samples], Tensor]) -> dict[str, Any]:
+def _times(subject: Subject, answer: Callable[[Samples], Tensor], images_each: int) -> dict[str, Any]:
     """Return the median seconds per image of the file and of eager torch, in turn, on one small batch."""
     few = subject.samples.first(8)
     runs: dict[str, Callable[[], Any]] = {
@@ -185,6 +196,7 @@ def _times(subject: Subject, answer: Callable[[Samples], Tensor]) -> dict[str, A
             begin = time.perf_counter()
             run()
             seconds[name].append((time.perf_counter() - begin) / len(few))
+    seconds["seconds_per_image"] = [value / images_each for value in seconds["seconds_per_image"]]
     return {**{name: statistics.median(values) for name, values in seconds.items()}, "timed_batch": len(few)}
 
 

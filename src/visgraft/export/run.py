@@ -195,7 +195,9 @@ def _prove(
     """
     record = subject.adapted.record
     answer = form.opened_onto(subject, target, options)
-    measured = measure(subject, answer, form.least_agreement(options), form.prepares(options))
+    measured = measure(
+        subject, answer, form.least_agreement(options), form.prepares(options), form.images_each(options)
+    )
     versions = {name: found for name in ("torch", "timm", *form.packages.values()) if (found := _version(name))}
     return ExportCertificate(
         format=form.name,

@@ -15,23 +15,25 @@ from torch import Tensor, nn
 
 from visgraft.adapters.directory import Adapted
 from visgraft.errors import VisgraftError
-from visgraft.export.format import ExportError, Format, Subject, register_format
-from visgraft.export.graph import INPUTS, OPSET, onnx_model
-from visgraft.export.onnx import check_opset, open_session, save_proto
-from visgraft.export.onnx_adapter import (
+from visgraft.export.adapters_folder import (
     ADAPTERS,
     BACKBONE,
-    OnnxAdapter,
-    OnnxAdapterOptions,
-    about_backbone,
-    backbone_proto,
     check_name,
     facts_of,
     file_name,
     read_adapters,
-    stored_tensors,
     taken_over,
     write_adapters,
+)
+from visgraft.export.format import ExportError, Format, Subject, register_format
+from visgraft.export.graph import INPUTS, OPSET, onnx_model
+from visgraft.export.onnx import check_opset, open_session, save_proto
+from visgraft.export.onnx_adapter import (
+    OnnxAdapter,
+    OnnxAdapterOptions,
+    about_backbone,
+    backbone_proto,
+    stored_tensors,
 )
 from visgraft.export.precision import LEAST_AGREEMENT
 from visgraft.export.resizing import resize_plan

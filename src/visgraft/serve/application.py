@@ -13,6 +13,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import PlainTextResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException as BaseHTTPException
 
 from visgraft.errors import VisgraftError
 from visgraft.serve.answering import SentPicture
@@ -20,7 +21,7 @@ from visgraft.serve.clients import add_clients
 from visgraft.serve.engine import QueueFullError
 from visgraft.serve.guard import Guard, said
 from visgraft.serve.hosting import NoAdapterError
-from visgraft.serve.replies import Answers, AsciiJson, ErrorReply, answer_to
+from visgraft.serve.replies import AnswerList, AsciiJson, ErrorReply, answer_to
 from visgraft.serve.resources import add_adapters
 from visgraft.serve.server import Server
 from visgraft.serve.settings import ServeConfig
@@ -83,9 +84,7 @@ def make_app(config: ServeConfig) -> FastAPI:
 
 
 def _handle_errors(app: FastAPI) -> None:
-    @app.exception_handler(HTTPException)
-    @app.exception_handler(404)
-    @app.exception_handler(405)
+    @app.exception_handler(BaseHTTPException)
     async def refused(request: Request, error: Any) -> Response:
         return said(error.status_code, str(error.detail), getattr(error, "headers", None))
 
@@ -108,7 +107,7 @@ def _handle_errors(app: FastAPI) -> None:
 def add_predict(app: FastAPI, server: Server) -> None:
     """Pictures in, classes out."""
 
-    @app.post("/predict", response_model=Answers, openapi_extra=PICTURES)
+    @app.post("/predict", response_model=AnswerList, openapi_extra=PICTURES)
     async def predict(
         request: Request,
         adapter: Annotated[list[str], Query(description="which is to answer; several answer each")] = [],  # noqa: B006
@@ -123,7 +122,7 @@ def add_predict(app: FastAPI, server: Server) -> None:
         if all(one.adapter is None for one in found):
             broken = {"error": found[0].error, "answers": [a.model_dump(exclude_none=True) for a in answers]}
             return AsciiJson(broken, 422)
-        whole = Answers(answers=answers, milliseconds=seconds.milliseconds())
+        whole = AnswerList(answers=answers, milliseconds=seconds.milliseconds())
         return AsciiJson(whole.model_dump(exclude_none=True))
 
 

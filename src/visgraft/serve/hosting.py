@@ -272,9 +272,13 @@ def inside(root: str, path: str) -> Path:
         VisgraftError: it leads elsewhere.
     """
     top = Path(os.path.realpath(root))
-    found = Path(os.path.realpath(top / path))
-    if "\0" in path or not found.is_relative_to(top) or found == top:
-        raise VisgraftError(f"path {path!r:.60} does not lie below the folder of adapters; give one that does")
+    try:
+        found = Path(os.path.realpath(top / path))
+        found.stat()
+    except (OSError, ValueError):
+        found = top
+    if not found.is_relative_to(top) or found == top:
+        raise VisgraftError(f"path {path!r:.60} is nothing below the folder of adapters; give a folder in it")
     return found
 
 

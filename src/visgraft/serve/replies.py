@@ -42,7 +42,7 @@ class AnswerTo(BaseModel):
     error: str | None = None
 
 
-class Answers(BaseModel):
+class AnswerList(BaseModel):
     """The answers picture by picture, and for each adapter by adapter; and where the time went."""
 
     answers: list[AnswerTo]
