@@ -27,7 +27,7 @@ from visgraft.serve.server import Server
 from visgraft.serve.settings import ServeConfig
 from visgraft.version import __version__
 
-PAGE = {"page.css": "text/css", "page.js": "text/javascript"}
+PAGE = {"page.css": "text/css", **dict.fromkeys(("page.js", "asking.js", "showing.js"), "text/javascript")}
 PICTURES = {
     "requestBody": {
         "required": True,
