@@ -16,6 +16,9 @@ MEASURING = ("eval", "merge", "export", "report", "predict")
 TRAINING = ("train", "compare", "bench run")
 REACHED = {
     "adapters/blending": ("blend",),
+    "algebra/diff": ("diff",),
+    "algebra/picture": ("diff",),
+    "algebra/truncation": ("rank",),
     "adapters/directory": MEASURING,
     "adapters/publish": ("push",),
     "adapters/record": MEASURING,
@@ -58,6 +61,8 @@ REACHED = {
     "data/decode": (),
     "cli/check": ("check",),
     "cli/compare": ("compare",),
+    "cli/nearest": ("nearest",),
+    "cli/rank": ("rank",),
     "cli/auto": ("train",),
     "cli/log": ("train",),
     "cli/predict": ("predict",),

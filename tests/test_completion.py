@@ -22,8 +22,7 @@ def test_verbs_are_completed() -> None:
     assert complete("visgraft", "tr") == ["train"]
     assert set(complete("visgraft", "")) == {
         "bench", "check", "compare", "train", "eval", "report", "predict", "serve", "merge", "export", "import", "info",
-        "blend",
-        "push", "methods", "demo",
+        "blend", "nearest", "diff", "rank", "push", "methods", "demo",
     }  # fmt: skip
 
 

@@ -5,6 +5,9 @@
 from visgraft.adapters.blending import blend
 from visgraft.adapters.directory import Adapted, load, save
 from visgraft.adapters.publish import push
+from visgraft.algebra.diff import AdapterDiff, diff_adapters
+from visgraft.algebra.nearest import NearestAdapters, nearest_adapters
+from visgraft.algebra.truncation import Truncation, truncate_adapter
 from visgraft.backbones.creation import Backbone, create_backbone, model_data_config
 from visgraft.bank.bank import Bank, BankAnswer
 from visgraft.bank.opening import load_bank

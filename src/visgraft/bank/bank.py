@@ -257,6 +257,24 @@ class Bank:
                     found.setdefault(adapter, []).extend(of_adapter)
         return [[_answer(adapter, found[adapter][row]) for adapter in asked] for row in range(len(x))]
 
+    @contextlib.contextmanager
+    def lent(self, name: str | None) -> Iterator[nn.Module]:
+        """Lend the backbone with one adapter attached, as `load` makes it, for a look inside; None: without any.
+
+        Nobody else is lent the same modules meanwhile. Their tensors are the bank's, so they must not be changed, and
+        hooks that are put on them must be taken off again.
+
+        Raises:
+            VisgraftError: there is no adapter of this name.
+        """
+        if name is None:
+            yield self._ground.copy()
+            return
+        adapter = _named(self._adapters, name)
+        (flats,) = self._shelf.take([adapter.held])
+        with self._lent_uniform(adapter) as tree, tree.holding(adapter_tensors(adapter, flats)):
+            yield tree.model
+
     def check_images(self, images: Tensor) -> None:
         """Raise a DataError unless the backbone takes images of this shape [B, channels, height, width]."""
         self._check_shape(images)

@@ -29,10 +29,13 @@ from visgraft.cli.bench import build as build_bench
 from visgraft.cli.blend import blend
 from visgraft.cli.check import check
 from visgraft.cli.compare import compare
+from visgraft.cli.diff import diff
 from visgraft.cli.export import export
 from visgraft.cli.import_ import import_
+from visgraft.cli.nearest import nearest
 from visgraft.cli.predict import predict
 from visgraft.cli.push import push
+from visgraft.cli.rank import rank
 from visgraft.cli.report import report
 from visgraft.cli.serve import serve
 from visgraft.cli.streams import prepare_streams
@@ -232,6 +235,7 @@ def build(words: Sequence[str]) -> typer.Typer:
         "merge": merge,
         "export": _with_flags(export, words),
     }
+    verbs |= {"nearest": nearest, "diff": diff, "rank": rank}
     verbs |= {"blend": blend, "import": import_, "info": info, "push": push, "methods": methods}
     for name, verb in (verbs | {"demo": demo}).items():
         app.command(name)(verb)

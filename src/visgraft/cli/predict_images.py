@@ -93,6 +93,22 @@ class Work:
         return ((row.path, row.adapter or "") for row in self.table.rows())
 
 
+MOST_COMPARED = 256
+"""Pictures on which adapters are compared; beyond, they are taken evenly from all."""
+
+
+def spread_images(argument: str) -> list[str]:
+    """Return the paths of the images that an argument names, at most so many.
+
+    Raises:
+        DataError: it leads to no image.
+    """
+    paths = list(find_images([argument])[0])
+    if len(paths) <= MOST_COMPARED:
+        return paths
+    return [paths[i * len(paths) // MOST_COMPARED] for i in range(MOST_COMPARED)]
+
+
 def find_images(arguments: Sequence[str]) -> tuple[Iterator[str], int | None]:
     """Return the paths of images in the order of the arguments, and their number; None where standard input tells.
 

@@ -107,8 +107,8 @@ class Method(nn.Module):
     files or the command line. What follows from its options alone, such as whether it is affine, its config answers.
     Methods that only unfreeze existing parameters list them in `unfrozen` instead; `TokenMethod` is the base of those
     that insert tokens. Further abilities are protocols, met by defining their functions: `ReadsLayer`, `ActsByRows`,
-    `ChoosesChannels`, `MadeOfParts`. Every tensor that a method sees is [B, N, C], however the backbone lays its
-    features out.
+    `ChoosesChannels`, `MadeOfParts`, `HoldsLowRank`. Every tensor that a method sees is [B, N, C], however the backbone
+    lays its features out.
     """
 
     name: ClassVar[str]
@@ -248,3 +248,23 @@ class MadeOfParts(Protocol):
 
     def keep_parts(self, kept: Collection[int]) -> None:
         """Set the parameters in place so that all parts but those in `kept` add nothing."""
+
+
+@runtime_checkable
+class HoldsLowRank(Protocol):
+    """A method whose modules can be any map of a rank, so that a truncated map of another method's becomes one."""
+
+    @classmethod
+    def holding(cls, places: Collection[Place], rank: int, shifts: bool) -> MethodConfig | None:
+        """Return options with which modules of this rank stand at these places; None: the method has none.
+
+        `shifts`: the maps have a constant. A place that adds to a part of a given one's tensor stands for it there.
+        """
+        ...
+
+    def hold(self, down: Tensor, up: Tensor, shift: Tensor) -> None:
+        """Become x ↦ x D U + a in place: `down` D [reads_width, r], `up` U [r, adds_width], `shift` a [adds_width].
+
+        Where r is below the module's rank, the rest stays as it starts, adding nothing.
+        """
+        ...

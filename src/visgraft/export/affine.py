@@ -167,30 +167,42 @@ def _times(weight: Tensor, matrix: Tensor) -> Tensor:
     return product
 
 
+def folded_norm(factor: Tensor, shift: Tensor, affine: AffineMap) -> tuple[Tensor, Tensor]:
+    """Return a norm's factor [C] and shift [C], float64, with a map folded in that treats every channel apart."""
+    diagonal = affine.matrix if affine.matrix.ndim == 1 else affine.matrix.diagonal()
+    return factor * (1 + diagonal), shift * (1 + diagonal) + affine.shift
+
+
+def folded_linear(weight: Tensor, bias: Tensor, side: str, affine: AffineMap) -> tuple[Tensor, Tensor]:
+    """Return a linear layer's weight [out, in] and bias [out], float64, with a map folded in (see `FoldTarget`)."""
+    matrix, constant = affine
+    if side == "input":
+        return weight + _times(weight, matrix), bias + weight @ constant
+    if side == "output":
+        turned = matrix if matrix.ndim == 1 else matrix.T
+        return weight + _times(weight.T, turned).T, bias + _times(bias[None], turned)[0] + constant
+    return weight + (torch.diag(matrix) if matrix.ndim == 1 else matrix), bias + constant
+
+
 def _fold_norm(norm: Any, affine: AffineMap) -> None:
     """Scale and shift the norm's own factor and shift."""
     factor_name, shift_name = norm_parameters(norm)
     factor, shift = getattr(norm, factor_name), getattr(norm, shift_name, None)
-    diagonal = affine.matrix if affine.matrix.ndim == 1 else affine.matrix.diagonal()
-    scale = (1 + diagonal).to(factor.device)
-    factor.copy_((factor.double().flatten() * scale).view_as(factor))
+    old = factor.double().flatten()
+    moved = AffineMap(*(tensor.to(factor.device) for tensor in affine))
+    scaled, added = folded_norm(old, torch.zeros_like(old) if shift is None else shift.double().flatten(), moved)
+    factor.copy_(scaled.view_as(factor))
     if shift is not None:
-        shift.copy_((shift.double().flatten() * scale + affine.shift.to(shift.device)).view_as(shift))
+        shift.copy_(added.view_as(shift))
 
 
 def _fold_linear(model: nn.Module, layer: Any, neighbour: Neighbour, side: str, affine: AffineMap) -> None:
     """Multiply or add to the layer's weight (of a convolution: for each pixel of its kernel), and move the constant."""
     rows = slice(*neighbour.rows) if neighbour.rows else slice(None)
-    matrix, constant = (tensor.to(layer.weight.device) for tensor in affine)
+    moved = AffineMap(*(tensor.to(layer.weight.device) for tensor in affine))
     kernel = layer.weight.shape[1:]
-    weight, bias = layer.weight.detach().double().flatten(1)[rows], _read_bias(model, layer, neighbour)[rows]
-    if side == "input":
-        new_weight, new_bias = weight + _times(weight, matrix), bias + weight @ constant
-    elif side == "output":
-        turned = matrix if matrix.ndim == 1 else matrix.T
-        new_weight, new_bias = weight + _times(weight.T, turned).T, bias + _times(bias[None], turned)[0] + constant
-    else:
-        new_weight, new_bias = weight + (torch.diag(matrix) if matrix.ndim == 1 else matrix), bias + constant
+    weight, bias = layer.weight.detach().double().flatten(1)[rows], read_bias(model, layer, neighbour)[rows]
+    new_weight, new_bias = folded_linear(weight, bias, side, moved)
     if bool(new_bias[_homeless(model, neighbour).to(new_bias.device)].any()):
         raise MergeError(f"the adapter adds a constant where {neighbour.path} has no bias; keep the adapter attached")
     layer.weight[rows] = new_weight.unflatten(1, kernel).to(layer.weight.dtype)
@@ -202,7 +214,7 @@ def _fold_linear(model: nn.Module, layer: Any, neighbour: Neighbour, side: str, 
             home[low - first : high - first] = new_bias[low - start : high - start].to(home.dtype)
 
 
-def _read_bias(model: nn.Module, layer: Any, neighbour: Neighbour) -> Tensor:
+def read_bias(model: nn.Module, layer: Any, neighbour: Neighbour) -> Tensor:
     """Return the whole bias in float64, zero where there is none."""
     bias = torch.zeros(layer.weight.shape[0], dtype=torch.float64, device=layer.weight.device)
     for path, (start, stop) in _homes(model, neighbour):

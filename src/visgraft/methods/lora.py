@@ -1,7 +1,7 @@
 """LoRA (arXiv:2106.09685): a low-rank branch beside frozen projections."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -34,6 +34,14 @@ def places_of(targets: Sequence[str] | None) -> tuple[tuple[Place, ...], ...]:
     """Return the targets' places, then those inside windows; of None those of q and v, then of fc1 and fc2."""
     choices = (targets,) if targets else (("q", "v"), ("fc1", "fc2"))
     return tuple(places for some in choices for places in (_places(some, False), _places(some, True)))
+
+
+def _targets_of() -> dict[Place, tuple[str, ...]]:
+    """Return which targets stand for a place, inside windows or not; the fused projection is three of them."""
+    found = {
+        place: (target,) for target in PROJECTIONS for windows in (False, True) for place in _places([target], windows)
+    }
+    return found | {Place(reads, "attn.qkv"): ("q", "k", "v") for reads in ("attn.in", "qkv.in")}
 
 
 @dataclass(frozen=True)
@@ -83,3 +91,16 @@ class LoRA(Method):
         if self.training and self.dropout.p:
             return None  # it drops what the branch reads, not what it makes of it
         return LowRank(self.down, self.up, scale=self.scale)
+
+    @classmethod
+    def holding(cls, places: Collection[Place], rank: int, shifts: bool) -> LoRAConfig | None:
+        known = _targets_of()
+        if shifts or not places or not known.keys() >= set(places):
+            return None
+        wanted = {target for place in places for target in known[place]}
+        return LoRAConfig(rank=rank, targets=tuple(target for target in PROJECTIONS if target in wanted), scale=1.0)
+
+    def hold(self, down: Tensor, up: Tensor, shift: Tensor) -> None:
+        with torch.no_grad():
+            self.down[:, : len(up)] = down
+            self.up.zero_()[: len(up)] = up / self.scale

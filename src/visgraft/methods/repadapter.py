@@ -1,6 +1,6 @@
 """RepAdapter (arXiv:2302.08106): a linear bottleneck with a group-wise up-projection, made to be folded away."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -96,3 +96,19 @@ class RepAdapter(Method):
         same = torch.eye(groups, dtype=self.up.dtype, device=self.up.device).view(groups, 1, groups, 1)
         up = (self.up.unsqueeze(2) * same).reshape(groups * inner, groups * width)
         return LowRank(self.down, up, scale=self.scale, dropout=self.dropout.p if self.training else 0.0)
+
+    @classmethod
+    def holding(cls, places: Collection[Place], rank: int, shifts: bool) -> RepAdapterConfig | None:
+        """A single group is any map of the rank."""
+        own = Place.at(*SITES)
+        if not places or not set(own) >= set(places):
+            return None
+        names = tuple(place.reads for place in own if place in places)
+        return RepAdapterConfig(bottleneck=rank, groups=1, places=names, bias=shifts, scale=1.0)
+
+    def hold(self, down: Tensor, up: Tensor, shift: Tensor) -> None:
+        with torch.no_grad():
+            self.down[:, : len(up)] = down
+            self.up.zero_()[0, : len(up)] = up / self.scale
+            if self.up_bias is not None:
+                self.up_bias.copy_(shift / self.scale)

@@ -1,0 +1,254 @@
+"""Which of many adapters fits a few labelled images best? The one whose features a linear head tells them apart by."""
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from visgraft.adapters.directory import read_record
+from visgraft.adapters.hub import settled
+from visgraft.adapters.record import AdapterRecord
+from visgraft.algebra.features import pooled_features
+from visgraft.algebra.probing import ProbedFeatures, fold_count, probe_features
+from visgraft.bank.bank import Bank
+from visgraft.bank.opening import empty_bank, find_adapters
+from visgraft.data.dataset import Dataset, Split
+from visgraft.data.images import Images, Loading, load_images
+from visgraft.data.read import AnySource, read_data
+from visgraft.errors import AdapterError, DataError, VisgraftError
+from visgraft.measure.intervals import Difference, clusters, paired_difference, rate_interval
+
+_DEFAULT_LOADING = Loading()
+
+
+@dataclass(frozen=True)
+class FeatureScore:
+    """How well an adapter's features suit labelled images; those of the plain backbone have no `method`.
+
+    `score` is the cross-validated top-1 of a linear head on the features, `interval` its 95 % interval over the images,
+    `log_loss` that of its probabilities, by which equal scores are ordered. `gain` is the difference to the plain
+    backbone's features, `gain_half_width` half its 95 % interval. `own` is the top-1 of the adapter's own head, where
+    that was asked for and answers the same classes, and `own_interval` its interval. `learned`: the adapter was trained
+    on images of this very data set, which flatters it.
+    """
+
+    name: str
+    method: str | None
+    score: float
+    interval: tuple[float, float]
+    log_loss: float
+    gain: float | None = None
+    gain_half_width: float | None = None
+    own: float | None = None
+    own_interval: tuple[float, float] | None = None
+    learned: bool = False
+
+    @property
+    def clear(self) -> bool:
+        """Whether it is better than the plain backbone beyond chance."""
+        return self.gain is not None and Difference(self.gain, self.gain_half_width or 0.0).clear and self.gain > 0
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """An adapter that could not be looked at, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class NearestAdapters:
+    """The adapters by falling score; `plain` is the backbone alone, for each way in which images were prepared.
+
+    `images`, `classes` and `folds` are those of the cross-validation, `lead` the difference of the best adapter's score
+    to the second's. `left_out` lists those that could not be looked at.
+    """
+
+    data: str
+    backbone: str
+    images: int
+    classes: int
+    folds: int
+    plain: tuple[FeatureScore, ...]
+    adapters: tuple[FeatureScore, ...]
+    left_out: tuple[LeftOut, ...]
+    lead: Difference | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        lead = None if self.lead is None else self.lead._asdict()
+        return dataclasses.asdict(self) | {"lead": lead}
+
+
+class _Prepared(NamedTuple):
+    """Images as some adapters take them, and what the plain backbone's features of them are worth."""
+
+    images: Images
+    folds: int
+    plain: ProbedFeatures
+    first: str
+
+
+@settled()
+def nearest_adapters(
+    photos: AnySource,
+    among: str | Path,
+    *,
+    weights: str | None = None,
+    full: bool = False,
+    loading: Loading = _DEFAULT_LOADING,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> NearestAdapters:
+    """Order the adapters below a folder by how well a linear head on their features tells labelled images apart.
+
+    The images' classes need not be those of any adapter. The backbone is held once, with one adapter beside it.
+
+    Args:
+        photos: labelled images, as for training, with one class each; all parts are used.
+        among: a folder with adapters of one backbone at any depth. Those of another than most are left out.
+        weights: where the backbone's weights come from, in place of what the adapters say.
+        full: measure the adapters' own answers too, where their classes are the images'.
+        loading: how the images are read.
+        on_progress: called with the number of adapters done, and of all.
+
+    Raises:
+        AdapterError: no adapter can be looked at; the first reason is named.
+        DataError: the images cannot be used, or a class has one only.
+        WeightsError: the backbone's weights cannot be had.
+    """
+    dataset = read_data(photos, Split(0.0, 0.0))
+    if dataset.multi_label:
+        raise DataError(
+            f"{dataset.root} has several classes per image, but nearest compares by one; give one per image"
+        )
+    paths = find_adapters(among)
+    records, left = _readable(paths)
+    chosen = _commonest(records)
+    if chosen is None:
+        raise _nothing_left(among, left)
+    bank = empty_bank(paths[chosen], weights=weights)
+    prepared: dict[str, _Prepared] = {}
+    found: list[tuple[FeatureScore, np.ndarray]] = []
+    for number, (name, record) in enumerate(records.items()):
+        on_progress(number, len(records))
+        try:
+            _put(bank, name, paths[name], record, records[chosen])
+        except VisgraftError as error:
+            left.append(LeftOut(name, str(error)))
+            continue
+        ready = _prepare(prepared, bank, dataset, name, loading)
+        found.append(_score(bank, name, dataset, ready, full))
+        bank.remove(name)
+    on_progress(len(records), len(records))
+    if not found:
+        raise _nothing_left(among, left)
+    found.sort(key=lambda pair: (-round(pair[0].score, 9), pair[0].log_loss))  # equal but for the order of adding
+    images = next(iter(prepared.values())).images
+    lead = None
+    if len(found) > 1:
+        lead = paired_difference(found[0][1], found[1][1], clusters(images.groups, len(images)))
+    return NearestAdapters(
+        data=str(photos),
+        backbone=records[chosen].backbone.name,
+        images=len(images),
+        classes=len(dataset.classes),
+        folds=fold_count(images, dataset.classes),
+        plain=tuple(_plain_score(ready, len(prepared) > 1) for ready in prepared.values()),
+        adapters=tuple(score for score, _ in found),
+        left_out=tuple(sorted(left, key=lambda one: one.name)),
+        lead=lead,
+    )
+
+
+def _readable(paths: Mapping[str, Path]) -> tuple[dict[str, AdapterRecord], list[LeftOut]]:
+    """Return the records of the adapters that can be read, and those that cannot."""
+    records, left = dict[str, AdapterRecord](), list[LeftOut]()
+    for name, path in paths.items():
+        try:
+            records[name] = read_record(path)
+        except VisgraftError as error:
+            left.append(LeftOut(name, str(error)))
+    return records, left
+
+
+def _commonest(records: Mapping[str, AdapterRecord]) -> str | None:
+    """Return the first adapter of the backbone that most are of; None where there is none."""
+    # An adapter that trains tensors which somebody else unfroze has a digest without those.
+    kinds = {name: repr((one.backbone.name, one.digest, one.own)) for name, one in records.items()}
+    if not kinds:
+        return None
+    (most, _), *_ = Counter(kinds.values()).most_common(1)
+    return next(name for name, kind in kinds.items() if kind == most)
+
+
+def _put(bank: Bank, name: str, path: Path, record: AdapterRecord, chosen: AdapterRecord) -> None:
+    """Put an adapter into the bank.
+
+    Raises:
+        AdapterError: it is of another backbone, or damaged.
+    """
+    if record.backbone.name != chosen.backbone.name:
+        raise AdapterError(f"{path} is of {record.backbone.name}, but most are of {chosen.backbone.name}")
+    bank.add(name, path)
+
+
+def _nothing_left(among: str | Path, left: Sequence[LeftOut]) -> AdapterError:
+    more = f" ({len(left) - 1} more in {among} cannot be used either)" if len(left) > 1 else ""
+    return AdapterError(f"{among} holds no adapter that can be used: {left[0].reason}{more}")
+
+
+def _prepare(prepared: dict[str, _Prepared], bank: Bank, dataset: Dataset, name: str, loading: Loading) -> _Prepared:
+    """Return the images as an adapter's were prepared, with the worth of the plain backbone's features of them."""
+    record = bank.record(name)
+    background = loading.background or record.background or "white"
+    key = json.dumps([dict(record.data_config), background], sort_keys=True, default=list)
+    if key not in prepared:
+        images = load_images(
+            dataset.all,
+            record.data_config,
+            outputs=len(dataset.classes),
+            **vars(dataclasses.replace(loading, background=background)),
+        )
+        folds = fold_count(images, dataset.classes)
+        features, _ = pooled_features(bank, None, images, record.precision)
+        prepared[key] = _Prepared(images, folds, probe_features(features, images, folds), name)
+    return prepared[key]
+
+
+def _score(bank: Bank, name: str, dataset: Dataset, ready: _Prepared, full: bool) -> tuple[FeatureScore, np.ndarray]:
+    """Return an adapter's score, and which images its features were right on [N]."""
+    record, images = bank.record(name), ready.images
+    members = clusters(images.groups, len(images))
+    features, logits = pooled_features(bank, name, images, record.precision)
+    probed = probe_features(features, images, ready.folds)
+    gain = paired_difference(probed.right, ready.plain.right, members)
+    own: dict[str, Any] = {}
+    if full and not record.multi_label and set(record.classes) == set(dataset.classes):
+        numbers = np.array([dataset.classes.index(known) for known in record.classes])
+        right = (numbers[logits.argmax(-1).numpy()] == images.labels.numpy()).astype(np.float64)
+        own = {"own": float(right.mean()), "own_interval": rate_interval(right, members)}
+    score = FeatureScore(
+        name,
+        record.method.method,
+        float(probed.right.mean()),
+        rate_interval(probed.right, members),
+        probed.log_loss,
+        gain.mean,
+        gain.half_width,
+        learned=record.fingerprint == dataset.fingerprint,
+        **own,
+    )
+    return score, probed.right
+
+
+def _plain_score(ready: _Prepared, several: bool) -> FeatureScore:
+    probed, images = ready.plain, ready.images
+    name = f"plain backbone, images as for {ready.first}" if several else "plain backbone"
+    interval = rate_interval(probed.right, clusters(images.groups, len(images)))
+    return FeatureScore(name, None, float(probed.right.mean()), interval, probed.log_loss)
