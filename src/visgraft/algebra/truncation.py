@@ -226,7 +226,8 @@ def _replace(
     model: nn.Module, record: AdapterRecord, config: MethodConfig, maps: Mapping[Position, MapFactors], rank: int
 ) -> None:
     """Put the cut maps on a model in place of what is attached; the head and what else trains stay as they are."""
-    kept = {name: tensor for name, tensor in adapter_tensors(model).items() if not name.startswith(f"{CHILD}.")}
+    own = {name: t for name, t in adapter_tensors(model).items() if not name.startswith(f"{CHILD}.")}
+    kept = {name: tensor.clone() for name, tensor in own.items()}  # `detach` sets back what they are views of
     detach(model)
     with torch.random.fork_rng():
         torch.manual_seed(0)  # of what a map of a smaller rank leaves of a module as it starts

@@ -218,7 +218,9 @@ def read_bias(model: nn.Module, layer: Any, neighbour: Neighbour) -> Tensor:
     """Return the whole bias in float64, zero where there is none."""
     bias = torch.zeros(layer.weight.shape[0], dtype=torch.float64, device=layer.weight.device)
     for path, (start, stop) in _homes(model, neighbour):
-        bias[start:stop] = model.get_parameter(path).detach().double()
+        owner, _, name = path.rpartition(".")
+        home: Any = getattr(model.get_submodule(owner), name)  # in a bank it is a plain tensor
+        bias[start:stop] = home.detach().double()
     return bias
 
 
