@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from banks import TOLERANCE, answers, difference, held_to, trained
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from support import CONFIGS, enliven, family, fitted, images, logits
 from torch import Tensor
@@ -177,6 +178,37 @@ def test_the_last_used_adapters_stay_and_the_others_come_back(tmp_path: Path) ->
     assert list(folder.iterdir()) == [] and bank.memory()[1:] == (0, 0, 0)
     del bank
     assert not folder.exists()
+
+
+def test_an_opened_adapter_may_be_parked_before_it_is_held() -> None:
+    bank, models = Bank(family("plain"), capacity=1), {"0": trained("lora-0"), "1": trained("sct-0")}
+    bank.add("0", models["0"])
+    opened = bank.open("1", models["1"])
+    bank(images(1), [opened])
+    held_to(bank, models, images(1), ["0"])
+    assert opened.held.here is None, "it had to make room"
+    bank.put(opened)
+    held_to(bank, models, images(2), ["1", "0"])
+
+
+def test_where_nothing_can_be_parked_all_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    bank, models = (
+        Bank(family("plain"), capacity=1),
+        {str(number): trained("lora-0", seed=number) for number in range(3)},
+    )
+
+    def full(tensors: Any, file: Path) -> None:
+        file.write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.torch.save_file", full)
+        for name, model in models.items():
+            bank.add(name, model)
+        held_to(bank, models, images(3), ["0", "1", "2"])
+        assert bank.memory().parked == 0
+    held_to(bank, models, images(3), ["0", "1", "2"])
+    assert bank.memory().parked, "as soon as there is room again"
 
 
 def test_an_error_in_a_forward_leaves_the_bank_usable(monkeypatch: pytest.MonkeyPatch) -> None:

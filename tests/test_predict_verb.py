@@ -287,3 +287,39 @@ def test_what_does_not_go_with_a_table_is_refused(zoo: Path, pictures: list[Path
     assert "is not an adapter" in refused(table(tmp_path / "w.csv", "image,adapter", f"{pictures[0]},zoo"))
     (tmp_path / "bad.parquet").write_bytes(b"PAR1")
     assert "bad.parquet" in refused("--adapters", zoo, tmp_path / "bad.parquet")
+
+
+def test_parquet_files_whose_columns_are_no_text_or_damaged(
+    adapters: dict[str, Path], pictures: list[Path], tmp_path: Path
+) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    work, names = tmp_path / "work.parquet", pyarrow.array([str(picture) for picture in pictures[:2]])
+    for column in (names, names.cast(pyarrow.binary()), names.dictionary_encode()):
+        parquet.write_table(pyarrow.table({"image": column}), work)
+        assert [row["image"] for row in rows_of(adapters["linear"], work)] == names.to_pylist()
+    nested = pyarrow.array([{"bytes": b"\x89PNG\r\n", "path": "a.png"}])
+    parquet.write_table(pyarrow.table({"image": nested}), work)
+    assert "column image is of type struct<bytes: binary, path: string>, which is no text" in refused(
+        adapters["linear"], work
+    )
+    many = pyarrow.table({"image": [f"{number}.png" for number in range(5000)]})
+    parquet.write_table(many, work, use_dictionary=False, compression="snappy")
+    content = bytearray(work.read_bytes())
+    content[200:400] = b"\xff" * 200
+    work.write_bytes(content)
+    assert "work.parquet is no readable .parquet file (Corrupt" in refused(adapters["linear"], work)
+
+
+def test_a_table_that_is_read_is_not_written_over(
+    adapters: dict[str, Path], pictures: list[Path], tmp_path: Path
+) -> None:
+    work = tmp_path / "work.csv"
+    work.write_text(f"image,adapter\n{pictures[0]},{adapters['linear']}\n")
+    (tmp_path / "link.csv").symlink_to(work)
+    before = work.read_text()
+    for out in (work, tmp_path / "link.csv"):
+        assert "would be overwritten; give the answers another name" in refused(work, "--out", out)
+    assert work.read_text() == before
+    assert run(work, "--out", tmp_path / "answers.csv")[0] == 0

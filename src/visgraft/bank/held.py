@@ -1,5 +1,6 @@
 """The tensors of the adapters in a bank: beside the backbone, or parked until they are asked for."""
 
+import logging
 import tempfile
 import threading
 import weakref
@@ -17,6 +18,8 @@ from visgraft.backbones.creation import image_transform
 from visgraft.bank.configuration import Configuration
 from visgraft.bank.ground import HeadKind
 from visgraft.bank.layout import Flats
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +74,7 @@ class Shelf:
     def put(self, held: Held) -> None:
         """Take in the tensors of an adapter."""
         with self._lock:
+            self._brought(held)  # it may have answered before, and been parked since
             self._touch([held])
             self._make_room()
 
@@ -111,7 +115,11 @@ class Shelf:
     def _make_room(self) -> None:
         above = len(self._here) - self.capacity if self.capacity is not None else 0
         for held in [held for held in self._here if not held.pinned][: max(above, 0)]:
-            self._park(held)
+            try:
+                self._park(held)
+            except (OSError, safetensors.SafetensorError) as error:  # the latter is how a full disk is reported
+                LOG.warning("an adapter could not be parked (%s), so more than %s are held", error, self.capacity)
+                return
             del self._here[held]
 
     def _park(self, held: Held) -> None:
@@ -122,7 +130,7 @@ class Shelf:
             self._folder = self._folder or tempfile.TemporaryDirectory(prefix="visgraft-bank-")
             self._files += 1
             file = Path(self._folder.name) / f"{self._files}.safetensors"
+            weakref.finalize(held, file.unlink, missing_ok=True)
             safetensors.torch.save_file({str(number): t for number, t in enumerate(held.here)}, file)
             held.parked = file
-            weakref.finalize(held, file.unlink, missing_ok=True)
         held.here = None

@@ -67,7 +67,7 @@ def predict(
     options: Any = {"top": top, "threshold": threshold, "batch_size": batch_size, "background": background}
     options["on_broken"] = (lambda *why: broken.append(Skipped(*why))) if skip_broken else None
     options["on_progress"] = progress.show
-    table = None if out is None else choose_table(out)
+    table = None if out is None else choose_table(out, images)
     with settled():
         check_same_backbone(list(named.values()), prepared_alike=not work)
         bank = load_bank(named, weights=weights)

@@ -2,11 +2,12 @@
 
 import csv
 import io
+import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from pathlib import Path
@@ -61,15 +62,17 @@ def printed(adapters: int, json: bool, streamed: bool) -> Iterator[Write]:
 TableWriter = Callable[[Path, int], AbstractContextManager[Write]]
 
 
-def choose_table(out: Path) -> TableWriter:
-    """Return the writer of a table, by its extension.
+def choose_table(out: Path, read: Sequence[str] = ()) -> TableWriter:
+    """Return the writer of a table, by its extension; `read` are the files that name images.
 
     Raises:
-        VisgraftError: another extension, a folder, or .parquet without pyarrow.
+        VisgraftError: another extension, a folder, a file that is read, or .parquet without pyarrow.
     """
     tables: dict[str, TableWriter] = {".csv": _csv, ".parquet": _parquet}
     if out.suffix.lower() not in tables or out.is_dir():
         raise VisgraftError(f"--out is {out}, but must be a file that ends in .csv or .parquet")
+    if out.exists() and any(os.path.exists(path) and out.samefile(path) for path in read):
+        raise VisgraftError(f"--out is {out}, which is read and would be overwritten; give the answers another name")
     if out.suffix.lower() == ".parquet":
         try:
             import pyarrow.parquet  # noqa: F401

@@ -74,7 +74,7 @@ def serve(
         "max_body": int(max_body_mb * 2**20),
         "max_pixels": int(max_megapixels * 1_000_000),
         "tokens": tokens,
-        "hosts": LOCAL if _is_local(host) else (),
+        "hosts": (*LOCAL, host.lower()) if _is_local(host) else (),
         "threads": threads or _share(workers),
     }
     if store:

@@ -81,14 +81,33 @@ class ImageTable:
             next(lines)
             yield from ((f"{self.path}, line {line}", fields) for line, fields in lines)
             return
-        row, file = 0, self._parquet()
         chosen = sorted({self.images, self.images if self.adapters is None else self.adapters})
-        for batch in file.iter_batches(ROWS_AT_ONCE, columns=[file.schema_arrow.names[column] for column in chosen]):
-            for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-                row, fields = row + 1, [""] * self.width
-                for column, value in zip(chosen, values, strict=True):
-                    fields[column] = "" if value is None else str(value)
-                yield f"{self.path}, row {row}", fields
+        for row, values in enumerate(self._texts(chosen), 1):
+            fields = [""] * self.width
+            for column, value in zip(chosen, values, strict=True):
+                fields[column] = value or ""
+            yield f"{self.path}, row {row}", fields
+
+    def _texts(self, columns: list[int]) -> Iterator[tuple[str | None, ...]]:
+        """Yield the values of some columns of a .parquet file, row by row."""
+        file = self._parquet()
+        import pyarrow
+
+        names = [file.schema_arrow.names[column] for column in columns]
+        try:
+            for batch in file.iter_batches(ROWS_AT_ONCE, columns=names):
+                texts = []
+                for name, column in zip(names, batch.columns, strict=True):
+                    try:
+                        texts.append(column.cast(pyarrow.string()).to_pylist())
+                    except pyarrow.ArrowException as error:
+                        raise DataError(
+                            f"{self.path}, column {name} is of type {str(column.type)[:60]}, which is no text; "
+                            "write paths and names there"
+                        ) from error
+                yield from zip(*texts, strict=True)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise _unreadable(self.path, error) from error
 
     def _parquet(self) -> Any:
         try:
@@ -101,7 +120,12 @@ class ImageTable:
         try:
             return pyarrow.parquet.ParquetFile(self.path)
         except (OSError, pyarrow.ArrowException) as error:
-            raise DataError(f"{self.path} is no readable .parquet file ({str(error).splitlines()[0]})") from error
+            raise _unreadable(self.path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    reason = " ".join(str(error).split())[:200].rstrip(".")
+    return DataError(f"{path} is no readable .parquet file ({reason}); write it anew")
 
 
 def is_table(path: str) -> bool:

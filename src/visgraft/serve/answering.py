@@ -91,7 +91,7 @@ class Answerer:
         adapter, seconds = self.hosting.get(name), Seconds()
         with self.hosting.engine.admit(owner, len(images)) as ticket:
             waiting = [asyncio.wrap_future(ticket.put(image, adapter.adapter)) for image in images]
-            found = [_said("", adapter, await one, seconds) for one in waiting]
+            found = [_said("", adapter, one, seconds) for one in await asyncio.gather(*waiting)]
         return found, seconds
 
     async def _one(
@@ -110,7 +110,7 @@ class Answerer:
             asyncio.wrap_future(ticket.put(image, one.adapter)) for image, one in zip(images, adapters, strict=True)
         ]
         try:
-            answers = [await one for one in waiting]
+            answers = await asyncio.gather(*waiting)
         except VisgraftError as error:
             return [SaidOf(picture.name, None, error=str(error))]
         except Exception:  # whatever torch raises: of this picture alone, as the engine has found out

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator
 from importlib import resources
 from typing import Annotated, Any
@@ -14,19 +15,22 @@ from fastapi.responses import PlainTextResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException as BaseHTTPException
+from starlette.requests import ClientDisconnect
 
 from visgraft.errors import VisgraftError
 from visgraft.serve.answering import SentPicture
 from visgraft.serve.clients import add_clients
 from visgraft.serve.engine import QueueFullError
 from visgraft.serve.guard import Guard, said
-from visgraft.serve.hosting import NoAdapterError
+from visgraft.serve.hosting import NoAdapterError, StoreError
 from visgraft.serve.replies import AnswerList, AsciiJson, ErrorReply, answer_to
 from visgraft.serve.resources import add_adapters
 from visgraft.serve.server import Server
 from visgraft.serve.settings import ServeConfig
 from visgraft.version import __version__
 
+LOG = logging.getLogger(__name__)
+CLIENT_LEFT = 499  # as nginx logs it; nobody is there to read it
 PAGE = {"page.css": "text/css", **dict.fromkeys(("page.js", "asking.js", "showing.js"), "text/javascript")}
 PICTURES = {
     "requestBody": {
@@ -43,7 +47,7 @@ PICTURES = {
     }
 }
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorReply} for status in (400, 401, 404, 408, 413, 421, 422, 429, 503)
+    status: {"model": ErrorReply} for status in (400, 401, 404, 408, 413, 421, 422, 429, 503, 507)
 }
 
 
@@ -97,7 +101,14 @@ def _handle_errors(app: FastAPI) -> None:
     async def wrong(request: Request, error: VisgraftError) -> Response:
         if isinstance(error, QueueFullError):
             return said(429, str(error), {"retry-after": f"{error.seconds:.0f}"})
+        if isinstance(error, StoreError):
+            LOG.error("%s", error)
+            return said(507, "the server cannot use its store of adapters, so none has changed; its log says why")
         return said(404 if isinstance(error, NoAdapterError) else 422, str(error))
+
+    @app.exception_handler(ClientDisconnect)
+    async def left(request: Request, error: ClientDisconnect) -> Response:
+        return said(CLIENT_LEFT, "the client left before it had sent all")
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
@@ -128,7 +139,7 @@ def add_predict(app: FastAPI, server: Server) -> None:
 
 async def pictures_of(request: Request, most: int) -> list[SentPicture]:
     """Return the pictures in a request's body, a multipart form or one picture."""
-    if not request.headers.get("content-type", "").startswith("multipart/"):
+    if not request.headers.get("content-type", "").lower().startswith("multipart/"):
         content = await request.body()
         return [SentPicture("the picture", content)] if content else []
     async with request.form(max_files=most + 1, max_fields=100) as form:

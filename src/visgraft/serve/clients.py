@@ -3,9 +3,11 @@
 import base64
 import binascii
 import json
+import logging
 import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,11 +20,14 @@ from visgraft.serve.replies import AsciiJson, ClassScore, answer_to
 from visgraft.serve.server import Server
 from visgraft.version import __version__
 
+LOG = logging.getLogger(__name__)
 FUNCTIONS = {"softmax": torch.nn.functional.softmax, "sigmoid": lambda x, dim: x.sigmoid(), "none": lambda x, dim: x}
 JSON_LENGTH = "inference-header-content-length"
 IMAGE, PIXELS = "image", "pixels"
-PROBABILITIES, LOGITS, LABEL = "probabilities", "logits", "label"
+OUTPUTS = PROBABILITIES, LOGITS, LABEL = "probabilities", "logits", "label"
 LARGEST_SIDE = 4096
+MOST_SIDES, MOST_DIGITS = 8, 10
+"""Of a shape and of a length: a product of millions of sides, or a number of thousands of digits, takes minutes."""
 
 
 def add_clients(app: FastAPI, server: Server) -> None:
@@ -38,7 +43,7 @@ def _add_hugging_face(app: FastAPI, server: Server) -> None:
         """Answer as huggingface_hub's `InferenceClient(model=URL).image_classification` expects it."""
         content = await request.body()
         top, function = 5, None
-        if request.headers.get("content-type", "").startswith("application/json"):
+        if request.headers.get("content-type", "").lower().startswith("application/json"):
             content, top, function = _inputs(content)
         found, _ = await server.answer(request, [SentPicture("the picture", content)], [name])
         if found[0].adapter is None:
@@ -75,6 +80,9 @@ def _add_health(app: FastAPI, server: Server) -> None:
             await server.check()
         except VisgraftError as error:
             return AsciiJson({"ready": False, "error": str(error)}, 503)
+        except Exception:
+            LOG.exception("a seeded picture got no answer")
+            return AsciiJson({"ready": False, "error": "the model gives no answer; the server's log says why"}, 503)
         return AsciiJson({"ready": True})
 
     @app.get("/v2")
@@ -98,7 +106,8 @@ def _add_models(app: FastAPI, server: Server) -> None:
         tensors = _tensors(header, rest)
         (await server.current()).get(name)
         if set(tensors) == {IMAGE}:
-            pictures = [SentPicture(f"picture {n}", one) for n, one in enumerate(_pictures(tensors[IMAGE]), 1)]
+            sent = _pictures(tensors[IMAGE], server.config.max_images)
+            pictures = [SentPicture(f"picture {n}", one) for n, one in enumerate(sent, 1)]
             found, _ = await server.answer(request, pictures, [name])
             broken = [one.error for one in found if one.adapter is None]
             if broken:
@@ -142,7 +151,7 @@ class InputTensor(NamedTuple):
 
 def _split(body: bytes, length: str | None) -> tuple[dict[str, Any], bytes]:
     """Return the JSON at the head of a body, and the binary data behind it."""
-    if length is not None and (not length.isdecimal() or int(length) > len(body)):
+    if length is not None and (not length.isdecimal() or len(length) > MOST_DIGITS or int(length) > len(body)):
         raise HTTPException(400, f"{JSON_LENGTH} is {length!r:.20}, but the body has {len(body)} bytes")
     end = len(body) if length is None else int(length)
     return _object(body[:end]), body[end:]
@@ -166,8 +175,12 @@ def _tensors(header: Mapping[str, Any], rest: bytes) -> dict[str, InputTensor]:
     for one in inputs:
         name, kind, shape = one.get("name"), one.get("datatype"), one.get("shape")
         whole = isinstance(shape, list) and all(type(side) is int and 0 <= side <= 2**31 for side in shape)
-        if not (isinstance(name, str) and isinstance(kind, str) and whole and shape):
-            raise HTTPException(422, "every input needs a name, a datatype and a shape of whole numbers")
+        if not (isinstance(name, str) and isinstance(kind, str) and whole and 0 < len(shape) <= MOST_SIDES):
+            raise HTTPException(
+                422, f"every input needs a name, a datatype and a shape of 1 to {MOST_SIDES} whole numbers"
+            )
+        if name in found:
+            raise HTTPException(422, f"there are two inputs {name!r:.40}; put their images into one")
         options = one.get("parameters") or {}
         size = options.get("binary_data_size") if isinstance(options, dict) else None
         if size is None:
@@ -179,18 +192,21 @@ def _tensors(header: Mapping[str, Any], rest: bytes) -> dict[str, InputTensor]:
     return found
 
 
-def _pictures(tensor: InputTensor) -> list[bytes]:
-    """Return encoded pictures: base64 in JSON, else each behind its length."""
+def _pictures(tensor: InputTensor, most: int) -> list[bytes]:
+    """Return encoded pictures, as many as the shape says: base64 in JSON, else each behind its length."""
+    count = math.prod(tensor.shape)
+    if count > most:
+        raise HTTPException(413, f"{count} pictures are more than the {most} of one request")
     if tensor.kind != "BYTES":
         raise HTTPException(422, f"input {IMAGE} must be of datatype BYTES")
     if isinstance(tensor.data, bytes):
-        found = list(_behind_lengths(tensor.data))
+        found = list(islice(_behind_lengths(tensor.data), count + 1))
     else:
         values = tensor.data if isinstance(tensor.data, list) else []
-        values = [one for value in values for one in (value if isinstance(value, list) else [value])]
-        found = [_from_base64(value, IMAGE) for value in values]
-    if math.prod(tensor.shape) != len(found):
-        raise HTTPException(422, f"input {IMAGE} has {len(found)} pictures, but the shape {tensor.shape}")
+        flat = (one for value in values for one in (value if isinstance(value, list) else [value]))
+        found = [_from_base64(value, IMAGE) for value in islice(flat, count + 1)]
+    if len(found) != count:
+        raise HTTPException(422, f"input {IMAGE} does not hold the {count} pictures of its shape")
     return found
 
 
@@ -220,7 +236,7 @@ def _pixels(tensor: InputTensor) -> torch.Tensor:
         else:
             values = np.asarray(tensor.data, np.float32)
         x = torch.from_numpy(values.reshape(tensor.shape))
-    except (TypeError, ValueError, RecursionError):
+    except (TypeError, ValueError, OverflowError, RecursionError):
         raise HTTPException(422, f"input {PIXELS} does not hold {math.prod(tensor.shape)} numbers") from None
     if not bool(x.isfinite().all()):
         raise HTTPException(422, f"input {PIXELS} holds numbers that are not finite")
@@ -234,8 +250,12 @@ def _reply(name: str, header: Mapping[str, Any], found: Sequence[SaidOf]) -> Res
     outputs = header.get("outputs") or [{"name": PROBABILITIES}, {"name": LABEL}]
     told: list[dict[str, Any]] = []
     behind = []
-    if not isinstance(outputs, list) or not all(isinstance(one, dict) for one in outputs):
-        raise HTTPException(422, "outputs must be a list of objects with a name")
+    if (
+        not isinstance(outputs, list)
+        or len(outputs) > len(OUTPUTS)
+        or not all(isinstance(one, dict) for one in outputs)
+    ):
+        raise HTTPException(422, f"outputs must be a list of at most {len(OUTPUTS)} objects with a name")
     for output in outputs:
         own = output.get("parameters") if isinstance(output.get("parameters"), dict) else {}
         kind, shape, values = _output(output.get("name"), (own or {}).get("classification", 0), found)
@@ -260,8 +280,8 @@ def _reply(name: str, header: Mapping[str, Any], found: Sequence[SaidOf]) -> Res
 
 def _output(name: Any, most: Any, found: Sequence[SaidOf]) -> tuple[str, list[int], list[Any]]:
     """Return datatype, shape and values of an output; `most` asks for its highest values with their classes."""
-    if name not in (PROBABILITIES, LOGITS, LABEL):
-        raise HTTPException(422, f"output {name!r:.40} is none of {PROBABILITIES}, {LOGITS}, {LABEL}")
+    if name not in OUTPUTS:
+        raise HTTPException(422, f"output {name!r:.40} is none of {', '.join(OUTPUTS)}")
     if name == LABEL:
         return "BYTES", [len(found)], [(answer_to(one, 1).classes or [])[0].label for one in found]
     rows = torch.stack([one.logits if name == LOGITS else one.probabilities for one in found])

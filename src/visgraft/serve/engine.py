@@ -13,7 +13,7 @@ from torch import Tensor
 
 from visgraft.bank.bank import Bank
 from visgraft.bank.held import BankAdapter
-from visgraft.errors import VisgraftError
+from visgraft.errors import DataError, VisgraftError
 
 RECENT = 32
 """Batches over which the time of an image is averaged, to say when it is worth to come again."""
@@ -216,6 +216,11 @@ class Engine:
             logits = [answer.logits.float().cpu() for answer in found]
         seconds = time.perf_counter() - begin
         for item, one in zip(batch, logits, strict=True):
+            if not bool(one.isfinite().all()):
+                item.future.set_exception(
+                    DataError("the model's answer is not finite; send smaller numbers, or a picture")
+                )
+                continue
             answered = Answered(one.clone(), begin - item.since, seconds, len(batch))
             if self._observe is not None:
                 self._observe(answered, item.adapter)

@@ -74,7 +74,7 @@ class Guard:
         """Return what is answered to a request that may not be asked; note whose it is."""
         host = headers.get(b"host", b"").decode("latin-1")
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-        if self.config.hosts and name.strip("[]") not in self.config.hosts:
+        if self.config.hosts and name.strip("[]").lower() not in self.config.hosts:
             return said(421, "this server is not called so; ask it by the name or address it was started with")
         facts["owner"] = (scope.get("client") or ("",))[0]
         path = scope["path"]

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import safetensors
 from PIL import Image
+from torch import Tensor
 
 from visgraft.adapters.canary import canary_pixels, compare_canary, normalised
 from visgraft.adapters.directory import read_record
@@ -36,6 +37,10 @@ _HOST = "server"
 
 class NoAdapterError(VisgraftError):
     """There is no adapter of a name."""
+
+
+class StoreError(VisgraftError):
+    """The store cannot be read or written; the message names files, and so is for the log alone."""
 
 
 class HostedAdapter(NamedTuple):
@@ -88,12 +93,22 @@ class Hosting:
     def refresh(self, *, strict: bool = False) -> None:
         """Follow the state file; an adapter that cannot be loaded is left out, or as it was, and logged.
 
+        Where the file itself cannot be read, all stay as they were.
+
         Raises:
             AdapterError: with `strict`, one cannot be loaded.
+            StoreError: with `strict`, the file cannot be read.
         """
         with self._loading:
             mark = _mark(self.store / STATE)
-            wanted = read_state(self.store)
+            try:
+                wanted = read_state(self.store)
+            except StoreError as error:
+                if strict:
+                    raise
+                LOG.error("%s; the adapters stay as they were", error)
+                self._seen = mark
+                return
             for name, facts in wanted.items():
                 if name in self._hosted and self._hosted[name].digest == facts["digest"]:
                     continue
@@ -107,7 +122,7 @@ class Hosting:
                 self._let_go(name)
             self._seen = mark
 
-    def put(self, name: str, path: Path | str, *, keep: bool = False) -> bool:
+    def put(self, name: str, path: Path | str, *, keep: bool = False) -> tuple[HostedAdapter, bool]:
         """Load an adapter, check it with its seeded picture, and answer with it under a name from now on.
 
         Args:
@@ -116,14 +131,15 @@ class Hosting:
             keep: copy it into the store first, for the folder will not stay.
 
         Returns:
-            Whether there was another of this name.
+            The adapter, and whether there was another of this name.
 
         Raises:
             AdapterError: it is damaged or of another backbone; nothing has changed then.
             VisgraftError: it cannot be called so.
+            StoreError: the store cannot be written; nothing has changed then.
         """
         check_name(name)
-        with self._loading, settled(), one_at_a_time(self.store):
+        with self._loading, settled(), self._alone():
             self.refresh()
             digest = digest_of(path)
             made = self._opened(name, path, digest)
@@ -131,19 +147,23 @@ class Hosting:
             before = name in self._hosted
             facts = {"path": str(place), "digest": digest}
             write_json(self.store / STATE, read_state(self.store) | {name: facts})
-            self._answer_with(made, digest)
+            hosted = self._answer_with(made, digest)
             self._seen = _mark(self.store / STATE)
-        return before
+        return hosted, before
 
     def remove(self, name: str) -> None:
         """Answer with an adapter no more.
 
         Raises:
             NoAdapterError: there is none of this name.
+            VisgraftError: it is the last one.
+            StoreError: the store cannot be written; nothing has changed then.
         """
-        with self._loading, one_at_a_time(self.store):
+        with self._loading, self._alone():
             self.refresh()
             self.get(name)
+            if len(self._hosted) == 1:
+                raise VisgraftError("the last adapter cannot be removed; add another first")
             left = {other: facts for other, facts in read_state(self.store).items() if other != name}
             write_json(self.store / STATE, left)
             self._let_go(name)
@@ -158,29 +178,50 @@ class Hosting:
         """
         if not self.engine.alive:
             raise VisgraftError("the model's thread has ended; start the server anew")
-        for name in list(self._hosted)[:1]:
-            hosted = self._hosted[name]
+        for name, hosted in list(self._hosted.items())[:1]:
             pixels = canary_pixels(hosted.record.data_config["input_size"])
             if len(pixels) == 3:
-                picture = self.bank.prepare(Image.fromarray(pixels.permute(1, 2, 0).numpy()), name)
-                with self.engine.admit(_HOST, 1) as ticket:
-                    ticket.put(picture, hosted.adapter).result(CANARY_SECONDS)
+                picture = hosted.adapter.transform(Image.fromarray(pixels.permute(1, 2, 0).numpy()))
+                self._logits(picture, hosted.adapter)
             self._check_canary(hosted.adapter, name)
 
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let no other process change the store meanwhile."""
+        try:
+            with one_at_a_time(self.store):
+                read_state(self.store)
+                yield
+        except OSError as error:
+            raise StoreError(
+                f"{self.store} cannot be written ({error}); repair it, or start the server anew"
+            ) from error
+
     def _opened(self, name: str, path: str | Path, digest: str) -> BankAdapter:
-        if digest_of(path) != digest:
-            raise AdapterError(f"{path} has changed since it was added; add it again")
         made = self.bank.open(name, path)
+        if digest_of(path) != digest:  # after it was read, so that the digest is that of what was read
+            raise AdapterError(f"{path} has changed since it was added; add it again")
         self._check_canary(made, path)
         return made
 
-    def _answer_with(self, made: BankAdapter, digest: str) -> None:
+    def _answer_with(self, made: BankAdapter, digest: str) -> HostedAdapter:
         self.bank.put(made, replace=True, pinned=made.name in self.pinned)
-        self._hosted = {**self._hosted, made.name: HostedAdapter(made, digest)}
+        hosted = HostedAdapter(made, digest)
+        self._hosted = {**self._hosted, made.name: hosted}
+        return hosted
 
     def _let_go(self, name: str) -> None:
         self._hosted = {other: hosted for other, hosted in self._hosted.items() if other != name}
         self.bank.remove(name)
+
+    def _logits(self, x: Tensor, adapter: BankAdapter) -> Tensor:
+        with self.engine.admit(_HOST, 1) as ticket:
+            try:
+                return ticket.put(x, adapter).result(CANARY_SECONDS).logits
+            except TimeoutError as error:
+                raise VisgraftError(
+                    f"the model gave no answer within {CANARY_SECONDS:.0f} s; try again later"
+                ) from error
 
     def _check_canary(self, adapter: BankAdapter, path: str | Path) -> None:
         """Let the adapter answer its seeded picture beside whatever else is being answered."""
@@ -188,9 +229,7 @@ class Hosting:
         if record.canary is None:
             return
         x = normalised(canary_pixels(record.data_config["input_size"])[None], record.data_config)[0]
-        with self.engine.admit(_HOST, 1) as ticket:
-            logits = ticket.put(x, adapter).result(CANARY_SECONDS).logits
-        found, allowed = compare_canary(logits, record.canary, PRECISIONS[adapter.precision])
+        found, allowed = compare_canary(self._logits(x, adapter), record.canary, PRECISIONS[adapter.precision])
         if not found <= allowed:
             raise AdapterError(
                 f"{path} answers a seeded picture otherwise than when it was saved: a logit differs by {found:.2g}, "
@@ -230,23 +269,33 @@ def digest_of(path: str | Path) -> str:
 
 
 def write_state(store: Path, adapters: Mapping[str, str | Path]) -> None:
-    """Write which adapters there are, by name, into a new store.
+    """Write which adapters there are, by name, into a store; what was uploaded to it earlier stays under its name.
 
     Raises:
         AdapterError: one is damaged.
+        StoreError: the store cannot be read or written.
     """
-    store.mkdir(parents=True, exist_ok=True)
     facts = {name: {"path": _absolute(path), "digest": digest_of(path)} for name, path in adapters.items()}
-    write_json(store / STATE, facts)
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        before = read_state(store) if (store / STATE).exists() else {}
+        kept = {name: one for name, one in before.items() if Path(one["path"]).parent == store / UPLOADS}
+        write_json(store / STATE, facts | kept)
+    except OSError as error:
+        raise StoreError(f"{store} cannot be written ({error.strerror}); choose another --store") from error
 
 
 def read_state(store: Path) -> dict[str, dict[str, str]]:
-    """Return path and digest of the adapters in a store, by name."""
+    """Return path and digest of the adapters in a store, by name.
+
+    Raises:
+        StoreError: they cannot be read.
+    """
     try:
-        found: dict[str, dict[str, str]] = json.loads((store / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise VisgraftError(f"{store / STATE} cannot be read ({error}); start the server anew") from error
-    return found
+        found = json.loads((store / STATE).read_text(encoding="utf-8"))
+        return {name: {"path": facts["path"], "digest": facts["digest"]} for name, facts in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"{store / STATE} cannot be read ({error}); start the server anew") from error
 
 
 @contextlib.contextmanager
@@ -254,8 +303,11 @@ def uploaded(config: bytes, tensors: Iterator[bytes] | bytes) -> Iterator[Path]:
     """Yield a folder with an adapter that somebody sent, which goes again afterwards."""
     with tempfile.TemporaryDirectory(prefix="visgraft-upload-") as folder:
         path = Path(folder)
-        (path / CONFIG).write_bytes(config)
-        (path / TENSORS).write_bytes(tensors if isinstance(tensors, bytes) else b"".join(tensors))
+        try:
+            (path / CONFIG).write_bytes(config)
+            (path / TENSORS).write_bytes(tensors if isinstance(tensors, bytes) else b"".join(tensors))
+        except OSError as error:
+            raise StoreError(f"{folder} cannot be written ({error}); make room there") from error
         try:
             with safetensors.safe_open(path / TENSORS, "pt"):
                 pass

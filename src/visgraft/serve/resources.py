@@ -7,10 +7,12 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from starlette.datastructures import UploadFile
 
 from visgraft.errors import VisgraftError
-from visgraft.serve.hosting import inside, uploaded
+from visgraft.serve.engine import QueueFullError
+from visgraft.serve.hosting import HostedAdapter, StoreError, inside, uploaded
 from visgraft.serve.replies import Adapters, OneAdapter, one_adapter
 from visgraft.serve.server import Server
 
+Put = tuple[HostedAdapter, bool]
 MOST_CONFIG = 2**20  # bytes of an adapter_config.json
 BINARY = {"type": "string", "format": "binary"}
 ADAPTER = {
@@ -36,8 +38,8 @@ def add_adapters(app: FastAPI, server: Server) -> None:
     """Add the routes."""
     config = server.config
 
-    def about(name: str) -> OneAdapter:
-        return one_adapter(name, server.hosting.get(name), name in config.pinned)
+    def about(name: str, hosted: HostedAdapter) -> OneAdapter:
+        return one_adapter(name, hosted, name in config.pinned)
 
     @app.get("/adapters", response_model=Adapters)
     async def adapters() -> Any:
@@ -45,31 +47,28 @@ def add_adapters(app: FastAPI, server: Server) -> None:
         hosted = (await server.current()).adapters
         limits = {"body_bytes": config.max_body, "pixels": config.max_pixels, "images": config.max_images, "top": 1000}
         backbone = next(iter(hosted.values())).record.backbone.name if hosted else None
-        return {"backbone": backbone, "limits": limits, "adapters": [about(name) for name in hosted]}
+        return {"backbone": backbone, "limits": limits, "adapters": [about(*one) for one in hosted.items()]}
 
     @app.get("/adapters/{name:path}", response_model=OneAdapter)
     async def adapter(name: str) -> Any:
         """Tell of one adapter."""
-        await server.current()
-        return about(name)
+        return about(name, (await server.current()).get(name))
 
     @app.put("/adapters/{name:path}", response_model=OneAdapter, status_code=201, openapi_extra=ADAPTER)
     async def put(name: str, request: Request, response: Response) -> Any:
         """Add an adapter, or put it in place of another: its two files, or a path below the server's folder."""
-        form = request.headers.get("content-type", "").startswith("multipart/")
-        before = await (_put_files if form else _put_path)(server, name, request)
+        form = request.headers.get("content-type", "").lower().startswith("multipart/")
+        hosted, before = await (_put_files if form else _put_path)(server, name, request)
         response.status_code = 200 if before else 201
-        return about(name)
+        return about(name, hosted)
 
     @app.delete("/adapters/{name:path}", status_code=204)
     async def delete(name: str) -> None:
         """Answer with an adapter no more."""
-        if len((await server.current()).adapters) == 1 and name in server.hosting.adapters:
-            raise HTTPException(422, "the last adapter cannot be removed; add another first")
         await server.load(lambda: server.hosting.remove(name))
 
 
-async def _put_path(server: Server, name: str, request: Request) -> bool:
+async def _put_path(server: Server, name: str, request: Request) -> Put:
     try:
         path = (await request.json())["path"]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -77,10 +76,10 @@ async def _put_path(server: Server, name: str, request: Request) -> bool:
     if server.config.adapters is None or not isinstance(path, str):
         raise HTTPException(422, "path must be a text, and the server started with --adapters; or send the files")
     place = inside(server.config.adapters, path)
-    return bool(await server.load(lambda: _loaded(server, name, place, path, False)))
+    return await server.load(lambda: _loaded(server, name, place, path, False))
 
 
-async def _put_files(server: Server, name: str, request: Request) -> bool:
+async def _put_files(server: Server, name: str, request: Request) -> Put:
     async with request.form(max_files=2, max_fields=2) as form:
         files = [file for file in (form.get(part) for part in ("config", "tensors")) if isinstance(file, UploadFile)]
         if len(files) != 2:
@@ -90,16 +89,18 @@ async def _put_files(server: Server, name: str, request: Request) -> bool:
     if len(facts) > MOST_CONFIG:
         raise HTTPException(413, f"config is larger than {MOST_CONFIG:,} bytes, so it is no adapter_config.json")
 
-    def load() -> bool:
+    def load() -> Put:
         with uploaded(facts, tensors) as folder:
             return _loaded(server, name, folder, "the adapter that was sent", True)
 
-    return bool(await server.load(load))
+    return await server.load(load)
 
 
-def _loaded(server: Server, name: str, place: Path, called: str, keep: bool) -> bool:
+def _loaded(server: Server, name: str, place: Path, called: str, keep: bool) -> Put:
     """Load an adapter; what is wrong with it is told without the place where it lies here."""
     try:
         return server.hosting.put(name, place, keep=keep)
+    except (StoreError, QueueFullError):
+        raise
     except VisgraftError as error:
         raise VisgraftError(str(error).replace(f"{place}/", "").replace(str(place), called)) from error

@@ -75,6 +75,10 @@ class Server:
             names = list(hosting.adapters)
         if not pictures:
             raise HTTPException(400, "no picture was sent; send parts of a form: curl -F image=@photo.jpg")
+        if len(names) > self.config.max_queue:
+            raise HTTPException(
+                413, f"{len(names)} adapters are more than one request may ask; name at most {self.config.max_queue}"
+            )
         if len(pictures) > self.config.max_images or len(pictures) * len(names) > self.config.max_queue:
             raise HTTPException(
                 413,
