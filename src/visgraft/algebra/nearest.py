@@ -122,11 +122,7 @@ def nearest_adapters(
         DataError: the images cannot be used, or a class has one only.
         WeightsError: the backbone's weights cannot be had.
     """
-    dataset = read_data(photos, Split(0.0, 0.0))
-    if dataset.multi_label:
-        raise DataError(
-            f"{dataset.root} has several classes per image, but nearest compares by one; give one per image"
-        )
+    dataset = _read_single(photos)
     paths = find_adapters(among)
     records, left = _readable(paths)
     chosen = _commonest(records)
@@ -145,14 +141,10 @@ def nearest_adapters(
         ready = _prepare(prepared, bank, dataset, name, loading)
         found.append(_score(bank, name, dataset, ready, full))
         bank.remove(name)
-    on_progress(len(records), len(records))
     if not found:
         raise _nothing_left(among, left)
     found.sort(key=lambda pair: (-round(pair[0].score, 9), pair[0].log_loss))  # equal but for the order of adding
     images = next(iter(prepared.values())).images
-    lead = None
-    if len(found) > 1:
-        lead = paired_difference(found[0][1], found[1][1], clusters(images.groups, len(images)))
     return NearestAdapters(
         data=str(photos),
         backbone=records[chosen].backbone.name,
@@ -162,8 +154,25 @@ def nearest_adapters(
         plain=tuple(_plain_score(ready, len(prepared) > 1) for ready in prepared.values()),
         adapters=tuple(score for score, _ in found),
         left_out=tuple(sorted(left, key=lambda one: one.name)),
-        lead=lead,
+        lead=_lead([right for _, right in found], images),
     )
+
+
+def _read_single(photos: AnySource) -> Dataset:
+    """Return labelled images, undivided, each of one class."""
+    dataset = read_data(photos, Split(0.0, 0.0))
+    if dataset.multi_label:
+        raise DataError(
+            f"{dataset.root} has several classes per image, but nearest compares by one; give one per image"
+        )
+    return dataset
+
+
+def _lead(rights: Sequence[np.ndarray], images: Images) -> Difference | None:
+    """Return by how much the first adapter's features are right more often than the second's; None of one alone."""
+    if len(rights) < 2:
+        return None
+    return paired_difference(rights[0], rights[1], clusters(images.groups, len(images)))
 
 
 def _readable(paths: Mapping[str, Path]) -> tuple[dict[str, AdapterRecord], list[LeftOut]]:
