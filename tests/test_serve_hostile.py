@@ -4,6 +4,7 @@
 
 import base64
 import json
+import os
 import shutil
 import socket
 import struct
@@ -20,8 +21,10 @@ from serving import Running, running, scores
 
 import visgraft
 from visgraft.adapters.directory import CONFIG, TENSORS
-from visgraft.errors import VisgraftError
-from visgraft.serve.hosting import STATE
+from visgraft.errors import AdapterError, VisgraftError
+from visgraft.serve.application import make_app
+from visgraft.serve.hosting import STATE, write_state
+from visgraft.serve.settings import ServeConfig
 
 
 @pytest.fixture(scope="module")
@@ -217,3 +220,46 @@ def test_an_adapter_that_changes_while_it_is_read(
         status, found, _ = served.ask("PUT", "/adapters/new", json.dumps({"path": "sct"}))
         assert status == 422 and "has changed" in found["error"] and str(tmp_path) not in found["error"]
         assert served.ask("PUT", "/adapters/new", json.dumps({"path": "sct"}))[0] == 201
+
+
+def test_another_process_starts_without_what_can_no_longer_be_read(
+    adapters: dict[str, Path], pictures: list[Path], tmp_path: Path
+) -> None:
+    for name in ("sct", "lora", "full"):
+        shutil.copytree(adapters[name], tmp_path / "zoo" / name)
+    zoo = {name: tmp_path / "zoo" / name for name in ("sct", "lora", "full")}
+    write_state(tmp_path / "store", zoo)
+    config = ServeConfig(str(tmp_path / "store"))
+    shutil.rmtree(zoo["sct"])
+    (zoo["lora"] / CONFIG).write_text((zoo["lora"] / CONFIG).read_text() + " ")
+    with pytest.raises(AdapterError):
+        make_app(config)
+    server = make_app(config, strict=False).state.server
+    assert list(server.hosting.adapters) == ["full"]
+    server.close()
+    shutil.rmtree(zoo["full"])
+    with pytest.raises(VisgraftError, match="none of the adapters"):
+        make_app(config, strict=False)
+
+
+def test_a_full_disk_while_pictures_arrive(
+    served: Running, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("starlette.datastructures.UploadFile.write", full)
+        status, found, _ = served.send("/predict?adapter=sct", pictures[0])
+        assert status == 507 and "no room" in found["error"]
+    assert served.send("/predict?adapter=sct", pictures[0])[0] == 200
+
+
+def test_no_program_is_run_for_a_picture(served: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\nshowpage\n%%EOF\n"
+    status, found, _ = served.send("/predict?adapter=sct", ("x.eps", eps))
+    assert status == 422 and "not a readable image" in found["error"]
+    assert not (tmp_path / "ran").exists()

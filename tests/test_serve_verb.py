@@ -86,6 +86,22 @@ def test_names_are_those_of_folders(adapters: dict[str, Path], monkeypatch: pyte
 
 
 @pytest.mark.long
+def test_a_server_that_is_told_to_end_has_not_failed(adapters: dict[str, Path], tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "visgraft", "serve", str(adapters["sct"]), "--port", "0", "--host", "127.0.0.2"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True)
+    assert process.stdout is not None
+    port, until = int(re.findall(r":(\d+),", process.stdout.readline())[0]), time.monotonic() + 120
+    while "Application startup complete" not in (tmp_path / "log").read_text():
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.2)
+    assert urlopen(f"http://127.0.0.2:{port}/v2/health/ready").status == 200
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    assert "interrupted" not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.long
 def test_a_process_that_dies_is_started_again_with_the_adapters_as_they_are(
     adapters: dict[str, Path], pictures: list[Path], tmp_path: Path
 ) -> None:
@@ -130,5 +146,5 @@ def test_a_process_that_dies_is_started_again_with_the_adapters_as_they_are(
         assert answered
     finally:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) is not None
+        assert process.wait(60) == 0
     assert "Traceback" not in (tmp_path / "log").read_text()

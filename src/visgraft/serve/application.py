@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import logging
 from collections.abc import AsyncIterator
 from importlib import resources
@@ -13,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import PlainTextResponse
 from fastapi.staticfiles import StaticFiles
+from PIL import EpsImagePlugin
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException as BaseHTTPException
 from starlette.requests import ClientDisconnect
@@ -51,14 +53,17 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def make_app(config: ServeConfig) -> FastAPI:
+def make_app(config: ServeConfig, *, strict: bool = True) -> FastAPI:
     """Return the application; the backbone and all adapters are loaded when it returns.
 
     Raises:
-        VisgraftError: one cannot be loaded.
+        VisgraftError: one cannot be loaded; or, without `strict`, none.
     """
+    EpsImagePlugin.gs_binary = False  # Pillow would hand the programs that such pictures are to Ghostscript
     server = Server(config)
-    server.hosting.refresh(strict=True)
+    server.hosting.refresh(strict=strict)
+    if not server.hosting.adapters:
+        raise VisgraftError(f"none of the adapters in {config.store} can be loaded; start the server anew")
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -109,6 +114,13 @@ def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(ClientDisconnect)
     async def left(request: Request, error: ClientDisconnect) -> Response:
         return said(CLIENT_LEFT, "the client left before it had sent all")
+
+    @app.exception_handler(OSError)
+    async def full(request: Request, error: OSError) -> Response:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise error
+        LOG.error("%s; make room for what is sent", error)
+        return said(507, "the server has no room for what was sent; send it in smaller parts, or later")
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:

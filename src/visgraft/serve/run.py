@@ -1,6 +1,7 @@
 """Starting and ending a server: its socket, its processes, and connections that never ask."""
 
 import asyncio
+import contextlib
 import os
 import socket
 import tempfile
@@ -25,7 +26,7 @@ STORE = "VISGRAFT_SERVE_STORE"
 OPTIONS = "options.json"
 LONGEST_HEADERS = 64 * 2**10  # bytes
 DRAIN_SECONDS = 30
-START_SECONDS = 120  # in which a process must say that it lives: importing torch takes long beside others
+START_SECONDS = 30  # in which a process must say that it lives; one that dies as it is asked is missed for as long
 
 
 class PromptH11(H11Protocol):
@@ -62,10 +63,10 @@ class PromptH11(H11Protocol):
 
 
 def application() -> FastAPI:
-    """Return the application of a further process."""
+    """Return the application of a further process, with those of the adapters that can still be read."""
     log_to_stderr()
     text = (Path(os.environ[STORE]) / OPTIONS).read_text(encoding="utf-8")
-    return make_app(ServeConfig.from_json(text))
+    return make_app(ServeConfig.from_json(text), strict=False)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -106,7 +107,7 @@ def serve(
         with _private(store / OPTIONS) as file:
             file.write(config.to_json())
         settings: dict[str, Any] = {
-            "http": PromptH11,
+            "http": f"{__name__}:{PromptH11.__name__}",  # as text, so that a new process lives before it imports torch
             "log_config": None,
             "access_log": False,
             "server_header": False,
@@ -115,7 +116,8 @@ def serve(
             "h11_max_incomplete_event_size": LONGEST_HEADERS,
         }
         if workers == 1:
-            uvicorn.Server(uvicorn.Config(make_app(config), **settings)).run(sockets=[listening])
+            with contextlib.suppress(KeyboardInterrupt):  # what uvicorn makes of SIGINT and SIGTERM once it has ended
+                uvicorn.Server(uvicorn.Config(make_app(config), **settings)).run(sockets=[listening])
             return
         make_app(config).state.server.close()  # says what is wrong once, and not in each process again and again
         figures = Path(folder) / "figures"

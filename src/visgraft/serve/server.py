@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from fastapi import HTTPException, Request
 
+from visgraft.bank.bank import Bank
 from visgraft.bank.held import BankAdapter
 from visgraft.bank.opening import empty_bank
 from visgraft.errors import VisgraftError
@@ -30,8 +31,7 @@ class Server:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config, self.metrics = config, Metrics()
-        first = next(iter(read_state(Path(config.store)).values()))["path"]
-        self.bank = empty_bank(first, weights=config.weights, capacity=config.capacity)
+        self.bank = _bank_of(config)
         self.engine = Engine(
             self.bank,
             max_batch=config.max_batch,
@@ -128,3 +128,14 @@ class Server:
         self.engine.close()
         self.loader.shutdown(wait=False, cancel_futures=True)
         self.answerer.decoders.shutdown(wait=False, cancel_futures=True)
+
+
+def _bank_of(config: ServeConfig) -> Bank:
+    """Return a bank on the backbone of the first adapter that can be read."""
+    errors = []
+    for facts in read_state(Path(config.store)).values():
+        try:
+            return empty_bank(facts["path"], weights=config.weights, capacity=config.capacity)
+        except VisgraftError as error:
+            errors.append(error)
+    raise errors[0] if errors else VisgraftError(f"{config.store} holds no adapters; start the server anew")
