@@ -41,6 +41,7 @@ REACHED = {
     "search": ("compare",),
     "search/blending": ("blend",),
     "serve": ("predict",),
+    "serve/hosting": ("serve",),
     "serve/run": ("serve",),
     "training/loop": ("train", "compare"),
     "training/objective": ("train",),
