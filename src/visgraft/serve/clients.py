@@ -177,7 +177,7 @@ def _tensors(header: Mapping[str, Any], rest: bytes) -> dict[str, InputTensor]:
         whole = isinstance(shape, list) and all(type(side) is int and 0 <= side <= 2**31 for side in shape)
         if not (isinstance(name, str) and isinstance(kind, str) and whole and 0 < len(shape) <= MOST_SIDES):
             raise HTTPException(
-                422, f"every input needs a name, a datatype and a shape of 1 to {MOST_SIDES} whole numbers"
+                422, f"every input needs a name, a datatype and a shape of whole numbers, at most {MOST_SIDES}"
             )
         if name in found:
             raise HTTPException(422, f"there are two inputs {name!r:.40}; put their images into one")
@@ -193,7 +193,7 @@ def _tensors(header: Mapping[str, Any], rest: bytes) -> dict[str, InputTensor]:
 
 
 def _pictures(tensor: InputTensor, most: int) -> list[bytes]:
-    """Return encoded pictures, as many as the shape says: base64 in JSON, else each behind its length."""
+    """Return encoded pictures, one more at most than the shape says: base64 in JSON, else each behind its length."""
     count = math.prod(tensor.shape)
     if count > most:
         raise HTTPException(413, f"{count} pictures are more than the {most} of one request")
@@ -206,7 +206,7 @@ def _pictures(tensor: InputTensor, most: int) -> list[bytes]:
         flat = (one for value in values for one in (value if isinstance(value, list) else [value]))
         found = [_from_base64(value, IMAGE) for value in islice(flat, count + 1)]
     if len(found) != count:
-        raise HTTPException(422, f"input {IMAGE} does not hold the {count} pictures of its shape")
+        raise HTTPException(422, f"input {IMAGE} has {len(found)} pictures, but the shape {tensor.shape}")
     return found
 
 
