@@ -87,6 +87,10 @@ def test_a_folder_of_adapters_is_found_at_any_depth(adapters: dict[str, Path], t
         shutil.copytree(adapters["linear"], tmp_path / "zoo" / name)
     (tmp_path / "zoo" / "a" / "note.txt").write_text("no adapter")
     assert load_bank(tmp_path / "zoo").names == ("a", "b/one")
+    (tmp_path / "zoo" / "b" / "back").symlink_to(tmp_path / "zoo")
+    (tmp_path / "zoo" / "latest").symlink_to(tmp_path / "zoo" / "a")
+    assert load_bank(tmp_path / "zoo").names == ("a", "b/one", "latest")
+    (tmp_path / "zoo" / "latest").unlink()
     assert load_bank(str(tmp_path / "zoo" / "a")).names == ("a",)
     (tmp_path / "none").mkdir()
     with pytest.raises(AdapterError, match="none holds no adapters"):

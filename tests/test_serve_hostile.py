@@ -23,7 +23,7 @@ import visgraft
 from visgraft.adapters.directory import CONFIG, TENSORS
 from visgraft.errors import AdapterError, VisgraftError
 from visgraft.serve.application import make_app
-from visgraft.serve.hosting import STATE, write_state
+from visgraft.serve.hosting import STATE, UPLOADS, write_state
 from visgraft.serve.settings import ServeConfig
 
 
@@ -201,6 +201,11 @@ def test_uploads_last_as_long_as_their_store(adapters: dict[str, Path], pictures
     with running(tmp_path, {name: adapters[name] for name in ("sct", "full")}) as served:
         found = {one["name"]: one["digest"] for one in served.ask("GET", "/adapters")[1]["adapters"]}
         assert set(found) == {"sct", "full", "new"} and {found["new"], found["full"]} == digests
+        for name in ("new", "full"):
+            assert served.ask("DELETE", f"/adapters/{name}")[0] == 204
+        assert len(list((tmp_path / UPLOADS).iterdir())) == 1
+    write_state(tmp_path, {"sct": adapters["sct"]})
+    assert not list((tmp_path / UPLOADS).iterdir()), "what no name leads to goes when a server starts"
 
 
 def test_an_adapter_that_changes_while_it_is_read(

@@ -66,17 +66,22 @@ def empty_bank(
 def find_adapters(folder: str | Path) -> dict[str, Path]:
     """Return the adapters below a folder, at any depth, by their path below it; hidden folders are passed over.
 
+    Links are followed, and a folder that several lead to is looked through once.
+
     Raises:
         AdapterError: there is no such folder, or no adapter in it.
     """
     root = Path(folder)
     if not root.is_dir():
         raise AdapterError(f"{folder} is no folder; give one that holds adapters")
-    found = {}
-    for here, folders, files in os.walk(root):
+    found, seen = {}, set[str]()
+    for here, folders, files in os.walk(root, followlinks=True):
         if CONFIG in files:
             folders.clear()
             found[Path(here).relative_to(root if Path(here) != root else root.parent).as_posix()] = Path(here)
+        elif os.path.realpath(here) in seen:
+            folders.clear()
+        seen.add(os.path.realpath(here))
         folders[:] = sorted(name for name in folders if not is_hidden(name))
     if not found:
         raise AdapterError(f"{folder} holds no adapters ({CONFIG} at any depth); train one there with --out")

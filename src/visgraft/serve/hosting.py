@@ -271,6 +271,8 @@ def digest_of(path: str | Path) -> str:
 def write_state(store: Path, adapters: Mapping[str, str | Path]) -> None:
     """Write which adapters there are, by name, into a store; what was uploaded to it earlier stays under its name.
 
+    Uploads that have no name any more go, as no process reads them now.
+
     Raises:
         AdapterError: one is damaged.
         StoreError: the store cannot be read or written.
@@ -281,6 +283,9 @@ def write_state(store: Path, adapters: Mapping[str, str | Path]) -> None:
         before = read_state(store) if (store / STATE).exists() else {}
         kept = {name: one for name, one in before.items() if Path(one["path"]).parent == store / UPLOADS}
         write_json(store / STATE, facts | kept)
+        for folder in (store / UPLOADS).glob("*"):  # replaced or removed since, and now surely read by nobody
+            if str(folder) not in {one["path"] for one in kept.values()}:
+                shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         raise StoreError(f"{store} cannot be written ({error.strerror}); choose another --store") from error
 
