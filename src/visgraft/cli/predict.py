@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,9 +45,7 @@ def predict(
     skip_broken: SkipBroken = False,
     background: Background = None,
     batch_size: Annotated[int, typer.Option(help="images per forward", min=1)] = 64,
-    ensemble: Annotated[
-        bool, typer.Option("--ensemble", help="one answer of all adapters: the mean of their probabilities")
-    ] = False,
+    ensemble: Annotated[bool, typer.Option("--ensemble", help="one answer of all: the mean probabilities")] = False,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
@@ -55,13 +54,13 @@ def predict(
     from visgraft.bank.opening import check_same_backbone, load_bank
     from visgraft.cli.predict_images import find_images, find_work, split_arguments
     from visgraft.data.images import Skipped
-    from visgraft.serve.prediction import most_named, predict_rows, predict_stream
+    from visgraft.serve.prediction import most_columns, predict_rows, predict_stream
 
     named, images = split_arguments(arguments, adapters)
     work = find_work(images, named, ensemble)
     named, told = (work.adapters, work.rows) if work else (named, None)
     paths, total = (iter(()), told) if work else find_images(images)
-    broken: list[Skipped] = []
+    broken = list[Skipped]()
     streamed = skip_broken and not json and out is None  # no image can stop it, so lines need not wait for the end
     progress = StreamProgress(total, hidden=streamed and sys.stdout.isatty())
     options: Any = {"top": top, "threshold": threshold, "batch_size": batch_size, "background": background}
@@ -71,15 +70,13 @@ def predict(
     with settled():
         check_same_backbone(list(named.values()), prepared_alike=not work)
         bank = load_bank(named, weights=weights)
-        found = (
-            predict_rows(bank, work.pairs(), **options)
-            if work
-            else predict_stream(bank, paths, ensemble=ensemble, **options)
-        )
+    each = (
+        partial(predict_rows, bank, work.pairs()) if work else partial(predict_stream, bank, paths, ensemble=ensemble)
+    )
     answering = ["ensemble of " + " and ".join(named)] if ensemble else list(named)
-    width = max(most_named(record.outputs, record.multi_label, top) for record in map(bank.record, bank.names))
+    width = most_columns(map(bank.record, bank.names), top)
     sink = table(out, width) if out and table else printed(len(answering), json, streamed)
-    rows = _write_all(found, sink, progress, broken)
+    rows = _write_all(each(**options), sink, progress, broken)
     _report(out, answering, rows if work else rows // len(answering), progress, broken, json, bool(work))
 
 

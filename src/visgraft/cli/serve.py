@@ -2,6 +2,7 @@
 
 import ipaddress
 from pathlib import Path
+from socket import socket
 from typing import Annotated, Any
 
 import typer
@@ -62,30 +63,18 @@ def serve(
 
     named = name_adapters(adapters or [], folder, pin or [])
     tokens = read_tokens(token_file, host)
-    options: dict[str, Any] = {
-        "adapters": str(folder) if folder else None,
-        "weights": weights,
-        "capacity": capacity,
-        "pinned": tuple(pin or ()),
-        "max_batch": max_batch,
-        "max_delay_ms": max_delay_ms,
-        "max_queue": max_queue,
-        "max_images": max_images,
-        "max_body": int(max_body_mb * 2**20),
-        "max_pixels": int(max_megapixels * 1_000_000),
-        "tokens": tokens,
-        "hosts": (*LOCAL, host.lower()) if _is_local(host) else (),
-        "threads": threads or _share(workers),
-    }
-    if store:
-        options["store"] = str(store)
+    options: dict[str, Any] = {"weights": weights, "capacity": capacity, "pinned": tuple(pin or ()), "tokens": tokens}
+    options |= {"max_batch": max_batch, "max_delay_ms": max_delay_ms, "max_queue": max_queue, "max_images": max_images}
+    options |= {"max_body": int(max_body_mb * 2**20), "max_pixels": int(max_megapixels * 1_000_000)}
+    options |= {"adapters": str(folder) if folder else None, "threads": threads or _share(workers)}
+    options |= {"hosts": (*LOCAL, host.lower()) if _is_local(host) else ()} | ({"store": str(store)} if store else {})
     with listen(host, port) as listening:
-        shown = f"[{host}]" if ":" in host else host
-        print(
-            f"{len(named)} adapters at http://{shown}:{listening.getsockname()[1]}, as soon as they are loaded",
-            flush=True,
-        )
+        print(f"{len(named)} adapters at {_address(host, listening)}, as soon as they are loaded", flush=True)
         run(named, options, listening, workers)
+
+
+def _address(host: str, listening: socket) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
 
 
 def name_adapters(paths: list[str], folder: Path | None, pinned: list[str]) -> dict[str, str]:

@@ -272,6 +272,11 @@ def most_named(outputs: int, multi_label: bool, top: int | None) -> int:
     return min(top or (outputs if multi_label else 1), outputs)
 
 
+def most_columns(records: Iterable[AdapterRecord], top: int | None) -> int:
+    """Return how many classes any of these adapters names at most."""
+    return max(most_named(record.outputs, record.multi_label, top) for record in records)
+
+
 def _prepare(adapters: Bank | Sequence[str | Path | Adapted], weights: str | None) -> tuple[Bank | None, list[_Ready]]:
     """Put what is given by path into a bank."""
     if isinstance(adapters, Bank):
