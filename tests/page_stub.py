@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from urllib.parse import parse_qs, urlsplit
 
 KINDS = {"html": "text/html; charset=utf-8", "css": "text/css", "js": "text/javascript"}
-LIMITS = {"body_bytes": 33_554_432, "pixels": 50_000_000, "images": 64, "top": 1000}
+LIMITS = {"body_bytes": 33_554_432, "pixels": 50_000_000, "images": 64, "answers": 512, "top": 1000}
 
 
 def about(name: str, classes: list[str], several: bool = False) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def test_what_is_asked_wrongly_is_named(path: str, status: int, words: str, serv
 def test_adapters_are_listed_with_what_is_known_of_them(served: Running, adapters: dict[str, Path]) -> None:
     _, found, _ = served.ask("GET", "/adapters")
     assert [one["name"] for one in found["adapters"]] == list(NAMES.values()) and found["backbone"] == "test_vit"
-    assert found["limits"]["images"] == 64
+    assert found["limits"]["images"] == 64 and found["limits"]["answers"] == 512
     _, one, _ = served.ask("GET", f"/adapters/{quote('deep/al ö')}")
     assert one == found["adapters"][1] and one["classes"] == ["a", "b", "c"] and one["method"] == "alore"
     assert served.ask("GET", "/adapters/none")[0] == 404
@@ -359,6 +359,23 @@ def test_a_request_leaves_one_line_without_pictures_or_names(
     found = json.loads(line)
     assert (found["route"], found["status"], found["images"], found["broken"]) == ("/predict", 200, 2, 1)
     assert found["adapters"] == ["linear"] and "secret" not in line and "00.png" not in line
+
+
+def test_figures_of_an_adapter_go_with_it(served: Running, adapters: dict[str, Path], pictures: list[Path]) -> None:
+    counted = 'visgraft_adapter_seconds_total{adapter="passing",stage="wait"}', 'answers_total{adapter="passing"}'
+    served.put("passing", *((adapters["sct"] / file).read_bytes() for file in (CONFIG, TENSORS)))
+    served.predict(pictures[0], "passing")
+    assert all(name in served.ask("GET", "/metrics")[1].decode() for name in counted)
+    served.ask("DELETE", "/adapters/passing")
+    assert "passing" not in served.ask("GET", "/metrics")[1].decode()
+
+
+def test_heads_are_those_of_the_answers_without_their_bodies(served: Running) -> None:
+    for path in ("/", "/v2/health/ready", "/adapters", "/v2/models/sct", "/v2/models/nobody"):
+        status, content, headers = served.ask("HEAD", path)
+        wanted = served.ask("GET", path)
+        assert (status, content) == (wanted[0], b"")
+        assert headers["content-length"] == wanted[2]["content-length"] and headers["content-type"]
 
 
 def test_the_pages_are_served_under_a_strict_policy(served: Running) -> None:

@@ -68,7 +68,7 @@ def test_requests_that_are_little_to_send_and_much_to_answer(served: Running, pi
     assert status == 422 and "has 4 pictures, but the shape [3]" in found["error"]
     status, found = infer(served, image(1, data=[sent]) | {"outputs": [{"name": "logits"}] * 100_000})
     assert status == 422 and "at most 3 objects" in found["error"]
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 60
     twice = image(1, data=[sent])["inputs"] * 2
     status, found = infer(served, {"inputs": twice})
     assert status == 422 and "two inputs 'image'" in found["error"]
@@ -88,12 +88,12 @@ def test_a_client_that_leaves_is_no_failure_of_the_server(
     served: Running, pictures: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     for path, kind in (("/predict", "image/png"), ("/predict", "multipart/form-data; boundary=x"), ("/models/sct", "")):
-        with socket.create_connection(("127.0.0.1", served.port), 10) as raw:
+        with socket.create_connection(("127.0.0.1", served.port), 60) as raw:
             head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {kind}\r\nContent-Length: 999\r\n\r\n--x"
             raw.sendall(head.encode())
             time.sleep(0.2)
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while served.ask("GET", "/metrics")[1].decode().count('status="499"') < 4 and time.monotonic() < until:
         time.sleep(0.1)
     found = served.ask("GET", "/metrics")[1].decode()

@@ -74,7 +74,7 @@ def encoded(picture: Image.Image, kind: str) -> bytes:
 def test_a_body_that_is_too_large_is_not_read(served: Running, unharmed: None) -> None:
     status, found, headers = served.send("/predict?adapter=sct", ("x.png", b"x" * (BODY + 1)))
     assert status == 413 and f"{BODY:,} bytes" in found["error"] and headers["connection"] == "close"
-    with socket.create_connection(("127.0.0.1", served.port), 10) as raw:  # of unknown length, in pieces, endless
+    with socket.create_connection(("127.0.0.1", served.port), 60) as raw:  # of unknown length, in pieces, endless
         raw.sendall(b"POST /predict?adapter=sct HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n")
         sent = 0
         try:
@@ -90,18 +90,18 @@ def test_a_body_that_is_too_large_is_not_read(served: Running, unharmed: None) -
 def test_slow_clients_are_told_to_hurry_and_silent_ones_dropped(
     served: Running, unharmed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with socket.create_connection(("127.0.0.1", served.port), 10) as raw:
+    with socket.create_connection(("127.0.0.1", served.port), 60) as raw:
         raw.sendall(b"POST /predict?adapter=sct HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\n\r\nfew")
         reply = raw.recv(1000)
         assert reply.startswith(b"HTTP/1.1 408") and b"connection: close" in reply.lower()
     monkeypatch.setattr(PromptH11, "header_seconds", 0.3)
     for begun in (b"", b"GET /adapters HTTP/1.1\r\nHost: 127", b"GET /v2 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\nGET /v"):
-        with socket.create_connection(("127.0.0.1", served.port), 10) as raw:
+        with socket.create_connection(("127.0.0.1", served.port), 60) as raw:
             raw.sendall(begun)
             begin = time.monotonic()
             while raw.recv(1000):
                 pass
-            assert time.monotonic() - begin < 5
+            assert time.monotonic() - begin < 25, "long before the default of 30 s"
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,21 @@ def test_adapters_of_another_backbone_are_refused(served: Running, unharmed: Non
 
 @pytest.mark.parametrize(
     "name",
-    ["..", "%2e%2e", "..%2f..%2fetc", "a/../b", "a//b", "a%00b", "%0a", "x" * 201, "%5c", "%20", "a/./b", "%e2%80%ae"],
+    [
+        "..",
+        "%2e%2e",
+        "..%2f..%2fetc",
+        "a/../b",
+        "a//b",
+        "a%00b",
+        "%0a",
+        "x" * 201,
+        "%5c",
+        "%20",
+        "a/./b",
+        "%e2%80%ae",
+        "a/ready",
+    ],
 )
 def test_names_that_lead_elsewhere(name: str, served: Running, adapters: dict[str, Path], unharmed: None) -> None:
     body = json.dumps({"path": "x"})
@@ -289,7 +303,7 @@ def test_owners_take_turns_and_none_fills_the_queue(bank: Bank, monkeypatch: pyt
                 pass
             assert full.value.seconds >= 1
             gate.release(20)
-            assert {round(float(one.result(20).logits.sum()), 3) for one in found}.__len__() == 1
+            assert {round(float(one.result(120).logits.sum()), 3) for one in found}.__len__() == 1
     assert batches[0][:1] == ["greedy"] and "modest" in batches[0] + batches[1], "it does not wait behind all others"
     assert engine.under_way == 0
     engine.close()
@@ -306,23 +320,21 @@ def test_one_image_does_not_take_a_batch_with_it(bank: Bank, monkeypatch: pytest
         found: list[Future[Answered]] = [ticket.put(good, sct), ticket.put(bad, sct), ticket.put(good, lora)]
         gate.release(20)
         for one, logits in zip((found[0], found[2]), expected, strict=True):
-            torch.testing.assert_close(one.result(20).logits, logits, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(one.result(120).logits, logits, rtol=1e-4, atol=1e-5)
         with pytest.raises(VisgraftError):
-            found[1].result(20)
+            found[1].result(120)
     assert max(map(len, batches)) == 3
     engine.close()
 
 
 def test_an_idle_model_starts_at_once_and_waits_only_for_what_is_announced(bank: Bank) -> None:
-    engine = Engine(bank, max_batch=4, max_delay=5.0)
+    engine = Engine(bank, max_batch=4, max_delay=600.0)
     sct, x = bank.adapter("sct"), torch.randn(3, 32, 32)
-    begin = time.perf_counter()
     with engine.admit("a", 1) as ticket:
-        ticket.put(x, sct).result(20)
+        ticket.put(x, sct).result(120)
     with engine.admit("a", 3) as ticket:
         found = [ticket.put(x, sct) for _ in range(3)]
-        assert {one.result(20).batch for one in found} == {3}, "the first has waited for the others"
-        assert time.perf_counter() - begin < 4
+        assert {one.result(120).batch for one in found} == {3}, "the first has waited for the others"
     engine.close()
 
 
@@ -334,6 +346,6 @@ def test_what_nobody_waits_for_is_not_computed(bank: Bank, monkeypatch: pytest.M
         first, second, third = [ticket.put(x, sct) for _ in range(3)]
         assert second.cancel()
         gate.release(5)
-        third.result(20)
+        third.result(120)
     assert first.done() and len(batches) == 2
     engine.close()

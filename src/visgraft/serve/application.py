@@ -21,6 +21,7 @@ from starlette.requests import ClientDisconnect
 
 from visgraft.errors import VisgraftError
 from visgraft.serve.answering import SentPicture
+from visgraft.serve.bodies import PICTURES
 from visgraft.serve.clients import add_clients
 from visgraft.serve.engine import QueueFullError
 from visgraft.serve.guard import Guard, said
@@ -34,20 +35,6 @@ from visgraft.version import __version__
 LOG = logging.getLogger(__name__)
 CLIENT_LEFT = 499  # as nginx logs it; nobody is there to read it
 PAGE = {"page.css": "text/css", **dict.fromkeys(("page.js", "asking.js", "showing.js"), "text/javascript")}
-PICTURES = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "properties": {"image": {"type": "array", "items": {"type": "string", "format": "binary"}}},
-                }
-            },
-            "image/*": {"schema": {"type": "string", "format": "binary"}},
-        },
-    }
-}
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorReply} for status in (400, 401, 404, 408, 413, 421, 422, 429, 503, 507)
 }

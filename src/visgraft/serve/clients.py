@@ -16,6 +16,7 @@ from fastapi import FastAPI, HTTPException, Request, Response
 
 from visgraft.errors import VisgraftError
 from visgraft.serve.answering import SaidOf, SentPicture
+from visgraft.serve.bodies import CLASSIFY, INFER
 from visgraft.serve.replies import AsciiJson, ClassScore, answer_to
 from visgraft.serve.server import Server
 from visgraft.version import __version__
@@ -38,7 +39,7 @@ def add_clients(app: FastAPI, server: Server) -> None:
 
 
 def _add_hugging_face(app: FastAPI, server: Server) -> None:
-    @app.post("/models/{name:path}", response_model=list[ClassScore])
+    @app.post("/models/{name:path}", response_model=list[ClassScore], openapi_extra=CLASSIFY)
     async def classify(name: str, request: Request) -> Any:
         """Answer as huggingface_hub's `InferenceClient(model=URL).image_classification` expects it."""
         content = await request.body()
@@ -99,7 +100,7 @@ def _add_models(app: FastAPI, server: Server) -> None:
         (await server.current()).get(name)
         return AsciiJson({"name": name, "ready": True})
 
-    @app.post("/v2/models/{name:path}/infer")
+    @app.post("/v2/models/{name:path}/infer", openapi_extra=INFER)
     async def infer(name: str, request: Request) -> Any:
         """Answer encoded pictures (input `image`, BYTES) or prepared ones (input `pixels`, FP32 [n, 3, H, W])."""
         header, rest = _split(await request.body(), request.headers.get(JSON_LENGTH))

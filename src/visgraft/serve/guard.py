@@ -64,6 +64,8 @@ class Guard:
         try:
             refused = self._refused(scope, headers, facts)
             if refused is None:
+                if scope["method"] == "HEAD":  # a copy, as the web server keeps from the original to send no body
+                    scope = {**scope, "method": "GET"}
                 await self.app(scope, self._limited(receive, headers), sending)
             else:
                 await refused(scope, receive, sending)

@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,8 +62,15 @@ class Hosting:
     answers a request. So a change is seen by all as soon as it has been answered.
     """
 
-    def __init__(self, bank: Bank, engine: Engine, store: Path, pinned: tuple[str, ...] = ()) -> None:
-        self.bank, self.engine, self.store, self.pinned = bank, engine, store, pinned
+    def __init__(
+        self,
+        bank: Bank,
+        engine: Engine,
+        store: Path,
+        pinned: tuple[str, ...] = (),
+        on_removed: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        self.bank, self.engine, self.store, self.pinned, self._on_removed = bank, engine, store, pinned, on_removed
         self._hosted: dict[str, HostedAdapter] = {}  # never changed, but replaced
         self._seen: Any = None
         self._loading = threading.RLock()
@@ -213,6 +220,7 @@ class Hosting:
     def _let_go(self, name: str) -> None:
         self._hosted = {other: hosted for other, hosted in self._hosted.items() if other != name}
         self.bank.remove(name)
+        self._on_removed(name)
 
     def _logits(self, x: Tensor, adapter: BankAdapter) -> Tensor:
         with self.engine.admit(_HOST, 1) as ticket:
@@ -248,6 +256,10 @@ def check_name(name: str) -> None:
     ):
         raise VisgraftError(
             f"an adapter cannot be called {name!r:.60}; give it a name of printable characters, at most 200"
+        )
+    if len(parts) > 1 and parts[-1] == "ready":
+        raise VisgraftError(
+            f"an adapter cannot be called {name!r:.60}: so one asks whether another is ready; rename it"
         )
 
 

@@ -1,5 +1,6 @@
 """Figures of a running server in Prometheus' format, and one line of JSON for each request."""
 
+import contextlib
 import json
 import logging
 import os
@@ -14,6 +15,9 @@ MANY = "PROMETHEUS_MULTIPROC_DIR"
 """Prometheus' own variable: the folder in which several processes put their figures together."""
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+STAGES = ("wait", "forward")
+"""Of an adapter's time; decoding is for all adapters of a request."""
+
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -34,6 +38,14 @@ class Metrics:
             "visgraft_images_under_way", "Decoded, waiting or computed", multiprocess_mode="livesum", **to
         )
         self.adapters = Gauge("visgraft_adapters", "Adapters that answer", multiprocess_mode="livemax", **to)
+
+    def forget(self, adapter: str) -> None:
+        """Drop the figures of an adapter that answers no more, so that names which come and go take no memory."""
+        if MANY in os.environ:  # Prometheus keeps those of several processes in files that only grow
+            return
+        for family, labels in ((self.answers, ()), *((self.adapter_seconds, (stage,)) for stage in STAGES)):
+            with contextlib.suppress(KeyError):
+                family.remove(adapter, *labels)
 
     def text(self) -> bytes:
         """Return all figures, of all processes where there are several."""

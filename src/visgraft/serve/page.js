@@ -268,6 +268,7 @@ async function loadAdapters() {
   if (!adapters) remembered(told.adapters).forEach((name) => chosen.add(name));
   adapters = new Map(told.adapters.sort((one, other) => first(one) - first(other)).map((one) => [one.name, one]));
   limits = told.limits;
+  pairs = Math.min(pairs, limits.answers);
   for (const name of chosen) if (!adapters.has(name)) chosen.delete(name);
   for (const picture of pictures) {
     for (const [name, { digest }] of picture.answers) if (adapters.get(name)?.digest !== digest) picture.answers.delete(name);

@@ -7,6 +7,7 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from starlette.datastructures import UploadFile
 
 from visgraft.errors import VisgraftError
+from visgraft.serve.bodies import ADAPTER
 from visgraft.serve.engine import QueueFullError
 from visgraft.serve.hosting import HostedAdapter, StoreError, inside, uploaded
 from visgraft.serve.replies import Adapters, OneAdapter, one_adapter
@@ -14,24 +15,6 @@ from visgraft.serve.server import Server
 
 Put = tuple[HostedAdapter, bool]
 MOST_CONFIG = 2**20  # bytes of an adapter_config.json
-BINARY = {"type": "string", "format": "binary"}
-ADAPTER = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["config", "tensors"],
-                    "properties": {"config": BINARY, "tensors": BINARY},
-                }
-            },
-            "application/json": {
-                "schema": {"type": "object", "required": ["path"], "properties": {"path": {"type": "string"}}}
-            },
-        },
-    }
-}
 
 
 def add_adapters(app: FastAPI, server: Server) -> None:
@@ -45,7 +28,8 @@ def add_adapters(app: FastAPI, server: Server) -> None:
     async def adapters() -> Any:
         """List the adapters, with their classes and figures."""
         hosted = (await server.current()).adapters
-        limits = {"body_bytes": config.max_body, "pixels": config.max_pixels, "images": config.max_images, "top": 1000}
+        limits = {"body_bytes": config.max_body, "pixels": config.max_pixels, "images": config.max_images}
+        limits |= {"answers": config.max_queue, "top": 1000}
         backbone = next(iter(hosted.values())).record.backbone.name if hosted else None
         return {"backbone": backbone, "limits": limits, "adapters": [about(*one) for one in hosted.items()]}
 

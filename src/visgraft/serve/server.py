@@ -17,7 +17,7 @@ from visgraft.errors import VisgraftError
 from visgraft.serve.answering import Answerer, SaidOf, Seconds, SentPicture
 from visgraft.serve.engine import Answered, Engine
 from visgraft.serve.hosting import Hosting, read_state
-from visgraft.serve.metrics import Metrics
+from visgraft.serve.metrics import STAGES, Metrics
 from visgraft.serve.settings import ServeConfig
 
 CHECKED_FOR = 5.0
@@ -39,7 +39,7 @@ class Server:
             max_queue=config.max_queue,
             observe=self._observe,
         )
-        self.hosting = Hosting(self.bank, self.engine, Path(config.store), config.pinned)
+        self.hosting = Hosting(self.bank, self.engine, Path(config.store), config.pinned, self.metrics.forget)
         self.answerer = Answerer(self.hosting, config)
         self.loader = ThreadPoolExecutor(1, thread_name_prefix="visgraft-load")
         self.draining, self._checked = False, -CHECKED_FOR
@@ -118,7 +118,7 @@ class Server:
     def _observe(self, answered: Answered, adapter: BankAdapter) -> None:
         if adapter.name in self.hosting.adapters:  # not one that is only being tried
             self.metrics.answers.labels(adapter.name).inc()
-            for stage in ("wait", "forward"):
+            for stage in STAGES:
                 share = getattr(answered, stage) / (answered.batch if stage == "forward" else 1)
                 self.metrics.adapter_seconds.labels(adapter.name, stage).inc(share)
         self.metrics.batch.observe(answered.batch)
