@@ -262,7 +262,7 @@ class StepTime:
     perf_counter = monotonic
 
 
-@pytest.mark.parametrize("budget", [60.0, 120.0])
+@pytest.mark.parametrize("budget", [60.0, pytest.param(120.0, marks=pytest.mark.long)])
 def test_a_budget_is_kept_and_used(budget: float, colours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = StepTime(0.2, monkeypatch)
     found = compared(colours, names=("sct", "lora"), budget_seconds=budget)

@@ -90,6 +90,7 @@ def test_the_readmes_example_runs(scratch: Path, capsys: pytest.CaptureFixture[s
     assert (scratch / "gauges-alore" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.long
 def test_the_textile_example_chooses_on_validation_images_and_goes_on_where_it_stopped(
     scratch: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,6 +17,7 @@ BACKBONES = [
     ("swinv2_tiny_window8_256", 64, "alore"),
     ("vit_small_patch16_dinov3", 32, "fact"),
 ]
+OFTEN = ("test_convnext", "swin_tiny_patch4_window7_224")
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,10 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return draw(tmp_path_factory.mktemp("families") / "colours", 8)
 
 
-@pytest.mark.parametrize(("backbone", "size", "method"), BACKBONES, ids=[name for name, _, _ in BACKBONES])
+@pytest.mark.parametrize(
+    ("backbone", "size", "method"),
+    [row if row[0] in OFTEN else pytest.param(*row, marks=pytest.mark.long) for row in BACKBONES],
+)
 def test_a_family_from_images_to_a_plain_model(
     backbone: str, size: int, method: str, colours: Path, tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from support import DEFAULTS, images
-from test_laws import OBEYING, adapted, pictures, seldom
+from test_laws import OBEYING, adapted, pictures
 
 from visgraft import Adapted, ExportCertificate, export_model
 from visgraft.errors import VisgraftError
@@ -28,8 +28,7 @@ NAMES = ["ä|b", "two\nlines", "{x}'\"<&>", "🚀", "e"]
 LAW_19 = [pair for pair in OBEYING if pair[0] in DEFAULTS or pair[1] == "plain"]
 QUICK = (("alore-0", "plain"), ("sct-0", "mixer"))
 TORCH = [pair if pair in QUICK else pytest.param(*pair, marks=pytest.mark.long) for pair in LAW_19]
-OTHERS = seldom([("alore-0", "plain"), ("sct-0", "plain"), ("vpt_deep-0", "plain"), ("alore-0", "swin")], "alore-0")
-OTHERS[-1] = pytest.param("alore-0", "swin", marks=pytest.mark.long)
+OTHERS = [("alore-0", "plain"), ("sct-0", "plain"), ("vpt_deep-0", "plain"), ("alore-0", "swin")]
 
 
 def model_of(name: str = "lora-0", kind: str = "plain", classes: Any = ()) -> Adapted:
@@ -133,6 +132,7 @@ def test_a_program_in_half_precision_is_smaller_and_measured_and_keeps_names_tha
     assert json.loads(json.loads(extra[METADATA])["classes"]) == names
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "kind"), OTHERS, ids=lambda value: value)
 def test_openvino_answers_as_the_model_and_tells_nobody(name: str, kind: str, tmp_path: Path) -> None:
     needs_openvino()
@@ -215,7 +215,9 @@ def test_a_missing_package_is_named_with_what_installs_it(
         export_model(model_of(), tmp_path / out, format)
 
 
-@pytest.mark.parametrize("format", ["torch", "openvino", pytest.param("executorch", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "format", ["torch", *(pytest.param(other, marks=pytest.mark.long) for other in ("openvino", "executorch"))]
+)
 def test_a_damaged_file_is_one_line(format: str, written: tuple[Path, ExportCertificate], tmp_path: Path) -> None:
     {"openvino": needs_openvino, "executorch": needs_executorch}.get(format, lambda: None)()
     form = FORMATS[format]

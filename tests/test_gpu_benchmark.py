@@ -53,7 +53,8 @@ def figures(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "figures.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("parts", [PARTS - COMPILING, pytest.param(PARTS, marks=pytest.mark.long)], ids=len)
+@pytest.mark.long
+@pytest.mark.parametrize("parts", [PARTS - COMPILING, PARTS], ids=len)
 def test_every_part_is_measured(parts: set[str], tmp_path: Path) -> None:
     asked = ",".join(sorted(parts - {"scoring", "graphs"}))  # which others measure
     options = command(tmp_path, "--minutes", 30, "--parts", asked)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support import CONFIGS, enliven, fitted, images, vit
-from test_laws import adapted, pictures
+from test_laws import adapted, in_turn, pictures
 from test_merged import MERGING
 from torch import Tensor, nn
 
@@ -55,7 +55,7 @@ def changed(after: Mapping[str, Tensor], before: Mapping[str, Tensor], bias: boo
     ]
 
 
-@pytest.mark.parametrize(("name", "kind"), FOLDING, ids=lambda value: value)
+@in_turn(FOLDING)
 def test_a_wrong_fold_is_refused(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = adapted(name, kind), pictures(kind, 8, seed=5)
     right = folded(copy.deepcopy(model).double()).state_dict()

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from support import CONFIGS, TINY, enliven, family, images
-from test_laws import OBEYING, adapted, pictures
+from test_laws import OBEYING, adapted, in_turn, pictures
 from timm.models.vision_transformer import VisionTransformer
 
 from visgraft import attach, list_methods, merge
@@ -31,7 +31,7 @@ def look() -> dict[str, Any]:
         sys.path.remove(str(BENCHMARKS))
 
 
-@pytest.mark.parametrize(("name", "kind"), MERGING, ids=lambda value: value)
+@in_turn(MERGING)
 def test_a_merged_model_does_what_a_plain_one_does_and_nothing_else(name: str, kind: str, look: Any) -> None:
     x, plain, model = pictures(kind, 2), family(kind), adapted(name, kind)
     merged, _ = merge(model, x)

@@ -18,13 +18,12 @@ from visgraft.export.format import ExportError
 __all__ = ["trained"]  # a fixture
 
 SWAPPED = [
-    ("alore-0", "plain"),
     ("sct-0", "plain"),
-    ("bitfit-0", "plain"),
     ("alore-0", "convnext"),
     ("vpt_deep-0", "plain"),
 ]
 RARELY = [
+    ("alore-0", "plain"), ("bitfit-0", "plain"),
     ("lora-0", "swin"), ("lora-0", "mixer"), ("adaptformer-0", "plain"), ("alore-0", "deit_distilled"),
     ("ssf-0", "plain"), ("alore-0", "swin_v2"), ("fact-0", "plain"), ("arc-0", "plain"), ("dora-0", "plain"),
     ("convpass-0", "plain"),

@@ -23,7 +23,7 @@ METHODS = (
     "alore", "lora", "fact", "arc", "repadapter", "sct", "ssf", "adapter", "adaptformer", "bitfit", "norm", "dora",
     "linear",
 )  # fmt: skip
-ALWAYS = [("alore-0", "plain"), ("sct-0", "swin"), ("adaptformer-0", "convnext")]
+ALWAYS = [("alore-0", "plain"), ("sct-0", "swin")]
 FURTHER = [
     *((f"{method}-0", kind) for method in METHODS for kind in ("plain", "swin", "convnext")),
     ("sct-4", "plain"), ("alore-1", "plain"), ("adapter-1", "plain"), ("adaptformer-2", "plain"), ("fact-1", "plain"),

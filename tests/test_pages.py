@@ -18,7 +18,18 @@ from visgraft import list_methods
 
 PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
 TRAINED = ("linear", "alore")
-PYTHON = [(page, number) for page in PAGES for number in range(len(blocks(page)))]
+
+
+def is_on_exports(page: str) -> bool:
+    """Whether each command and block of a page traces a model, which takes minutes in all."""
+    return page.startswith(("docs/export", "docs/edge"))
+
+
+PYTHON = [
+    pytest.param(page, number, marks=[pytest.mark.long] * is_on_exports(page))
+    for page in PAGES
+    for number in range(len(blocks(page)))
+]
 
 
 def commands(page: str) -> list[list[str]]:
@@ -74,8 +85,8 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rarely(page: str) -> Any:
-    """A page; with `-m long` those on exports, each of whose commands traces a model."""
-    return pytest.param(page, marks=pytest.mark.long) if page.startswith(("docs/export_", "docs/edge")) else page
+    """A page; with `-m long` those on exports."""
+    return pytest.param(page, marks=pytest.mark.long) if is_on_exports(page) else page
 
 
 @pytest.fixture(scope="module")

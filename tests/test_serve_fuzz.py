@@ -45,7 +45,7 @@ def served(
         yield found
 
 
-@pytest.mark.parametrize("requests", [12, pytest.param(MANY, marks=pytest.mark.long)])
+@pytest.mark.parametrize("requests", [6, pytest.param(MANY, marks=pytest.mark.long)])
 def test_no_request_makes_the_server_fail(
     requests: int, served: Running, adapters: dict[str, Path], pictures: list[Path], tmp_path: Path
 ) -> None:

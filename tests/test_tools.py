@@ -49,11 +49,14 @@ from visgraft.errors import AdapterError, VisgraftError
 THREADS, FORWARDS, DIFFERENT = 8, 15, 5  # a `Kept` that threads share was caught by 5 forwards, 5 times of 5
 
 
+TRACED = ("sct-0", "alore-0", "lora-0", "ssf-0", "fact-0", "dora-0", "vpt_deep-0")
+
+
 def rarely(pairs: list[tuple[str, str]], *kinds: str) -> list[Any]:
-    """Every method's default on one family and one method on some in each run, the other pairs with `-m long`."""
+    """Some methods on one family and one method on some in each run, the other pairs with `-m long`."""
     return [
         pair
-        if (pair[1] == "plain" and pair[0] in DEFAULTS) or (pair[0] == "alore-0" and pair[1] in kinds)
+        if (pair[1] == "plain" and pair[0] in TRACED) or (pair[0] == "alore-0" and pair[1] in kinds)
         else pytest.param(*pair, marks=pytest.mark.long)
         for pair in pairs
     ]
