@@ -2,7 +2,8 @@
 
 `python benchmarks/serve.py --quick` takes two minutes; without it, 200 clients ask for 10 minutes. Loopback only. Needs
 `pip install locust` beside `visgraft[serve]`. The server and the clients share this machine's cores, so a throughput
-with the clients beside it is a lower bound; the plain loop it is compared with runs alone, on the same pictures.
+with clients beside it is a lower bound; the plain loops it is compared with run alone, on the same pictures: a merged
+model, and the bank on batches of all adapters. So images per CPU second of the server stand beside them too.
 """
 
 import argparse
@@ -15,8 +16,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -26,6 +28,7 @@ from PIL import Image
 
 import visgraft
 from visgraft.adapters.directory import CONFIG, TENSORS
+from visgraft.bank.opening import load_bank
 
 HERE = Path(__file__).resolve().parent
 PICTURES, SIDE = 40, 256
@@ -65,18 +68,40 @@ def expected(paths: list[Path], pictures: list[Path]) -> dict[str, dict[str, lis
     return found
 
 
-def loop_rate(paths: list[Path], pictures: list[Path], seconds: float) -> float:
-    """Images per second of a plain loop: decode, prepare, and one merged model on batches of 32, in one process."""
-    adapted = visgraft.load(paths[0])
-    visgraft.merge(adapted.model)
-    done, begin = 0, time.perf_counter()
+class Rate(NamedTuple):
+    """How quick something is."""
+
+    per_second: float
+    per_cpu_second: float
+
+
+def loop_rate(answer: Callable[[list[Path], int], object], pictures: list[Path], seconds: float) -> Rate:
+    """Time a loop over batches of 32 pictures; `answer` gets their paths and the batch's number."""
+    answer(pictures[:32], 0)
+    done, begin, cpu = 0, time.perf_counter(), time.process_time()
     while time.perf_counter() - begin < seconds:
-        chosen = [pictures[(done + i) % len(pictures)] for i in range(32)]
-        batch = torch.stack([adapted.transform(Image.open(path).convert("RGB")) for path in chosen])
-        with torch.inference_mode():
-            adapted.model(batch)
+        answer([pictures[(done + i) % len(pictures)] for i in range(32)], done // 32)
         done += 32
-    return done / (time.perf_counter() - begin)
+    return Rate(done / (time.perf_counter() - begin), done / (time.process_time() - cpu))
+
+
+def loops(paths: list[Path], pictures: list[Path], seconds: float) -> dict[str, Rate]:
+    """Decode, prepare and answer: by one merged model, and by the bank, each picture with another adapter."""
+    adapted, bank = visgraft.load(paths[0]), load_bank(paths)
+    merged, _ = visgraft.merge(adapted.model)
+    names = bank.names
+
+    def prepared(chosen: list[Path]) -> torch.Tensor:
+        return torch.stack([adapted.transform(Image.open(path).convert("RGB")) for path in chosen])
+
+    def by_model(chosen: list[Path], number: int) -> object:
+        return merged(prepared(chosen))
+
+    def by_bank(chosen: list[Path], number: int) -> object:
+        return bank(prepared(chosen), [names[(number + i) % len(names)] for i in range(len(chosen))])
+
+    with torch.inference_mode():
+        return {"merged": loop_rate(by_model, pictures, seconds), "bank": loop_rate(by_bank, pictures, seconds)}
 
 
 def one_alone(port: int, picture: bytes, adapter: str, rounds: int = 30) -> float:
@@ -186,7 +211,7 @@ def main() -> None:
         spec = visgraft.Backbone(given.backbone, "none", given.size)
         pictures, paths = draw(folder / "pictures"), make_adapters(folder / "zoo", spec, adapters)
         (folder / "expected.json").write_text(json.dumps(expected(paths, pictures)))
-        plain = loop_rate(paths, pictures, 20)
+        plain = loops(paths, pictures, 20)
         process, port = start(folder / "store", folder / "zoo", folder / "server.log")
         watched, counts, ending = psutil.Process(process.pid), dict[str, int](), threading.Event()
         memory = [watched.memory_info().rss]
@@ -199,9 +224,11 @@ def main() -> None:
         )
         for thread in (swapping, watching):
             thread.start()
+        used = sum(watched.cpu_times()[:2])
         try:
             figures = load(port, folder, clients, seconds)
         finally:
+            used = sum(watched.cpu_times()[:2]) - used
             ending.set()
             swapping.join()
             process.terminate()
@@ -216,8 +243,12 @@ def main() -> None:
                     "cores": os.cpu_count(),
                     "figures": figures,
                     "swaps": counts,
-                    "plain_loop_images_per_second": round(plain, 1),
-                    "share_of_plain_loop": round(good["per_second"] / plain, 3),
+                    "plain_loops": {name: [round(value, 1) for value in rate] for name, rate in plain.items()},
+                    "share_of_loops": {name: round(good["per_second"] / r.per_second, 3) for name, r in plain.items()},
+                    "images_per_cpu_second": round(good["requests"] / used, 1),
+                    "share_per_cpu_second": {
+                        name: round(good["requests"] / used / r.per_cpu_second, 3) for name, r in plain.items()
+                    },
                     "one_alone_ms": round(1000 * alone[0], 1),
                     "without_server_ms": round(1000 * alone[1], 1),
                     "memory_mb": [round(value / 2**20) for value in memory],

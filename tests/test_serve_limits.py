@@ -8,6 +8,8 @@ import pickle
 import shutil
 import socket
 import struct
+import subprocess
+import sys
 import time
 import zipfile
 import zlib
@@ -309,6 +311,26 @@ def test_owners_take_turns_and_none_fills_the_queue(bank: Bank, monkeypatch: pyt
     engine.close()
     with pytest.raises(QueueFullError), engine.admit("greedy", 1):
         pass
+
+
+def test_only_the_models_thread_computes_with_several(adapters: dict[str, Path], tmp_path: Path) -> None:
+    """In a process of its own, as it is about what torch keeps for each thread."""
+    code = f"""
+import torch
+from visgraft.serve.hosting import write_state
+from visgraft.serve.server import Server
+from visgraft.serve.settings import ServeConfig
+write_state(__import__("pathlib").Path({str(tmp_path)!r}), {{"sct": {str(adapters["sct"])!r}}})
+server = Server(ServeConfig({str(tmp_path)!r}, threads=3))
+server.hosting.refresh(strict=True)
+compute, found = server.engine._compute, []
+server.engine._compute = lambda *what: (found.append(torch.get_num_threads()), compute(*what))
+server.hosting.check()
+pools = server.answerer.decoders, server.loader, server.checker
+print(found[0], torch.get_num_threads(), *(pool.submit(torch.get_num_threads).result() for pool in pools))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["3", "1", "1", "1", "1"], done.stderr
 
 
 def test_one_image_does_not_take_a_batch_with_it(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from visgraft.measure.evaluation import probabilities_of
 from visgraft.serve.engine import Answered, Ticket
 from visgraft.serve.hosting import HostedAdapter, Hosting
 from visgraft.serve.settings import ServeConfig
+from visgraft.serve.threads import side_threads
 
 LOG = logging.getLogger(__name__)
 
@@ -61,9 +62,7 @@ class Answerer:
 
     hosting: Hosting
     config: ServeConfig
-    decoders: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="visgraft-decode")
-    )
+    decoders: ThreadPoolExecutor = field(default_factory=lambda: side_threads(os.cpu_count(), "visgraft-decode"))
 
     async def answer(
         self, pictures: Sequence[SentPicture], names: Sequence[str], owner: str

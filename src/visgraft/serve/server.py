@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from visgraft.serve.engine import Answered, Engine
 from visgraft.serve.hosting import Hosting, read_state
 from visgraft.serve.metrics import STAGES, Metrics
 from visgraft.serve.settings import ServeConfig
+from visgraft.serve.threads import compute_alone, side_threads
 
 CHECKED_FOR = 5.0
 """Seconds for which a check of the whole way is taken to hold."""
@@ -30,6 +30,7 @@ class Server:
     def __init__(self, config: ServeConfig) -> None:
         if config.threads:
             torch.set_num_threads(config.threads)
+        compute_alone()
         self.config, self.metrics = config, Metrics()
         self.bank = _bank_of(config)
         self.engine = Engine(
@@ -41,7 +42,8 @@ class Server:
         )
         self.hosting = Hosting(self.bank, self.engine, Path(config.store), config.pinned, self.metrics.forget)
         self.answerer = Answerer(self.hosting, config)
-        self.loader = ThreadPoolExecutor(1, thread_name_prefix="visgraft-load")
+        self.loader = side_threads(1, "visgraft-load")
+        self.checker = side_threads(1, "visgraft-check")
         self.draining, self._checked = False, -CHECKED_FOR
         self._checking = asyncio.Lock()
 
@@ -61,7 +63,8 @@ class Server:
             raise VisgraftError("the server is about to end")
         async with self._checking:
             if time.monotonic() - self._checked >= CHECKED_FOR:
-                await asyncio.to_thread((await self.current()).check)
+                check = (await self.current()).check
+                await asyncio.get_running_loop().run_in_executor(self.checker, check)
                 self._checked = time.monotonic()
 
     async def answer(
@@ -126,8 +129,8 @@ class Server:
     def close(self) -> None:
         """Answer what waits, and end."""
         self.engine.close()
-        self.loader.shutdown(wait=False, cancel_futures=True)
-        self.answerer.decoders.shutdown(wait=False, cancel_futures=True)
+        for pool in (self.loader, self.checker, self.answerer.decoders):
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _bank_of(config: ServeConfig) -> Bank:
