@@ -27,6 +27,8 @@ from visgraft.bench.trial import Result, Trial
 from visgraft.data.dataset import Example
 from visgraft.data.images import Images
 from visgraft.errors import DataError, VisgraftError
+from visgraft.executors.here import Here
+from visgraft.executors.processes import Processes
 from visgraft.protocols import PROTOCOLS
 from visgraft.protocols.row import Parts, Protocol, Task
 from visgraft.training.fit import answer
@@ -83,7 +85,7 @@ def sct_cell(root: Path, **changes: Any) -> Cell:
 def swept(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[State, Path]:
     """A sweep that ran to its end."""
     file = tmp_path_factory.mktemp("results") / "tiny.jsonl"
-    return sweep(plan(request(root)), TrialSources(PROTOCOL, root), file, workers=0), file
+    return sweep(plan(request(root)), TrialSources(PROTOCOL, root), file, Here()), file
 
 
 def test_a_sweep_tunes_on_validation_and_measures_each_test_set_once(swept: tuple[State, Path]) -> None:
@@ -148,12 +150,12 @@ def test_a_killed_sweep_goes_on_where_it_stopped(root: Path, tmp_path: Path, swe
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sweep(cells, place, file, workers=0, on_result=kill)
+        sweep(cells, place, file, Here(), on_result=kill)
     with file.open("a") as torn:
         torn.write(read_file(file)[0].to_line()[:300])  # what a write that was cut short leaves
     assert len(read_file(file)) == 4
     seen: list[Result] = []
-    state = sweep(cells, place, file, workers=0, on_result=seen.append)
+    state = sweep(cells, place, file, Here(), on_result=seen.append)
     assert state.before == 4 and len(seen) == 2 and not state.left
     whole = {r.trial.key: r for r in read_file(swept[1])}
     assert len(read_file(file)) == 6
@@ -212,7 +214,7 @@ def test_processes_run_side_by_side_and_one_that_fails_takes_no_other_with_it(ro
     cells = plan(request(root, methods=("linear", "sct"), recipe=Recipe("default")))
     broken = replace(cells[0].finals[0], split="0" * 64)
     cells[0] = replace(cells[0], finals=(broken,))
-    state = sweep(cells, TrialSources(PROTOCOL, root), tmp_path / "tiny.jsonl", workers=2)
+    state = sweep(cells, TrialSources(PROTOCOL, root), tmp_path / "tiny.jsonl", Processes(2, ["visgraft.bench.sweep"]))
     assert list(state.failed) == [broken.key] and "no longer those" in state.failed[broken.key]
     assert [r.trial.method for r in read_file(tmp_path / "tiny.jsonl")] == ["sct"]
 
@@ -253,7 +255,7 @@ def test_an_automatic_choice_is_among_methods_and_has_a_row_of_its_own(
     monkeypatch.setattr("visgraft.bench.settings.AUTO_METHODS", ("linear", "bitfit", "ssf"))
     wanted = request(root, methods=("linear", "auto"), recipe=Recipe(trials=2), seeds=(0, 1))
     file = tmp_path / "tiny.jsonl"
-    state = sweep(plan(wanted), TrialSources(PROTOCOL, root), file, workers=0)
+    state = sweep(plan(wanted), TrialSources(PROTOCOL, root), file, Here())
     assert not state.failed and not state.left
     found = read_file(file)
     tuned = [r.trial.method for r in found if r.trial.kind == "tune"]

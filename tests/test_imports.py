@@ -47,9 +47,9 @@ def test_rooms_above_the_methods_ask_for_them_where_all_are_registered() -> None
 
 
 ROOMS = (
-    "version", "errors", "files", "option_types", "options", "pictures", "backbones", "core", "methods", "data",
-    "drawn", "check", "adapters", "measure", "training", "bank", "export", "algebra", "serve", "search", "protocols",
-    "bench", "report", "public", "cli",
+    "version", "errors", "files", "option_types", "options", "pictures", "executors", "backbones", "core", "methods",
+    "data", "drawn", "check", "adapters", "measure", "training", "bank", "export", "algebra", "serve", "search",
+    "protocols", "bench", "report", "public", "cli",
 )  # fmt: skip
 """From the ground up: a room imports only from rooms before it."""
 

@@ -16,6 +16,7 @@ from visgraft.bench.running import TrialSources
 from visgraft.bench.settings import Recipe
 from visgraft.bench.sweep import sweep
 from visgraft.bench.trial import Result
+from visgraft.executors.here import Here
 from visgraft.protocols.domains import DOMAINS, FOLDERS, TRAIN_FOLDER, labels_of, wordnet_numbers
 from visgraft.protocols.few_shot import FEW_SHOT
 from visgraft.protocols.fgvc import FGVC
@@ -35,7 +36,7 @@ def results(protocol: Protocol, root: Path, out: Path) -> list[Result]:
     request = Request(
         protocol, root, ("linear",), Backbone("test_vit", "none", 32), recipe, precision="fp32", any_size=True
     )
-    state = sweep(plan(request), TrialSources(protocol, root, cache="ram"), out / "lines.jsonl", workers=0)
+    state = sweep(plan(request), TrialSources(protocol, root, cache="ram"), out / "lines.jsonl", Here())
     assert not state.failed and not state.left
     return read_file(out / "lines.jsonl")
 

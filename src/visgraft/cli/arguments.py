@@ -37,6 +37,19 @@ Pool = Annotated[
     str | None,
     typer.Option(help="what the head reads: token (the class token), avg, max or avgmax (patches); none: the model's"),
 ]
+On = Annotated[
+    str | None,
+    typer.Option(help="where trials run: here, processes, ray or ray://HOST:PORT; none: processes", show_default=False),
+]
+CpusPerTrial = Annotated[
+    int | None, typer.Option(help="--on ray: cores that each trial has; none: 1", show_default=False)
+]
+GpusPerTrial = Annotated[
+    float | None,
+    typer.Option(
+        help="--on ray: GPUs that each trial has, 0.25: four share one; none: 1 if there are any", show_default=False
+    ),
+]
 Part = Annotated[str, typer.Option("--split", help="test, val, train or all")]
 
 

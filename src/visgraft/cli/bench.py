@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visgraft.cli.arguments import Json, Quiet
+from visgraft.cli.arguments import CpusPerTrial, GpusPerTrial, Json, On, Quiet
 from visgraft.errors import Interrupted, VisgraftError, nearest
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from visgraft.bench.running import TrialSources
     from visgraft.bench.sweep import State
     from visgraft.bench.trial import Result
+    from visgraft.executors.job import Executor
     from visgraft.protocols.row import Protocol
 
 METHODS = "linear,full,bitfit,lora,ssf,sct,alore"
@@ -109,7 +110,15 @@ def run(
     ] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16")] = "auto",
     options: Set = None,
-    workers: Annotated[int, typer.Option(help="trainings at a time; 0: in this process", min=0)] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="trainings at a time; none: 1, on Ray as many as fit; 0: in this process", min=0, show_default=False
+        ),
+    ] = None,
+    on: On = None,
+    cpus_per_trial: CpusPerTrial = None,
+    gpus_per_trial: GpusPerTrial = None,
     cache: Annotated[str | None, typer.Option(help="auto, ram, disk or none; none given: the protocol's")] = None,
     any_size: AnySize = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what there is to do")] = False,
@@ -122,6 +131,7 @@ def run(
     from visgraft.bench.running import TrialSources
     from visgraft.bench.settings import Recipe
     from visgraft.cli.show import emit, print_table
+    from visgraft.executors.choosing import choose_executor
 
     rows, folder = _protocol(protocol, root, shots, shifted)
     common, own = _parse(options or [], _names(methods))
@@ -140,19 +150,22 @@ def run(
         table = [list(fact.values()) for fact in facts]
         emit(facts, json, lambda: print_table("", ["task", "method", "tune", "final"], table))
         return
+    executor = choose_executor(on, workers, cpus=cpus_per_trial, gpus=gpus_per_trial, preload=["visgraft.bench.sweep"])
     create_backbone(request.backbone, 2)  # what cannot be had is said once, before any trial is started
     place = TrialSources(rows, folder, _file_of_weights(request), cache)
-    state = _sweep(request, cells, place, file, workers)
+    state = _sweep(request, cells, place, file, executor)
     _conclude(state, file, json)
 
 
-def _sweep(request: "Request", cells: Sequence[Any], place: "TrialSources", file: Path, workers: int) -> "State":
+def _sweep(
+    request: "Request", cells: Sequence[Any], place: "TrialSources", file: Path, executor: "Executor"
+) -> "State":
     from visgraft.bench.sweep import sweep
     from visgraft.cli.bench_progress import sweep_progress
 
-    with sweep_progress(request.methods, workers) as (show, tell):
+    with sweep_progress(request.methods, executor) as (show, tell):
         try:
-            return sweep(cells, place, file, workers=workers, on_change=show, on_result=tell)
+            return sweep(cells, place, file, executor, on_change=show, on_result=tell)
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted; what is done is in {file}: give the same command to go on") from None
 

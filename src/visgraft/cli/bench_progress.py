@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from visgraft.bench.sweep import State
+    from visgraft.executors.job import Executor
 
 
 @contextmanager
 def sweep_progress(
-    methods: Sequence[str], workers: int
+    methods: Sequence[str], executor: "Executor"
 ) -> Iterator[tuple[Callable[["State"], None], Callable[[Any], None]]]:
     """Yield callbacks for `sweep`: a table that lives on a terminal, otherwise a line for every result."""
     from rich.live import Live
@@ -23,18 +24,28 @@ def sweep_progress(
     def show(state: "State") -> None:
         latest[:] = [state]
         if live is not None:
-            live.update(progress_table(state, methods, workers))
+            live.update(progress_table(state, methods, executor.places))
 
     def tell(result: Any) -> None:
         if live is None:
             left = latest[0].left if latest else 0
-            progress_console.print(f"{describe(result)}; {left} left{_time_left(latest[0], workers)}")
+            progress_console.print(
+                f"{describe(result)}; {left} left{_time_left(latest[0], executor.places)}{_nodes(latest[0])}"
+            )
 
     if live is None:
         yield show, tell
     else:
         with live:
             yield show, tell
+
+
+def _nodes(state: "State") -> str:
+    """Say on how many machines of a cluster how much runs, and what was lost with one."""
+    nodes = {node for node in state.nodes.values() if node}
+    told = f"; {len(state.running)} running on {len(nodes)} node{'s' * (len(nodes) != 1)}" if nodes else ""
+    failed = f", {len(state.failed)} failed" if state.failed else ""
+    return told + failed + (f", {sum(state.lost.values())} lost and started again" if state.lost else "")
 
 
 def _time_left(state: "State", workers: int) -> str:
@@ -62,7 +73,8 @@ def progress_table(state: "State", methods: Sequence[str], workers: int) -> Any:
     from visgraft.cli.text import styled
 
     grid = Table(
-        box=SIMPLE_HEAD, title=f"{state.total - state.left} of {state.total} trials{_time_left(state, workers)}"
+        box=SIMPLE_HEAD,
+        title=f"{state.total - state.left} of {state.total} trials{_time_left(state, workers)}{_nodes(state)}",
     )
     grid.add_column("task")
     for method in methods:

@@ -1,0 +1,58 @@
+"""Which executor a user means."""
+
+from collections.abc import Sequence
+
+from visgraft.errors import VisgraftError, nearest
+from visgraft.executors.here import Here
+from visgraft.executors.job import Executor
+from visgraft.executors.processes import Processes
+
+KINDS = ("here", "processes", "ray")
+
+
+def choose_executor(
+    on: str | None = None,
+    workers: int | None = None,
+    *,
+    cpus: int | None = None,
+    gpus: float | None = None,
+    preload: Sequence[str] = (),
+) -> Executor:
+    """Return what runs jobs.
+
+    Args:
+        on: "here", "processes", "ray" or "ray://HOST:PORT"; None: processes, or here where `workers` is 0.
+        workers: jobs at a time; None: 1, or on Ray as many as fit.
+        cpus: cores of each job on Ray; None: 1.
+        gpus: GPUs of each job on Ray, or a fraction of one; None: one where there are any.
+        preload: modules that jobs need.
+
+    Raises:
+        VisgraftError: there is no such executor, or an option would have no effect.
+    """
+    kind = on or ("here" if workers == 0 else "processes")
+    by_address = kind.startswith("ray://")
+    if kind not in KINDS and not by_address:
+        raise VisgraftError(
+            f"--on is {on!r}, but must be here, processes, ray or ray://HOST:PORT{nearest(kind, KINDS)}"
+        )
+    if workers is not None and workers < (0 if on is None or kind == "here" else 1):
+        raise VisgraftError(f"workers is {workers}, but must be {'0' if on is None else '1'} or more")
+    if kind == "ray" or by_address:
+        from visgraft.executors.on_ray import OnRay
+
+        if cpus is not None and cpus < 1:
+            raise VisgraftError(f"--cpus-per-trial is {cpus}, but must be 1 or more")
+        if gpus is not None and not (0 <= gpus <= 1 or gpus == int(gpus)):
+            raise VisgraftError(f"--gpus-per-trial is {gpus:g}, but must be from 0 to 1, or a whole number")
+        return OnRay(on if by_address else None, 1 if cpus is None else cpus, gpus, workers)
+    if cpus is not None or gpus is not None:
+        name = "--cpus-per-trial" if cpus is not None else "--gpus-per-trial"
+        raise VisgraftError(f"{name} has an effect with --on ray only; leave it out")
+    if kind == "here":
+        if workers:
+            raise VisgraftError(
+                f"--workers {workers} has no effect with --on here; leave it out, or use --on processes"
+            )
+        return Here()
+    return Processes(workers or 1, preload)

@@ -1,0 +1,178 @@
+"""Jobs on a Ray cluster: each with the cores and the share of a GPU it asks for, and again where its node is lost."""
+
+import logging
+import os
+import queue
+from collections import Counter, deque
+from dataclasses import dataclass
+from importlib.util import find_spec
+from math import floor
+from pathlib import Path
+from typing import Any
+
+from visgraft.errors import VisgraftError
+from visgraft.executors.job import Event, Job, NextJob, TellEvent, outcome
+
+SECONDS = 0.5
+"""Between two looks at what the jobs told."""
+LOST = 3
+"""So often a job is started again before it has failed."""
+
+
+@dataclass(frozen=True)
+class OnRay:
+    """Runs as many jobs at a time as fit into a cluster.
+
+    Args:
+        address: `ray://HOST:PORT`; None: that in RAY_ADDRESS, a cluster that runs on this machine, or a new one on it.
+        cpus: cores that each job has.
+        gpus: GPUs that each job has, a fraction where several share one; None: one where the cluster has any.
+        most: jobs at a time at most; None: as many as fit.
+        fresh: give each job a process of its own, so that its peak of memory is its own too; otherwise a process takes
+            one job after another, which spares it the seconds in which torch is imported.
+
+    Raises:
+        VisgraftError: Ray is not installed, or no such cluster answers.
+    """
+
+    address: str | None = None
+    cpus: int = 1
+    gpus: float | None = None
+    most: int | None = None
+    fresh: bool = True
+
+    def __post_init__(self) -> None:
+        check_installed()
+        connect(self.address)
+        if not self._fits():
+            held = ", ".join(f"{_sum(node, 'CPU'):g} cores and {_sum(node, 'GPU'):g} GPUs" for node in _nodes())
+            raise VisgraftError(
+                f"no node of the cluster has {self.cpus} cores and {self._gpus:g} GPUs for a job (there are {held}); "
+                "lower --cpus-per-trial or --gpus-per-trial"
+            )
+
+    @property
+    def _gpus(self) -> float:
+        return (1.0 if any(_sum(node, "GPU") for node in _nodes()) else 0.0) if self.gpus is None else self.gpus
+
+    def _fits(self) -> int:
+        gpus, found = self._gpus, 0
+        for node in _nodes():
+            by_gpu = floor(_sum(node, "GPU") / gpus + 1e-9) if gpus else 1 << 30
+            found += min(floor(_sum(node, "CPU") / self.cpus), by_gpu)
+        return found
+
+    @property
+    def places(self) -> int:
+        """See `Executor`: nodes may come and go."""
+        return min(max(self._fits(), 1), self.most or 1 << 30)
+
+    def run(self, next_job: NextJob, tell: TellEvent) -> None:
+        """See `Executor`."""
+        import ray
+        from ray.util.queue import Queue
+
+        asked: dict[str, Any] = {"num_cpus": self.cpus, "num_gpus": self._gpus, "max_retries": 0}
+        remote = ray.remote(**asked, max_calls=1 if self.fresh else 0)(_work)
+        notes = Queue(actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}})
+        live: dict[Any, Job] = {}
+        lost, waiting = Counter[str](), deque[Job]()
+        try:
+            while True:
+                while len(live) < self.places and (job := waiting.popleft() if waiting else next_job()) is not None:
+                    live[remote.remote(job, notes, self.cpus)] = job
+                if not live:
+                    return
+                ended, _ = ray.wait(list(live), num_returns=len(live), timeout=0)
+                if not ended:
+                    ended, _ = ray.wait(list(live), timeout=SECONDS)
+                _tell_notes(notes, {job.key for job in live.values()}, tell)
+                for reference in ended:
+                    job = live.pop(reference)
+                    event = _ended(reference, job)
+                    if event.kind == "again":
+                        lost[job.key] += 1
+                        if lost[job.key] <= LOST:
+                            waiting.append(job)
+                        else:
+                            event = Event(job.key, "failed", f"{job.title}: lost {LOST + 1} times; {event.value}")
+                    tell(event)
+        finally:
+            for reference in live:
+                ray.cancel(reference, force=True)
+            notes.shutdown(force=True)
+
+
+def check_installed() -> None:
+    """Raise a VisgraftError that says what to install, where Ray is missing."""
+    if find_spec("ray") is None:
+        raise VisgraftError("--on ray needs ray, which is not installed; run pip install 'visgraft[cluster]'")
+
+
+def connect(address: str | None) -> None:
+    """Connect this process to a cluster; to one that is there already it sends this package.
+
+    Raises:
+        VisgraftError: none answers.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return
+    package = Path(__file__).parents[1]
+    there = address or os.environ.get("RAY_ADDRESS")
+    settings: dict[str, Any] = {"runtime_env": {"py_modules": [str(package)]}} if there else {}
+    try:
+        ray.init(address=there, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False, **settings)
+    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise VisgraftError(f"no Ray cluster answers at {there or 'this machine'} ({first}); check --on") from error
+
+
+def _nodes() -> list[dict[str, Any]]:
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _sum(node: dict[str, Any], resource: str) -> float:
+    return float(node["Resources"].get(resource, 0.0))
+
+
+def _tell_notes(notes: Any, known: set[str], tell: TellEvent) -> None:
+    """Tell what the jobs have told since; where that is lost, only the progress is."""
+    import ray
+
+    try:
+        events = notes.get_nowait_batch(min(notes.qsize(), 1000))
+    except (queue.Empty, ray.exceptions.RayError):
+        return
+    for event in events:
+        if event.key in known:
+            tell(event)
+
+
+def _ended(reference: Any, job: Job) -> Event:
+    """Return what became of a job; one that Ray has lost starts again."""
+    import ray
+
+    try:
+        return Event(*ray.get(reference))
+    except (ray.exceptions.RuntimeEnvSetupError, ray.exceptions.RayTaskError) as error:
+        return Event(job.key, "failed", f"{job.title}: {str(error).strip().splitlines()[-1]}")
+    except ray.exceptions.RayError as error:
+        return Event(job.key, "again", f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+
+
+def _work(job: Job, notes: Any, threads: int) -> tuple[str, str, Any]:
+    """Do a job on a node."""
+    import ray
+    import torch
+
+    torch.set_num_threads(threads)
+
+    def put(kind: str, value: Any) -> None:
+        notes.actor.put_nowait.remote(Event(job.key, kind, value))  # nobody waits for it
+
+    put("started", ray.get_runtime_context().get_node_id())
+    return tuple(outcome(job, lambda value: put("note", value)))

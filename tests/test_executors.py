@@ -1,0 +1,159 @@
+"""Jobs here, in processes and on a cluster of two nodes: the same answers, also where a node is lost."""
+
+import os
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from visgraft.errors import VisgraftError
+from visgraft.executors.choosing import choose_executor
+from visgraft.executors.here import Here
+from visgraft.executors.job import Event, Executor, Job, Note
+from visgraft.executors.on_ray import OnRay
+from visgraft.executors.processes import Processes
+
+ray = pytest.importorskip("ray")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two nodes on this machine, the first of which has no cores for jobs."""
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # the package itself is sent
+        found = Cluster(initialize_head=True, connect=False, head_node_args={"num_cpus": 0})
+        found.add_node(num_cpus=2)
+        patch.setenv("RAY_ADDRESS", found.address)
+        try:
+            yield found
+        finally:
+            ray.shutdown()
+            found.shutdown()
+
+
+def square(number: int, note: Note) -> int:
+    note("half way")
+    if number == 3:
+        raise VisgraftError("three is refused")
+    if number == 4:
+        raise ZeroDivisionError("four")
+    return number * number
+
+
+def once(folder: Path, seconds: float, note: Note) -> str:
+    """Leave a mark and wait; the second time there is a mark already."""
+    mark = folder / "mark"
+    if mark.exists():
+        return "again"
+    mark.write_text("")
+    note("waiting")
+    time.sleep(seconds)
+    return "first"
+
+
+def leave(note: Note) -> None:
+    os._exit(7)
+
+
+def ran(executor: Executor, *works: Any) -> list[Event]:
+    jobs, events = [Job(str(number), f"job {number}", work) for number, work in enumerate(works)], list[Event]()
+    executor.run(lambda: jobs.pop(0) if jobs else None, events.append)
+    return events
+
+
+@pytest.mark.parametrize("kind", ["here", "processes", "ray"])
+def test_jobs_end_alike_wherever_they_run(kind: str, request: pytest.FixtureRequest) -> None:
+    if kind == "ray":
+        request.getfixturevalue("cluster")
+    executor = choose_executor(kind, None if kind == "here" else 2)
+    assert isinstance(executor, {"here": Here, "processes": Processes, "ray": OnRay}[kind])
+    assert executor.places == (1 if kind == "here" else 2)
+    events = ran(executor, *(partial(square, number) for number in range(1, 5)))
+    for key, ended in {
+        "0": ("done", 1), "1": ("done", 4), "2": ("failed", "job 2: three is refused"),
+        "3": ("failed", "job 3: ZeroDivisionError: four"),
+    }.items():  # fmt: skip
+        mine = [(event.kind, event.value) for event in events if event.key == key]
+        assert (
+            mine[-1] == ended and [kind for kind, _ in mine].count("done") + [k for k, _ in mine].count("failed") == 1
+        )
+        assert {kind for kind, _ in mine[:-1]} <= {"started", "note"}
+    if kind != "ray":
+        assert Event("0", "note", "half way") in events and Event("0", "started", "") in events
+
+
+def test_a_job_whose_process_ends_is_told_and_takes_no_other() -> None:
+    events = ran(Processes(2), leave, partial(square, 2))
+    ended = {event.key: event.value for event in events if event.kind in ("done", "failed")}
+    assert ended["1"] == 4 and "ended with code 7" in ended["0"]
+
+
+def test_what_tell_raises_ends_all_jobs(tmp_path: Path) -> None:
+    def tell(event: Event) -> None:
+        if event.kind == "note":
+            raise KeyboardInterrupt
+
+    jobs = [Job("a", "a", partial(once, tmp_path, 60.0))]
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        Processes(1).run(lambda: jobs.pop() if jobs else None, tell)
+    assert time.monotonic() - begin < 50
+
+
+def test_a_lost_node_gives_its_job_to_another(cluster: Any, tmp_path: Path) -> None:
+    (node,) = [one for one in cluster.list_all_nodes() if one is not cluster.head_node]
+    jobs, events = [Job("a", "a", partial(once, tmp_path, 300.0))], list[Event]()
+
+    def tell(event: Event) -> None:
+        events.append(event)
+        if event.kind == "note" and event.value == "waiting":
+            cluster.add_node(num_cpus=2)
+            cluster.remove_node(node, allow_graceful=False)
+
+    OnRay().run(lambda: jobs.pop() if jobs else None, tell)
+    kinds = [event.kind for event in events]
+    assert kinds.count("again") == 1 and events[-1] == Event("a", "done", "again")
+    places = [event.value for event in events if event.kind == "started"]
+    assert len(set(places)) == len(places)
+
+
+def test_a_job_that_ends_its_process_again_and_again_fails(cluster: Any) -> None:
+    events = ran(OnRay(most=1), leave)
+    assert [event.kind for event in events if event.kind != "started"] == ["again"] * 3 + ["failed"]
+    assert "job 0: lost 4 times" in events[-1].value
+
+
+def test_a_job_larger_than_every_node_is_refused(cluster: Any) -> None:
+    with pytest.raises(VisgraftError, match=r"no node of the cluster has 64 cores.*lower --cpus-per-trial"):
+        OnRay(cpus=64)
+    with pytest.raises(VisgraftError, match="lower --cpus-per-trial or --gpus-per-trial"):
+        OnRay(gpus=0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"on": "rya"}, "--on is 'rya', but must be here, processes, ray or ray://HOST:PORT; did you mean ray?"),
+        ({"on": "here", "workers": 2}, "--workers 2 has no effect with --on here"),
+        ({"on": "processes", "workers": 0}, "workers is 0, but must be 1 or more"),
+        ({"cpus": 2}, "--cpus-per-trial has an effect with --on ray only"),
+        ({"on": "here", "gpus": 0.5}, "--gpus-per-trial has an effect with --on ray only"),
+        ({"on": "ray", "gpus": 1.5}, "--gpus-per-trial is 1.5, but must be from 0 to 1, or a whole number"),
+        ({"on": "ray", "cpus": 0}, "--cpus-per-trial is 0, but must be 1 or more"),
+    ],
+)
+def test_a_choice_that_cannot_be_is_one_line(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(VisgraftError) as error:
+        choose_executor(**options)
+    assert said in str(error.value)
+
+
+def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("visgraft.executors.on_ray.find_spec", lambda name: None)
+    with pytest.raises(VisgraftError, match=r"pip install 'visgraft\[cluster\]'"):
+        choose_executor("ray")
