@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visgraft.cli.arguments import CpusPerTrial, GpusPerTrial, Json, On, Quiet
+from visgraft.cli.arguments import CpusPerTrial, GpusPerTrial, Json, On, Quiet, Workers
 from visgraft.errors import Interrupted, VisgraftError, nearest
 
 if TYPE_CHECKING:
@@ -110,12 +110,7 @@ def run(
     ] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16")] = "auto",
     options: Set = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            help="trainings at a time; none: 1, on Ray as many as fit; 0: in this process", min=0, show_default=False
-        ),
-    ] = None,
+    workers: Workers = None,
     on: On = None,
     cpus_per_trial: CpusPerTrial = None,
     gpus_per_trial: GpusPerTrial = None,

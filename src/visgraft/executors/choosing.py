@@ -17,6 +17,7 @@ def choose_executor(
     cpus: int | None = None,
     gpus: float | None = None,
     preload: Sequence[str] = (),
+    fresh: bool = True,
 ) -> Executor:
     """Return what runs jobs.
 
@@ -26,6 +27,7 @@ def choose_executor(
         cpus: cores of each job on Ray; None: 1.
         gpus: GPUs of each job on Ray, or a fraction of one; None: one where there are any.
         preload: modules that jobs need.
+        fresh: give each job on Ray a process of its own.
 
     Raises:
         VisgraftError: there is no such executor, or an option would have no effect.
@@ -37,7 +39,7 @@ def choose_executor(
             f"--on is {on!r}, but must be here, processes, ray or ray://HOST:PORT{nearest(kind, KINDS)}"
         )
     if workers is not None and workers < (0 if on is None or kind == "here" else 1):
-        raise VisgraftError(f"workers is {workers}, but must be {'0' if on is None else '1'} or more")
+        raise VisgraftError(f"--workers is {workers}, but must be {'0' if on is None else '1'} or more")
     if kind == "ray" or by_address:
         from visgraft.executors.on_ray import OnRay
 
@@ -45,7 +47,7 @@ def choose_executor(
             raise VisgraftError(f"--cpus-per-trial is {cpus}, but must be 1 or more")
         if gpus is not None and not (0 <= gpus <= 1 or gpus == int(gpus)):
             raise VisgraftError(f"--gpus-per-trial is {gpus:g}, but must be from 0 to 1, or a whole number")
-        return OnRay(on if by_address else None, 1 if cpus is None else cpus, gpus, workers)
+        return OnRay(on if by_address else None, 1 if cpus is None else cpus, gpus, workers, fresh)
     if cpus is not None or gpus is not None:
         name = "--cpus-per-trial" if cpus is not None else "--gpus-per-trial"
         raise VisgraftError(f"{name} has an effect with --on ray only; leave it out")

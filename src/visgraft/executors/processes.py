@@ -57,7 +57,7 @@ def _heard(connection: Connection, process: BaseProcess, job: Job) -> Event:
         return cast(Event, connection.recv())
     except EOFError:
         process.join()
-        why = f"the process ended with code {process.exitcode}; if memory ran out, lower --workers or --set batch_size"
+        why = f"the process ended with code {process.exitcode}; if memory ran out, lower --workers or the batch size"
         return Event(job.key, "failed", f"{job.title}: {why}")
 
 
