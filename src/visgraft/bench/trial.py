@@ -167,6 +167,8 @@ class Result:
     when: str
     channels: Mapping[str, list[list[int]]] = field(default_factory=dict)
     learned_top1: float | None = None
+    device_memory_bytes: int | None = None
+    """All memory of the accelerator; None: the CPU, or measured before it was kept."""
 
     def to_line(self) -> str:
         """Return one line of JSON, without the newline."""

@@ -1,7 +1,6 @@
 """Which method for my data? Search every method's settings within a time, and compare the best on the same images."""
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 
@@ -116,9 +115,7 @@ def _race(
         costs = {name: measure_cost(task, name) for name in names}
         plan = _plan(costs, examples, task, clock, epochs)
         return Race(task, [Search(name, task, costs[name], plan.epochs[name]) for name in names], plan, clock, tell)
-    key = f"comparison {dataset.fingerprint} {time.time_ns()}"
-    parts = (dataset.train, dataset.val)
-    what = Ingredients(key, task.bench.backbone, task.bench.classes, parts, loading)
+    what = Ingredients.of(dataset, "comparison", task.bench.backbone, (dataset.train, dataset.val), loading)
     where = Elsewhere(what, task.seed, task.precision)
     costs = measure_costs(where, names, executor)
     side_by_side = min(executor.places, len(names))

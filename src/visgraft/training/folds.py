@@ -125,8 +125,7 @@ def cross_validate(
     dataset = data if isinstance(data, Dataset) else read_data(data)
     examples = (*dataset.train, *dataset.val)
     crossval.folds(examples, folds, repeats, seed)  # raises before anything is read
-    key = f"cross-validation {dataset.fingerprint} {time.time_ns()}"
-    what = Ingredients(key, backbone, len(dataset.classes), (examples,), loading)
+    what = Ingredients.of(dataset, "cross-validation", backbone, (examples,), loading)
     plan, total, done = _Folds(what, method_config, train_config, folds, repeats, seed), folds * repeats, 0
 
     def tell(event: Event) -> None:

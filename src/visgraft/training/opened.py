@@ -3,12 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from time import monotonic
-from typing import Any
+from pathlib import Path
+from time import monotonic, time_ns
+from typing import Any, Self
 
 from visgraft.backbones.creation import Backbone
-from visgraft.data.dataset import Example
+from visgraft.data.dataset import Dataset, Example
 from visgraft.data.images import Images, Loading
+from visgraft.data.mirror import Mirror
 from visgraft.training.crossval import Bench
 
 SECONDS_BETWEEN_STEPS = 0.5
@@ -26,13 +28,31 @@ class Ingredients:
     classes: int = field(compare=False)
     parts: tuple[Sequence[Example], ...] = field(compare=False)
     loading: Loading = field(compare=False)
+    root: Path = field(compare=False)
+    mirror: Mirror | None = field(compare=False)
+    """What `root`, from which the examples' paths start, is a copy of; another machine makes its own."""
+
+    @classmethod
+    def of(
+        cls, dataset: Dataset, title: str, backbone: Backbone, parts: tuple[Sequence[Example], ...], loading: Loading
+    ) -> Self:
+        """Return those of a data set, or of some parts of it, which no others are taken for."""
+        key = f"{title} {dataset.fingerprint} {time_ns()}"
+        return cls(key, backbone, len(dataset.classes), parts, loading, dataset.root, dataset.mirror)
+
+    def here(self, part: Sequence[Example]) -> Sequence[Example]:
+        """Return examples with their paths on this machine."""
+        root = self.root if self.mirror is None else self.mirror.local()
+        if root == self.root:
+            return part
+        return [example._replace(path=root / example.path.relative_to(self.root)) for example in part]
 
 
 @lru_cache(maxsize=1)
 def opened(what: Ingredients) -> tuple[Bench, tuple[Images, ...]]:
     """Return the backbone, created, and the decoded images of each part; asked again, the same ones."""
     bench = Bench(what.backbone, what.classes)
-    return bench, tuple(bench.load(part, **asdict(what.loading)) for part in what.parts)
+    return bench, tuple(bench.load(what.here(part), **asdict(what.loading)) for part in what.parts)
 
 
 def seldom(note: Callable[[Any], None], always: Callable[[Any], bool]) -> Callable[[Any], None]:
