@@ -57,7 +57,7 @@ HERE = Path(__file__).parent
 FILE, RESULTS = HERE / "scale_measured.jsonl", HERE.parent / "results" / "offline.jsonl"
 SIDES, PICTURES, QUALITY = (256, 500, 1000), 8, 90
 MODELS = {"ViT-S/14 at 98 px": ("vit_small_patch14_dinov2", 98), "ViT-B/16 at 224 px": ("vit_base_patch16_224", 224)}
-BATCH, ADAPTERS = 8, 4
+BATCH, BANKED, ADAPTERS = 8, 4, 4
 Figures = Iterator[tuple[str, float, str]]
 """Name, value and unit of each."""
 
@@ -120,45 +120,43 @@ def attached(name: str, method: str, **options: Any) -> nn.Module:
     return visgraft.attach(model_of(name), visgraft.list_methods()[method].Config(**options))
 
 
-def models(rounds: int) -> Figures:
+def model(name: str, rounds: int) -> Figures:
     """Images forwarded and trained each second, in the precision in which this machine is faster; bytes of adapters."""
-    compute = make_compute("auto")
+    compute, size = make_compute("auto"), MODELS[name][1]
     bf16 = compute.precision == "bf16"
-    for name, (_, size) in MODELS.items():
-        plain, x, y = model_of(name), torch.randn(BATCH, 3, size, size), torch.randint(10, (BATCH,))
-        with torch.no_grad(), compute.autocast(), frozen_weights_in_bf16(plain, bf16):
-            yield f"forwarded, {name}", BATCH / best(partial(plain, x), rounds), "images/s"
-        for method, options in {"sct": {"score": "random"}, "alore": {}}.items():
-            model = attached(name, method, **options).train()
-            with tempfile.TemporaryDirectory() as folder:
-                stored = visgraft.save(model, Path(folder) / "adapter")
-                size_on_disk = sum(file.stat().st_size for file in stored.rglob("*") if file.is_file())
-                yield f"adapter {method}, {name}", size_on_disk, "bytes"
-            with frozen_weights_in_bf16(model, bf16), unfused_attention(model, bf16):
-                yield f"trained {method}, {name}", BATCH / best(make_step(model, x, y, bf16), rounds), "images/s"
+    plain, x, y = model_of(name), torch.randn(BATCH, 3, size, size), torch.randint(10, (BATCH,))
+    with torch.no_grad(), compute.autocast(), frozen_weights_in_bf16(plain, bf16):
+        yield f"forwarded, {name}", BATCH / best(partial(plain, x), rounds), "images/s"
+    for method, options in {"sct": {"score": "random"}, "alore": {}}.items():
+        model = attached(name, method, **options).train()
+        with tempfile.TemporaryDirectory() as folder:
+            stored = visgraft.save(model, Path(folder) / "adapter")
+            size_on_disk = sum(file.stat().st_size for file in stored.rglob("*") if file.is_file())
+            yield f"adapter {method}, {name}", size_on_disk, "bytes"
+        with frozen_weights_in_bf16(model, bf16), unfused_attention(model, bf16):
+            yield f"trained {method}, {name}", BATCH / best(make_step(model, x, y, bf16), rounds), "images/s"
 
 
-def bank(rounds: int) -> Figures:
+def bank(name: str, rounds: int) -> Figures:
     """Seconds that a bank takes for an image: with one adapter, with several for each, with one of several."""
-    precision = resolve_precision("auto")
-    for name, (_, size) in MODELS.items():
-        x = torch.randn(BATCH, 3, size, size)
-        for title, method, options in (
-            ("linear", "linear", {}),
-            ("alore in the last 2 blocks", "alore", {"last_blocks": 2}),
-            ("alore in all blocks", "alore", {}),
-        ):
-            held, model = visgraft.Bank(model_of(name)), visgraft.Adapted.of(attached(name, method, **options))
-            record = replace(model.record, precision=precision)
-            for number in range(ADAPTERS):
-                held.add(str(number), visgraft.Adapted(model.model, record))
-            names = held.names
-            one = best(partial(held.every, x, names[:1]), rounds)
-            yield f"1 adapter, {title}, {name}", one / BATCH, "s/image"
-            four = best(partial(held.every, x, names), rounds)
-            yield f"{ADAPTERS} adapters, {title}, {name}", four / BATCH, "s/image"
-        mixed = best(partial(held, x, names * (BATCH // ADAPTERS)), rounds)
-        yield f"{ADAPTERS} mixed adapters, {name}", mixed / BATCH, "s/image"
+    precision, size = resolve_precision("auto"), MODELS[name][1]
+    x = torch.randn(BANKED, 3, size, size)
+    for title, method, options in (
+        ("linear", "linear", {}),
+        ("alore in the last 2 blocks", "alore", {"last_blocks": 2}),
+        ("alore in all blocks", "alore", {}),
+    ):
+        held, model = visgraft.Bank(model_of(name)), visgraft.Adapted.of(attached(name, method, **options))
+        record = replace(model.record, precision=precision)
+        for number in range(ADAPTERS):
+            held.add(str(number), visgraft.Adapted(model.model, record))
+        names = held.names
+        one = best(partial(held.every, x, names[:1]), rounds)
+        yield f"1 adapter, {title}, {name}", one / BANKED, "s/image"
+        four = best(partial(held.every, x, names), rounds)
+        yield f"{ADAPTERS} adapters, {title}, {name}", four / BANKED, "s/image"
+    mixed = best(partial(held, x, names), rounds)
+    yield f"{ADAPTERS} mixed adapters, {name}", mixed / BANKED, "s/image"
 
 
 def answers(rounds: int) -> Figures:
@@ -248,14 +246,15 @@ def ray(rounds: int) -> Figures:
 
 
 GROUPS: Mapping[str, Callable[[int], Figures]] = {
-    one.__name__: one for one in (pictures, models, bank, answers, driver, local, ray)
+    **{one.__name__: one for one in (pictures, answers, driver, local, ray)},
+    **{f"{one.__name__} {name}": partial(one, name) for name in MODELS for one in (model, bank)},
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=FILE)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--again", default="", help="groups to measure again, of " + ",".join(GROUPS))
     asked = parser.parse_args()
     torch.set_num_threads(1)

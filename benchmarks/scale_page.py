@@ -70,7 +70,7 @@ def failing_table(found: Sequence[Scenario]) -> str:
         for often in FAILURE_HOURS:
             outcome, _ = scenario.outcome(FAILING, often)
             never = f", {outcome.failed:,} parts never done" if outcome.failed else ""
-            lost = f", {100 * outcome.lost:.2f} % lost" if math.isfinite(often) else ""
+            lost = f", {100 * outcome.lost:.1f} % lost" if math.isfinite(often) else ""
             cells.append(f"{hours(outcome.hours)} h{lost}{never}")
         rows.append([scenario.title, *cells])
     return table([f"{FAILING} nodes", "never", *(f"every {h:,.0f} h" for h in FAILURE_HOURS[1:])], rows)
@@ -99,6 +99,7 @@ def draw(found: Sequence[Scenario], title: str) -> None:
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import StrMethodFormatter
 
     from visgraft.bench.plot import COLOURS, DOTS_PER_INCH, INK, STYLE
 
@@ -114,13 +115,14 @@ def draw(found: Sequence[Scenario], title: str) -> None:
                 axes.plot(number, value, ls="", marker=MARKERS[named], color=colour, ms=6)
                 used[named] = None
         axes.set(xscale="log", yscale="log", xlabel="nodes", ylabel="hours", title=title)
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.12g}"))
         axes.grid(True, which="major", lw=0.6)
-        lines = axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=9)
-        axes.add_artist(lines)
         shapes = [
             Line2D([], [], ls="", marker=MARKERS[name], color=INK, label=name) for name in MARKERS if name in used
         ]
-        axes.legend(handles=shapes, title="bound by", loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=9)
+        figure.legend(handles=shapes, title="bound by", loc="outside right upper", fontsize=9)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
         figure.savefig(PICTURE, dpi=DOTS_PER_INCH)
 
 

@@ -35,7 +35,7 @@ FAILURE_HOURS = (math.inf, 1000.0, 100.0, 10.0)
 IMAGES, ADAPTERS, METHODS, TUNED, SEEDS, EPOCHS = 10**9, 1000, 16, 4, 3, 100
 MODEL = "ViT-B/16 at 224 px"
 ROUNDS = 50
-"""Of a work of equal parts, so many for each place are simulated, and the hours of all follow in proportion."""
+"""Of a work of equal parts, so many for each place are simulated; the others are begun as the second half of those."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,15 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Hours until all is done, the share of the nodes' work that was lost, and how many parts were never done."""
+    """Hours until all is done, the share of the nodes' work that was lost, how many parts were never done.
+
+    `second_half` are the hours from the beginning of the part in the middle to that of the last one.
+    """
 
     hours: float
     lost: float
     failed: int
+    second_half: float
 
 
 def terms(work: Work, cluster: Cluster) -> dict[str, float]:
@@ -122,12 +126,13 @@ def simulate(work: Work, cluster: Cluster, seed: int = 0) -> Outcome:
     free, now, end = cluster.at_a_time, 0.0, 0.0
     drivers, storage = [0.0] * cluster.drivers, 0.0
     events: list[tuple[float, int, str, tuple[Part, int, int, int] | None]] = []
-    lost_seconds, done_seconds, failed = 0.0, 0.0, 0
+    lost_seconds, done_seconds, failed, begun = 0.0, 0.0, 0, list[float]()
     while ready or events:
         while free and ready:
             given = ready.popleft()
             begin = max(now, drivers[0]) + cluster.driver
             heapq.heapreplace(drivers, begin)
+            begun += [begin] if given[3] == 0 else []
             storage = max(storage, begin) + given[0].bytes / cluster.storage
             ended = max(begin + cluster.seconds(given[0]), storage)
             fails = (
@@ -149,7 +154,7 @@ def simulate(work: Work, cluster: Cluster, seed: int = 0) -> Outcome:
         if kind == "lost":
             heapq.heappush(events, (now + cluster.away, next(order), "back", None))
             if times < LOST:
-                ready.append((part, chain, stage, times + 1))
+                ready.appendleft((part, chain, stage, times + 1))
             else:
                 failed += 1 + sum(map(len, work[chain][stage + 1 :])) * (left[chain] >= 0)
                 left[chain] = -1  # what waits for the stage is never begun
@@ -159,7 +164,9 @@ def simulate(work: Work, cluster: Cluster, seed: int = 0) -> Outcome:
         if left[chain] == 0 and stage + 1 < len(work[chain]):
             left[chain] = len(work[chain][stage + 1])
             ready.extend((part, chain, stage + 1, 0) for part in work[chain][stage + 1])
-    return Outcome(end / 3600, lost_seconds / max(lost_seconds + done_seconds, 1e-12), failed)
+    second_half = begun[-1] - begun[(len(begun) - 1) // 2]
+    lost = lost_seconds / max(lost_seconds + done_seconds, 1e-12)
+    return Outcome(end / 3600, lost, failed, second_half / 3600)
 
 
 @dataclass(frozen=True)
@@ -172,21 +179,21 @@ class Scenario:
     parts: float = 0.0
     """Of equal parts, how many there are; 0: those of `work`."""
 
-    def of(self, nodes: int, failure_hours: float = math.inf) -> tuple[Work, Cluster, float]:
-        """Return what to simulate, on how large a cluster, and by what to multiply the hours."""
+    def outcome(self, nodes: int, failure_hours: float = math.inf, seed: int = 0) -> tuple[Outcome, str]:
+        """Return what becomes of the work on so many nodes, and what bounds it."""
         cluster = replace(self.cluster, nodes=nodes, failure_hours=failure_hours)
         if not self.parts:
-            return self.work, cluster, 1.0
-        simulated = min(math.ceil(self.parts), max(2000, ROUNDS * cluster.at_a_time))
-        return [[[self.work[0][0][0]] * simulated]], cluster, self.parts / simulated
-
-    def outcome(self, nodes: int, failure_hours: float = math.inf, seed: int = 0) -> tuple[Outcome, str]:
-        """Return what becomes of the work, and what bounds it."""
-        work, cluster, scale = self.of(nodes, failure_hours)
+            return simulate(self.work, cluster, seed), bound(self.work, cluster)
+        places = cluster.at_a_time
+        simulated = 2 * places * math.ceil(max(1000, ROUNDS * places / 2) / places)
+        if simulated > self.parts:
+            simulated = math.ceil(self.parts)
+        work, scale = [[[self.work[0][0][0]] * simulated]], self.parts / simulated
         found, needed = simulate(work, cluster, seed), terms(work, cluster)
-        needed = {name: hours * (1 if name == "longest chain" else scale) for name, hours in needed.items()}
-        outcome = Outcome(scale * found.hours, found.lost, round(scale * found.failed))
-        return outcome, max(needed, key=lambda name: needed[name])
+        needed |= {name: scale * value for name, value in needed.items() if name != "longest chain"}
+        all_of_it = found.hours + 2 * (scale - 1) * found.second_half if scale > 1 else found.hours
+        whole = replace(found, hours=all_of_it, failed=round(scale * found.failed))
+        return whole, max(needed, key=lambda name: needed[name])
 
 
 def best_lines(file: Path = FILE, cpu: str | None = None) -> list[dict[str, Any]]:
@@ -258,8 +265,8 @@ def protocol(figures: Mapping[str, float], asked: argparse.Namespace, on_gpu: bo
 
 
 def hours(value: float) -> str:
-    """Write hours with three digits."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    """Write a figure with three digits."""
+    return f"{float(f'{value:.3g}'):,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def tables(scenarios: Sequence[Scenario], price: float, nodes: Sequence[int] = NODES) -> str:
@@ -270,11 +277,11 @@ def tables(scenarios: Sequence[Scenario], price: float, nodes: Sequence[int] = N
         rows = []
         for number in nodes:
             best, named = scenario.outcome(number)
-            cells = [str(number), hours(best.hours), named, f"{best.hours * number * price:,.0f}"]
+            cells = [str(number), hours(best.hours), named, hours(best.hours * number * price)]
             for often in FAILURE_HOURS[1:]:
                 one, _ = scenario.outcome(number, often)
                 never = f", {one.failed:,} never done" if one.failed else ""
-                cells.append(f"{hours(one.hours)}, {100 * one.lost:.2f} %{never}")
+                cells.append(f"{hours(one.hours)}, {100 * one.lost:.1f} %{never}")
             rows.append(cells)
         lines = [head, ["--:" if name != "bound" else "---" for name in head], *rows]
         found.append(f"**{scenario.title}**\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines))

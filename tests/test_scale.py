@@ -143,3 +143,12 @@ def test_a_faster_gpu_shortens_answering_until_decoding_bounds_it(scale: Any) ->
     assert slow.hours == pytest.approx(1e9 / 100 / 3600, rel=0.3)
     more, _ = outcome("--gpu-images-per-second", "1e9", "--cores", "32")
     assert more.hours == pytest.approx(fast.hours / 2, rel=0.01)
+
+
+def test_the_page_holds_what_the_scripts_print(scale: Any) -> None:
+    import scale_page
+
+    asked = scale.options().parse_args([])
+    assert scale_page.page(scale_page.blocks(asked)) == scale_page.PAGE.read_text(encoding="utf-8"), (
+        "run: python benchmarks/scale_page.py"
+    )
