@@ -6,7 +6,8 @@
 One line per figure, with the processor's name. A group of figures is appended as soon as it is known: killed, the same
 command goes on with the groups that this processor lacks. Each figure is the best of several short rounds, since what
 else runs on a machine can only make it slower. Images, models, schedules and the driver are timed by the processor's
-own time, of which waiting for a core is no part; lines and jobs by the clock.
+own time, of which waiting for a core is no part; lines and jobs by the clock. Of several lines on a figure, the best
+one counts.
 
 The pictures are the two photographs that come with scikit-learn, tiled with their mirror images and cut to squares at 1
 to 1, so that there is as much detail in each pixel as in a photograph; those of 256 px are the ones of 500 px made
