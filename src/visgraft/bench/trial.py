@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class Trial:
                 "), which flatters it; use select='last'"
             )
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The digest of all values: a finished line with this key is this trial's."""
         return digest({"results": RESULTS, **asdict(self)})
