@@ -37,6 +37,7 @@ COLUMNS = {
     "ConvNeXt V2": "convnext_v2",
     "MLP-Mixer": "mixer",
     "ResMLP": "resmlp",
+    "AS-MLP": "as_mlp",
 }
 MERGES, WORKS, REFUSED = "merges", "works", "no"
 HEAD = """# What works where

@@ -78,6 +78,24 @@ def swin_shapes(
     return shapes | affine("norm", last) | affine("head", classes, last)
 
 
+def as_mlp_shapes(width: int, depths: tuple[int, ...], classes: int = 1000) -> Shapes:
+    """AS-MLP as its authors save it: 1×1 convolutions throughout, and a downsampling at the end of each stage."""
+    shapes = affine("patch_embed.proj", width, 3, 4, 4) | affine("patch_embed.norm", width)
+    for i, depth in enumerate(depths):
+        c = width * 2**i
+        for block in (f"layers.{i}.blocks.{j}" for j in range(depth)):
+            for norm in ("norm1", "norm2", "axial_shift.norm1", "axial_shift.norm2"):
+                shapes |= affine(f"{block}.{norm}", c)
+            for convolution in ("conv1", "conv2_1", "conv2_2", "conv3"):
+                shapes |= affine(f"{block}.axial_shift.{convolution}", c, c, 1, 1)
+            shapes |= affine(f"{block}.mlp.fc1", 4 * c, c, 1, 1) | affine(f"{block}.mlp.fc2", c, 4 * c, 1, 1)
+        if i + 1 < len(depths):
+            shapes[f"layers.{i}.downsample.reduction.weight"] = (2 * c, 4 * c, 1, 1)
+            shapes |= affine(f"layers.{i}.downsample.norm", 4 * c)
+    last = width * 2 ** (len(depths) - 1)
+    return shapes | affine("norm", last) | affine("head", classes, last)
+
+
 def convnext_shapes(widths: tuple[int, ...], depths: tuple[int, ...], classes: int = 21841) -> Shapes:
     """Facebook's ConvNeXt: the stem is the first of four downsampling layers; in the others the norm comes first."""
     shapes = affine("downsample_layers.0.0", widths[0], 3, 4, 4) | affine("downsample_layers.0.1", widths[0])

@@ -55,6 +55,7 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "convnext_conv": ("convnext_tiny", {**_CONV, "conv_mlp": True}),
     "convnext_v2": ("convnextv2_tiny", _CONV),
     "mixer": (MlpMixer, _MLP),
+    "as_mlp": ("as_mlp_tiny_patch4_shift5_224", {"depths": (1, 1, 2, 1), "embed_dim": 16}),
     "resmlp": (MlpMixer, {**_MLP, "block_layer": ResBlock, "mlp_ratio": 4, "norm_layer": Affine}),
 }
 CONVOLUTIONAL_SIZE = 32  # of images for families that take any
@@ -192,7 +193,9 @@ def gradients(run: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> d
     return {"logits": answer.detach(), **{key: p.grad for key, p in model.named_parameters() if p.requires_grad}}
 
 
-FIXED_TOKENS = ("beit", "swin", "swin_padded", "swin_v2", "convnext", "convnext_conv", "convnext_v2", "mixer", "resmlp")
+FIXED_TOKENS = (
+    "beit", "swin", "swin_padded", "swin_v2", "convnext", "convnext_conv", "convnext_v2", "mixer", "resmlp", "as_mlp"
+)  # fmt: skip
 REFUSALS: dict[tuple[str, str], str] = {
     **{(name, kind): "needs the site tokens.in" for name in ("vpt_shallow-0", "vpt_deep-0") for kind in FIXED_TOKENS},
     **{(name, "convnext_conv"): "needs the site attn" for name in ("sct-4", "alore-1", "lora-1", "dora-1")},

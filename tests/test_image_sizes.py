@@ -29,7 +29,7 @@ SIZED: dict[str, tuple[str, dict[str, Any]]] = {
     "resmlp": ("resmlp_12_224", {"img_size": 32}),
     "resnet": ("test_resnet", {}),
 }
-FREE = ("convnext", "convnext_conv", "convnext_v2", "resnet")  # whose layers take any size
+FREE = ("convnext", "convnext_conv", "convnext_v2", "as_mlp", "resnet")  # whose layers take any size
 BOUND = ("mixer", "resmlp")  # whose weights fit one size only
 
 
@@ -166,6 +166,7 @@ REAL: dict[str, tuple[int, bool, int | None, tuple[str, ...]]] = {
     "convnextv2_base": (224, False, None, ("head.fc",)),
     "mixer_b16_224": (224, True, 16, ("head",)),
     "resmlp_12_224": (224, True, 16, ("head",)),
+    "as_mlp_base_patch4_shift5_224": (224, False, 4, ("head",)),
     "levit_128": (224, True, None, ("head", "head_dist")),
 }
 

@@ -19,7 +19,7 @@ BACKBONES = [
     "beit_large_patch16_224", "beitv2_base_patch16_224", "eva02_small_patch14_224", "eva02_large_patch14_224",
     "swin_tiny_patch4_window7_224", "swin_base_patch4_window7_224", "swin_large_patch4_window12_384",
     "swinv2_base_window8_256", "convnext_base", "convnext_large_mlp", "convnextv2_base", "mixer_b16_224",
-    "mixer_l16_224", "resmlp_24_224",
+    "mixer_l16_224", "resmlp_24_224", "as_mlp_base_patch4_shift5_224",
 ]  # fmt: skip
 
 

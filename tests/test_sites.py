@@ -130,10 +130,25 @@ def resmlp(block: Any, x: Tensor) -> dict[str, Tensor]:
     return {"stream.mid": middle, "mlp.out": branch, "stream.out": middle + block.ls2 * branch}
 
 
+def as_mlp(block: Any, x: Tensor) -> dict[str, Tensor]:
+    def seen(x: Tensor) -> Tensor:
+        return tokens(x, channels_first=True)
+
+    shifted = block.axial_shift(block.norm1(x))
+    middle = x + shifted
+    branch = block.mlp(block.norm2(middle))
+    return {
+        "attn.in": seen(block.norm1(x)), "norm1.out": seen(block.norm1(x)), "attn.out": seen(shifted),
+        "stream.mid": seen(middle), "mlp.in": seen(block.norm2(middle)), "norm2.out": seen(block.norm2(middle)),
+        "mlp.hidden": seen(block.mlp.fc1(block.norm2(middle))), "mlp.out": seen(branch),
+        "stream.out": seen(middle + branch),
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("name", "expected_sites"),
     [("swin", swin), ("swin_padded", swin), ("swin_v2", swin_v2), ("convnext", convnext), ("mixer", mixer),
-     ("resmlp", resmlp)],
+     ("resmlp", resmlp), ("as_mlp", as_mlp)],
 )  # fmt: skip
 def test_sites_of_other_families(name: str, expected_sites: Callable[[Any, Tensor], dict[str, Tensor]]) -> None:
     """Every block, given what entered it, computes by hand what passed its sites."""

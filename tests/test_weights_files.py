@@ -61,6 +61,9 @@ FULL: dict[str, Published] = {
     "convnext_base_22k_224.pth": full(
         "convnext_base", published.convnext_shapes((128, 256, 512, 1024), (3, 3, 27, 3)), 87_566_464
     ),
+    "as_mlp_base_patch4_shift5_224.pth": full(
+        "as_mlp_base_patch4_shift5_224", published.as_mlp_shapes(128, (2, 2, 18, 2)), 86_727_808
+    ),
     "jx_mixer_b16_224_in21k-617b3de2.pth": full("mixer_b16_224", published.mixer_shapes(768, 12, 16, 196), 59_111_472),
 }
 

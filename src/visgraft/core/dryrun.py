@@ -224,9 +224,12 @@ def _feeds(model: nn.Module, neighbour: Neighbour, left: Tensor, trace: _Trace) 
 def _is_residual(site: Site, left: Tensor, trace: _Trace) -> bool:
     """Whether the module at `next` receives the sum of the block's input and the tensor that left the hook."""
     entry, received = trace.only(f"{site.entry} input"), trace.only(f"{site.next} input")
+
+    def holds_left(x: Any) -> bool:
+        return trace.carries(trace.last_channels(x) if site.channels_first else x, left)
+
     return any(
-        trace.carries(received, total)
-        and any(trace.carries(x, entry) and trace.carries(y, left) for x, y in ((a, b), (b, a)))
+        trace.carries(received, total) and any(trace.carries(x, entry) and holds_left(y) for x, y in ((a, b), (b, a)))
         for a, b, total in trace.added
     )
 

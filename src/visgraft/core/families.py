@@ -11,6 +11,7 @@ from typing import Any
 from timm.layers import Attention as ViTAttention
 from timm.layers import (
     AttentionRope,
+    Format,
     GlobalResponseNormMlp,
     GluMlp,
     LayerNorm2d,
@@ -34,6 +35,7 @@ from timm.models.vision_transformer import Block as ViTBlock
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from visgraft.backbones.as_mlp import AxialShiftedBlock
 from visgraft.core.method import Grid
 from visgraft.core.sites import Bias, Neighbour, Site
 from visgraft.errors import SiteError
@@ -60,7 +62,7 @@ def _norm_site(name: str, norm: nn.Module, path: str, block: int | None, grid: G
     factor = getattr(norm, norm_parameters(norm)[0], None) if isinstance(norm, NORMS) else None
     if factor is None:
         return []
-    first = isinstance(norm, CHANNELS_FIRST_NORMS)
+    first = isinstance(norm, (*CHANNELS_FIRST_NORMS, nn.GroupNorm))
     by = Neighbour(path)
     return [Site(name, block, factor.numel(), path, "output", produced_by=by, grid=grid, channels_first=first)]
 
@@ -221,12 +223,13 @@ def _behind(sites: list[Site], norms: Mapping[str, tuple[nn.Module, str]]) -> li
 
 
 def _middle(
-    path: str, block: int, width: int, grid: Grid | None, next: str, host: str = "drop_path1", calls: int = 1
-) -> Site:
+    path: str, block: int, width: int, grid: Grid | None, next: str, host: str = "drop_path1", calls: int = 1,
+    **shape: Any,
+) -> Site:  # fmt: skip
     """The stream behind the first residual add; a host that also ends the second branch runs twice."""
     return Site(
         "stream.mid", block, width, f"{path}.{host}", "residual",
-        entry=path, next=f"{path}.{next}", calls=calls, grid=grid,
+        entry=path, next=f"{path}.{next}", calls=calls, grid=grid, **shape,
     )  # fmt: skip
 
 
@@ -331,6 +334,23 @@ def _mixer_block(block: Any, path: str, index: int, grid: Grid) -> list[Site]:
     ]
 
 
+def _axial_block(block: Any, path: str, index: int, grid: Grid) -> list[Site]:
+    """AS-MLP: 1×1 convolutions read and make what passes the axial shift, which moves channels apart in between."""
+    shift, at = block.axial_shift, f"{path}.axial_shift"
+    first: dict[str, Any] = {"channels_first": True}
+    width, conv1, conv3 = shift.conv1.in_channels, Neighbour(f"{at}.conv1"), Neighbour(f"{at}.conv3")
+    norm1, norm2 = (block.norm1, f"{path}.norm1"), (block.norm2, f"{path}.norm2")
+    return [
+        *_behind([Site("attn.in", index, width, at, "input", feeds=(conv1,), **first)], {"attn.in": norm1}),
+        Site("attn.out", index, shift.conv3.out_channels, at, "output", produced_by=conv3, **first),
+        *_behind(_mlp_sites(block.mlp, f"{path}.mlp", index, None), {"mlp.in": norm2}),
+        *_norm_site("norm1.out", *norm1, index, None),
+        *_norm_site("norm2.out", *norm2, index, None),
+        _middle(path, index, width, None, "norm2", **first),
+        *_stream_sites(path, index, width, None, **first),
+    ]
+
+
 BLOCKS: dict[type[nn.Module], SitesOf] = {
     ViTBlock: _open_block,
     EvaBlock: _eva_block,
@@ -340,6 +360,7 @@ BLOCKS: dict[type[nn.Module], SitesOf] = {
     ConvNeXtBlock: _convnext_block,
     MixerBlock: _mixer_block,
     ResBlock: _mixer_block,
+    AxialShiftedBlock: _axial_block,
 }
 
 
@@ -350,7 +371,9 @@ def _patch_site(model: Any, grid: Grid) -> list[Site]:
         stem = getattr(model, path, None)
         if isinstance(stem, PatchEmbed):
             by = Neighbour(f"{path}.norm" if isinstance(stem.norm, NORMS) else f"{path}.proj")
-            return [Site("patch.out", None, stem.proj.out_channels, path, "output", produced_by=by, grid=grid)]
+            first = not stem.flatten and stem.output_fmt == Format.NCHW
+            width = stem.proj.out_channels
+            return [Site("patch.out", None, width, path, "output", produced_by=by, grid=grid, channels_first=first)]
         if isinstance(stem, nn.Sequential) and isinstance(stem[-1], CHANNELS_FIRST_NORMS):
             return _norm_site("patch.out", stem[-1], f"{path}.{len(stem) - 1}", None, None)
     return []
