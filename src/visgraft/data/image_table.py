@@ -15,7 +15,7 @@ ROWS_AT_ONCE = 10_000
 
 
 class TableImage(NamedTuple):
-    """A row: where it stands, the image's path from the table's folder, or its URL, and its adapter, if there is one."""
+    """A row: where it stands, the image's path from the table's folder, or its URL, and perhaps its adapter."""
 
     where: str
     path: str
