@@ -139,7 +139,7 @@ def _answered(
             else:  # broken ones are told of before the next answer comes
                 yield named, [], broken.popleft()[1]
     except DataError as error:
-        raise DataError(f"{error}; or list such images and go on, with --skip-broken") from error
+        raise DataError(f"{error}, or list it and go on with --skip-broken") from error
 
 
 @lru_cache(maxsize=1)
