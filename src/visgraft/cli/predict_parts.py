@@ -102,13 +102,14 @@ def predict_in_parts(
         check_same_backbone(list(named.values()), prepared_alike=not work)
         question = make_question(named, mixed=bool(work), **asked)
     every = list_images(images, work, options.part_size or PART_SIZE)
+    executor = options.executor()
     open_parts(out, question, every)
     numbers = missing_parts(out, every, options.numbers())
     progress = StreamProgress(sum(map(every.size, numbers)), hidden=False)
     with progress:
         if numbers:
             try:
-                run_parts(out, question, every, numbers, options.executor(), progress.show)
+                run_parts(out, question, every, numbers, executor, progress.show)
             except KeyboardInterrupt:
                 raise Interrupted(
                     f"interrupted; the parts that are whole stay in {out}, and the same command goes on"
@@ -148,19 +149,12 @@ def _report(
         )
         for _, reason in found.named:
             progress_console.print(f"  {reason}")
-    there = (
-        f"all {images.parts:,} parts are there"
-        if not found.missing
-        else (f"{found.missing:,} of {images.parts:,} parts are missing, which other shards or the same command write")
-    )
-    now = f"{ours:,} written now, {progress.rate}" if ours else "nothing was left to write"
-    many = len(question.answering)
-    kinds = (
-        f", each with its own of {len(question.adapters)} adapters"
-        if question.mixed
-        else f" × {many} adapters"
-        if many > 1
-        else ""
-    )
-    line = f"{written(out)}: {there}, {len(images):,} images{kinds}; {now}"
+    many, all_adapters = len(question.answering), len(question.adapters)
+    several = f", each with its own of {all_adapters} adapters" if question.mixed else f" × {many} adapters"
+    what = f"{len(images):,} images{several if all_adapters > 1 and many > 1 else ''}"
+    now = f"{ours:,} written now, {progress.rate}" if ours else "none of this command was left to write"
+    if found.missing:
+        line = f"{written(out)}: {found.missing:,} of {images.parts:,} parts are missing, {what} in all; {now}"
+    else:
+        line = f"{written(out)}: all {images.parts:,} parts are there, {what}; {now}"
     emit(figures, json, lambda: print(visible(line)))
