@@ -116,7 +116,8 @@ def run_parts(
         elif event.kind == "again":
             read.pop(event.key, None)
             LOG.info("part %s was lost and starts anew: %s", event.key, event.value)
-        on_progress(written + sum(read.values()))
+        if event.kind in ("note", "done"):
+            on_progress(written + sum(read.values()))
 
     executor.run(next_job, tell)
     if failed:
