@@ -58,7 +58,12 @@ BACKBONE = Backbone("test_vit", "none", 32)
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Noisy pictures of three colours."""
-    root, noise = tmp_path_factory.mktemp("tiny"), np.random.default_rng(0)
+    return draw_colours(tmp_path_factory.mktemp("tiny"))
+
+
+def draw_colours(root: Path) -> Path:
+    """Draw them, and return their folder."""
+    noise = np.random.default_rng(0)
     for part, count in COUNTS.items():
         folder = root / "colours" / part
         folder.mkdir(parents=True)

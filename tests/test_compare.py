@@ -28,6 +28,7 @@ from visgraft.data import images as images_module
 from visgraft.data.dataset import Dataset, Example
 from visgraft.data.read import read_data
 from visgraft.errors import DataError, Interrupted
+from visgraft.executors.here import Here
 from visgraft.search import Comparison, Progress, compare
 from visgraft.search import race as race_module
 from visgraft.search.budget import Cost, OutOfTime
@@ -102,6 +103,18 @@ def test_a_comparison_reads_no_test_image_and_is_the_same_again(colours: Path, o
     again = compared(colours, trials=2, epochs=3)
     steady = [replace(row, epoch_seconds=0) for row in found.results]
     assert [replace(row, epoch_seconds=0) for row in again.results] == steady and again.sentence == found.sentence
+
+
+def test_methods_side_by_side_find_what_they_find_in_turns(colours: Path) -> None:
+    told = list[Progress]()
+    found = compared(colours, trials=2, epochs=3)
+    spread = compared(colours, trials=2, epochs=3, executor=Here(), on_progress=told.append)
+    assert [replace(row, epoch_seconds=0) for row in spread.results] == [
+        replace(row, epoch_seconds=0) for row in found.results
+    ]
+    assert spread.sentence == found.sentence and spread.notes == found.notes
+    assert {progress.stage for progress in told} == {"search", "cross-validation"}
+    assert len([progress for progress in told if progress.outcome]) == 4
 
 
 def test_with_many_images_the_validation_part_decides(colours: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,8 @@ from visgraft.data.dataset import Dataset, Example
 from visgraft.data.images import Images, Loading
 from visgraft.errors import DataError, TrainingDiverged
 from visgraft.measure.intervals import bootstrap, clusters, paired_difference, rate_interval, wilson
-from visgraft.training.crossval import Bench, Predictions, cross_validate, fit_fold, folds, join, possible_folds, select
+from visgraft.training.crossval import Bench, Predictions, fit_fold, folds, join, possible_folds, select
+from visgraft.training.folds import cross_validate
 
 HALF = (0.5, 0.5, 0.5)
 RECIPE = TrainConfig(epochs=2, warmup_epochs=0.0, batch_size=8, lr=5e-3, precision="fp32")

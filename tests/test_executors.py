@@ -8,6 +8,11 @@ from typing import Any
 
 import pytest
 
+from visgraft.bench.ledger import read_file
+from visgraft.bench.plan import plan
+from visgraft.bench.running import TrialSources
+from visgraft.bench.sweep import State, sweep
+from visgraft.bench.trial import Result
 from visgraft.errors import VisgraftError
 from visgraft.executors.choosing import choose_executor
 from visgraft.executors.here import Here
@@ -146,7 +151,7 @@ def test_a_job_larger_than_every_node_is_refused(cluster: Any) -> None:
     [
         ({"on": "rya"}, "--on is 'rya', but must be here, processes, ray or ray://HOST:PORT; did you mean ray?"),
         ({"on": "here", "workers": 2}, "--workers 2 has no effect with --on here"),
-        ({"on": "processes", "workers": 0}, "workers is 0, but must be 1 or more"),
+        ({"on": "processes", "workers": 0}, "--workers is 0, but must be 1 or more"),
         ({"cpus": 2}, "--cpus-per-trial has an effect with --on ray only"),
         ({"on": "here", "gpus": 0.5}, "--gpus-per-trial has an effect with --on ray only"),
         ({"on": "ray", "gpus": 1.5}, "--gpus-per-trial is 1.5, but must be from 0 to 1, or a whole number"),
@@ -163,3 +168,41 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("visgraft.executors.on_ray.find_spec", lambda name: None)
     with pytest.raises(VisgraftError, match=r"pip install 'visgraft\[cluster\]'"):
         choose_executor("ray")
+
+
+def told(result: Result) -> tuple[Any, ...]:
+    """All that a line says of what was computed: neither when nor how long, nor on which machine."""
+    chosen = {name: value for name, value in result.selection.items() if "seconds" not in name}
+    return result.trial, result.outcome, result.measured, chosen, result.epochs, result.learned_top1, result.channels
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    from test_bench import draw_colours
+
+    return draw_colours(tmp_path / "tiny")
+
+
+def test_a_sweep_that_loses_a_node_has_the_lines_of_one_in_this_process(
+    cluster: Any, tiny: Path, tmp_path: Path
+) -> None:
+    from test_bench import PROTOCOL, request
+
+    cells, place = plan(request(tiny, methods=("linear", "sct"))), TrialSources(PROTOCOL, tiny)
+    sweep(cells, place, tmp_path / "here.jsonl", Here())
+    node, states = cluster.add_node(num_cpus=2), list[State]()
+    killed = False
+
+    def change(state: State) -> None:
+        nonlocal killed
+        states.append(state)
+        if not killed and any(place == node.node_id for place in state.nodes.values()):
+            killed = True
+            cluster.remove_node(node, allow_graceful=False)
+
+    state = sweep(cells, place, tmp_path / "ray.jsonl", OnRay(fresh=False), on_change=change)
+    assert killed and not state.failed and not state.left
+    lines = [
+        {result.trial.key: told(result) for result in read_file(tmp_path / f"{name}.jsonl")} for name in ("here", "ray")
+    ]
+    assert lines[0] == lines[1] and len(lines[0]) == 6

@@ -35,7 +35,7 @@ from visgraft.search.blending import BlendSearch, search_blend
 from visgraft.search.result import Comparison
 from visgraft.search.run import compare
 from visgraft.serve.prediction import Prediction, predict, predict_rows, predict_stream
-from visgraft.training.crossval import CrossValidation, cross_validate
+from visgraft.training.folds import CrossValidation, cross_validate
 from visgraft.training.forecast import forecast_folder
 from visgraft.training.loop import Training, train
 from visgraft.training.resume import Epoch, TrainState

@@ -23,13 +23,14 @@ from visgraft.core.attached import get_attached
 from visgraft.core.method import ChoosesChannels
 from visgraft.data.dataset import Example
 from visgraft.data.images import load_images
+from visgraft.data.mirror import Mirror
 from visgraft.errors import VisgraftError
 from visgraft.measure.calibration import calibration
 from visgraft.measure.evaluation import Evaluation, peak_memory_bytes, score
 from visgraft.methods import get_method
 from visgraft.options import MethodConfig
 from visgraft.protocols.opening import open_task
-from visgraft.protocols.row import Parts, Protocol
+from visgraft.protocols.row import Parts, Protocol, Task
 from visgraft.training.fit import Answers, fit
 from visgraft.training.resume import Epoch
 from visgraft.version import __version__
@@ -51,6 +52,20 @@ class TrialSources:
     """A file, where the trial's backbone comes from one."""
     cache: str | None = None
     """Where decoded images are kept; None: where the protocol says."""
+    mirror: Mirror | None = None
+    """What `root` is a copy of; another machine makes its own."""
+
+    def root_of(self, task: Task) -> Path:
+        """Return the root with a task's images on this machine: they are copied or made where that can be done.
+
+        Raises:
+            DataError: they cannot be copied.
+        """
+        if self.mirror is not None:
+            return self.mirror.local(task.folder)
+        if self.protocol.prepare is not None:
+            self.protocol.prepare(self.root, [task.name])
+        return self.root
 
 
 def run_trial(
@@ -91,8 +106,9 @@ def _open(trial: Trial, place: TrialSources) -> Parts:
     task = place.protocol.task(trial.task)
     if task is None:
         raise VisgraftError(f"{place.protocol.name} has no task {trial.task!r}; the trial belongs to another protocol")
-    parts = open_task(place.protocol, task, place.root, trial.split_seed, any_size=trial.reduced)
-    if split_digest(parts, place.root) != trial.split:
+    root = place.root_of(task)
+    parts = open_task(place.protocol, task, root, trial.split_seed, any_size=trial.reduced)
+    if split_digest(parts, root) != trial.split:
         raise VisgraftError(
             f"the images or labels of {trial.task} below {place.root} are no longer those that the trial was planned "
             "with; start `visgraft bench run` again"
@@ -151,6 +167,7 @@ def _measure(
         when=datetime.now(UTC).isoformat(timespec="seconds"),
         channels=chosen_channels(model),
         learned_top1=training.history[-1].top1 if training else None,
+        device_memory_bytes=torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None,
     )
 
 

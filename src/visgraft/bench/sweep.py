@@ -9,6 +9,7 @@ from typing import Any
 from visgraft.bench.ledger import append, read_file
 from visgraft.bench.plan import Cell, schedule
 from visgraft.bench.running import TrialSources, run_trial
+from visgraft.bench.share import gpu_share
 from visgraft.bench.trial import Result, Trial
 from visgraft.executors.job import Event, Executor, Job, Note
 from visgraft.training.resume import Epoch
@@ -95,7 +96,8 @@ def sweep(
         if trial is None:
             return None
         given[trial.key] = trial
-        return Job(trial.key, trial.name, partial(_work, trial, place, _selection(state, trial)))
+        work = partial(_work, trial, place, _selection(state, trial))
+        return Job(trial.key, trial.name, work, gpu_share(trial, state.done.values()))
 
     def tell(event: Event) -> None:
         if event.kind == "done":

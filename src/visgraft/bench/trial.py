@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class Trial:
                 "), which flatters it; use select='last'"
             )
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The digest of all values: a finished line with this key is this trial's."""
         return digest({"results": RESULTS, **asdict(self)})
@@ -167,6 +168,8 @@ class Result:
     when: str
     channels: Mapping[str, list[list[int]]] = field(default_factory=dict)
     learned_top1: float | None = None
+    device_memory_bytes: int | None = None
+    """All memory of the accelerator; None: the CPU, or measured before it was kept."""
 
     def to_line(self) -> str:
         """Return one line of JSON, without the newline."""

@@ -39,15 +39,21 @@ Pool = Annotated[
 ]
 On = Annotated[
     str | None,
-    typer.Option(help="where trials run: here, processes, ray or ray://HOST:PORT; none: processes", show_default=False),
+    typer.Option(help="where trainings run: here, processes, ray or ray://HOST:PORT", show_default=False),
 ]
 CpusPerTrial = Annotated[
-    int | None, typer.Option(help="--on ray: cores that each trial has; none: 1", show_default=False)
+    int | None, typer.Option(help="--on ray: cores that each training has; none: 1", show_default=False)
 ]
 GpusPerTrial = Annotated[
     float | None,
     typer.Option(
-        help="--on ray: GPUs that each trial has, 0.25: four share one; none: 1 if there are any", show_default=False
+        help="--on ray: GPUs that each training has, 0.25: four share one; none: 1 if there are any", show_default=False
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        help="trainings at a time; none: 1, on Ray as many as fit; 0: in this process", min=0, show_default=False
     ),
 ]
 OnParts = Annotated[
@@ -93,3 +99,16 @@ def source(data: str | None, csv: Path | None) -> Any:
     if data is None and csv is None:
         raise DataError("there are no images to read; give a folder, a .csv file or hf:NAME_OR_PATH, or --csv FILE")
     return Source(data, csv)
+
+
+def given_executor(on: str | None, workers: int | None, cpus: int | None, gpus: float | None, module: str) -> Any:
+    """Return where trainings run that need a module; None, one after another in this process, where nobody said.
+
+    Raises:
+        VisgraftError: there is no such executor, or an option would have no effect.
+    """
+    from visgraft.executors.choosing import choose_executor
+
+    if (on, workers, cpus, gpus) == (None, None, None, None):
+        return None
+    return choose_executor(on, workers, cpus=cpus, gpus=gpus, preload=[module], fresh=False)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visgraft.cli.arguments import CpusPerTrial, GpusPerTrial, Json, On, Quiet
+from visgraft.cli.arguments import CpusPerTrial, GpusPerTrial, Json, On, Quiet, Workers
 from visgraft.errors import Interrupted, VisgraftError, nearest
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from visgraft.bench.running import TrialSources
     from visgraft.bench.sweep import State
     from visgraft.bench.trial import Result
+    from visgraft.data.mirror import Mirror
     from visgraft.executors.job import Executor
     from visgraft.protocols.row import Protocol
 
@@ -24,7 +25,10 @@ FOLDER = "folder"
 ProtocolName = Annotated[
     str, typer.Argument(help="a name that `visgraft bench list` shows, or folder", metavar="PROTOCOL")
 ]
-Root = Annotated[Path | None, typer.Option(help="folder of the images; offline: a cache folder", show_default=False)]
+Root = Annotated[
+    str | None,
+    typer.Option(help="folder of the images, or its URL, e.g. s3://; offline: a cache folder", show_default=False),
+]
 Tasks = Annotated[str | None, typer.Option(help="only these tasks, with commas")]
 Shots = Annotated[str | None, typer.Option(help="PROTOCOL folder: training images per class, e.g. 1,2,4,8,16")]
 ShiftedFolders = Annotated[
@@ -71,7 +75,7 @@ def check(
     from visgraft.cli.text import styled
     from visgraft.protocols.opening import check_root
 
-    rows, folder = _protocol(protocol, root, shots, shifted)
+    rows, folder, _ = _protocol(protocol, root, _names(tasks or ""), shots, shifted)
     rows = dataclasses.replace(rows, tasks=rows.only(_names(tasks)) if tasks else rows.tasks)
     if rows.prepare is not None:
         rows.prepare(folder, [task.name for task in rows.tasks])
@@ -110,12 +114,7 @@ def run(
     ] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16")] = "auto",
     options: Set = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            help="trainings at a time; none: 1, on Ray as many as fit; 0: in this process", min=0, show_default=False
-        ),
-    ] = None,
+    workers: Workers = None,
     on: On = None,
     cpus_per_trial: CpusPerTrial = None,
     gpus_per_trial: GpusPerTrial = None,
@@ -133,7 +132,7 @@ def run(
     from visgraft.cli.show import emit, print_table
     from visgraft.executors.choosing import choose_executor
 
-    rows, folder = _protocol(protocol, root, shots, shifted)
+    rows, folder, mirror = _protocol(protocol, root, _names(tasks or ""), shots, shifted)
     common, own = _parse(options or [], _names(methods))
     request = Request(
         rows, folder, _names(methods), _backbone(rows, backbone, weights, image_size),
@@ -152,7 +151,7 @@ def run(
         return
     executor = choose_executor(on, workers, cpus=cpus_per_trial, gpus=gpus_per_trial, preload=["visgraft.bench.sweep"])
     create_backbone(request.backbone, 2)  # what cannot be had is said once, before any trial is started
-    place = TrialSources(rows, folder, _file_of_weights(request), cache)
+    place = TrialSources(rows, folder, _file_of_weights(request), cache, mirror)
     state = _sweep(request, cells, place, file, executor)
     _conclude(state, file, json)
 
@@ -268,9 +267,11 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _protocol(
-    name: str, root: Path | None, shots: str | None, shifted: Sequence[str] | None
-) -> tuple["Protocol", Path]:
-    """Return a protocol and the folder of its images."""
+    name: str, root: str | None, tasks: Sequence[str], shots: str | None, shifted: Sequence[str] | None
+) -> tuple["Protocol", Path, "Mirror | None"]:
+    """Return a protocol, the folder of its images, and what that is a copy of."""
+    from visgraft.data.mirror import mirrored
+    from visgraft.data.urls import is_url
     from visgraft.files import cache_folder
     from visgraft.protocols import get_protocol
 
@@ -280,7 +281,12 @@ def _protocol(
         found = get_protocol(name)
         if root is None and found.prepare is None:
             raise VisgraftError(f"pass --root, the folder that holds the images of {name}")
-        return found, root or cache_folder() / "offline-2"
+        if not is_url(root):
+            return found, cache_folder() / "offline-2" if root is None else Path(root), None
+        if found.prepare is not None:
+            raise VisgraftError(f"{name} makes its own images; --root can only be a folder on this machine")
+        chosen = found.only(tasks) if tasks else found.tasks
+        return found, *mirrored(root, list(dict.fromkeys(task.folder for task in chosen)))
     from visgraft.protocols.folder import folder_protocol
 
     if root is None:
@@ -293,7 +299,9 @@ def _protocol(
         counts = [int(count) for count in _names(shots or "")]
     except ValueError as error:
         raise VisgraftError(f"--shots is {shots!r}, but must be whole numbers with commas, e.g. 1,2,4") from error
-    return folder_protocol(root, shots=counts, shifted={title: Path(folder) for title, _, folder in pairs}), root
+    folder, mirror = mirrored(root) if is_url(root) else (Path(root), None)
+    others = {title: Path(folder) for title, _, folder in pairs}
+    return folder_protocol(folder, shots=counts, shifted=others), folder, mirror
 
 
 def _backbone(rows: "Protocol", name: str | None, weights: str | None, image_size: int | None) -> Any:

@@ -14,13 +14,18 @@ from visgraft.cli.arguments import (
     WEIGHTS,
     Background,
     Cache,
+    CpusPerTrial,
     CropMode,
     Csv,
     Data,
+    GpusPerTrial,
     Json,
+    On,
     Pool,
     Quiet,
     SkipBroken,
+    Workers,
+    given_executor,
     source,
 )  # fmt: skip
 
@@ -77,6 +82,10 @@ def compare(
     cache: Cache = "auto",
     skip_broken: SkipBroken = False,
     background: Background = None,
+    on: On = None,
+    workers: Workers = None,
+    cpus_per_trial: CpusPerTrial = None,
+    gpus_per_trial: GpusPerTrial = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
@@ -89,6 +98,7 @@ def compare(
     from visgraft.search import compare as compare_methods
     from visgraft.search import parse_budget
 
+    place = given_executor(on, workers, cpus_per_trial, gpus_per_trial, "visgraft.search.spread")
     _check_targets(out, train_best)
     origin = Backbone(backbone, weights, image_size, seed, crop_mode=crop_mode)
     origin = origin if pool is None else with_pool(origin, pool)
@@ -101,7 +111,7 @@ def compare(
             source(data, csv), [name.strip() for name in methods.split(",") if name.strip()],
             budget_seconds=parse_budget(budget or "30m") if budget or trials is None else None,
             spent_seconds=time.monotonic() - begin,
-            trials=trials, epochs=epochs, seed=seed, precision=precision,
+            trials=trials, epochs=epochs, seed=seed, precision=precision, executor=place,
             on_progress=show, on_loading=show_loading, **options,
         )  # fmt: skip
     result = found.to_dict() | {

@@ -91,6 +91,29 @@ def training_progress(epochs: int, title: str = "") -> Iterator[Callable[[Epoch]
 
 
 @contextmanager
+def jobs_progress(title: str, what: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a callback that shows how many of several jobs are done: a line that changes, or one for each."""
+    status = progress_console.status(title) if progress_console.is_terminal else None
+    if status is None:
+        progress_console.print(title)
+    else:
+        status.start()
+
+    def show(done: int, total: int) -> None:
+        text = f"{title}{done} of {total} {what} done"
+        if status is None:
+            progress_console.print(text)
+        else:
+            status.update(styled(text))
+
+    try:
+        yield show
+    finally:
+        if status is not None:
+            status.stop()
+
+
+@contextmanager
 def loading_progress() -> Iterator[Callable[[int, int], None]]:
     """Yield a callback that shows how many images have been read, where that takes more than two seconds."""
     start = time.monotonic()

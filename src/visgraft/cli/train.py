@@ -14,13 +14,18 @@ from visgraft.cli.arguments import (
     WEIGHTS,
     Background,
     Cache,
+    CpusPerTrial,
     CropMode,
     Csv,
     Data,
+    GpusPerTrial,
     Json,
+    On,
     Pool,
     Quiet,
     SkipBroken,
+    Workers,
+    given_executor,
     source,
 )  # fmt: skip
 from visgraft.cli.auto import Asked, check_asked, choose
@@ -78,6 +83,10 @@ def train(
     trials: Annotated[int | None, typer.Option(help="settings per method that --method auto tries", min=1)] = None,
     folds: Annotated[int, typer.Option(help="also cross-validate with so many folds, for few images; 0: do not")] = 0,
     repeats: Annotated[int, typer.Option(help="times the folds are drawn anew", min=1)] = 2,
+    on: On = None,
+    workers: Workers = None,
+    cpus_per_trial: CpusPerTrial = None,
+    gpus_per_trial: GpusPerTrial = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted run of this command")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say how long, how large; write nothing")] = False,
     cache: Cache = "auto",
@@ -96,6 +105,7 @@ def train(
 
     if dry_run:
         _check_dry_run({"--resume": resume, "--folds": folds, "--log": log})
+    place = _place(folds, on, workers, cpus_per_trial, gpus_per_trial)
     automatic = _is_automatic(method, budget, trials)
     if automatic:
         check_asked(values, {"--init-from": init_from, "--resume": resume, "--dry-run": dry_run})
@@ -118,7 +128,7 @@ def train(
         whole |= {"method_config": chosen.method, "train_config": chosen.recipe, "record": kept}
     figures = {**_train(images, out, whole, resume, log, again), **kept}
     if folds:
-        figures["cross_validation"] = _cross_validate(images, whole, folds, repeats)
+        figures["cross_validation"] = _cross_validate(images, whole, folds, repeats, place)
     _tell(figures, out, json)
 
 
@@ -219,19 +229,30 @@ def _forecast(images: Any, out: Path, whole: Mapping[str, Any], json: bool) -> N
     emit(forecast, json, lambda: print_forecast(forecast))
 
 
-def _cross_validate(images: Any, whole: Mapping[str, Any], folds: int, repeats: int) -> dict[str, Any]:
+def _place(folds: int, on: str | None, workers: int | None, cpus: int | None, gpus: float | None) -> Any:
+    """Return the executor of the folds; None: one after another in this process."""
+    given = {"--on": on, "--workers": workers, "--cpus-per-trial": cpus, "--gpus-per-trial": gpus}
+    named = next((name for name, value in given.items() if value is not None), None)
+    if named is not None and not folds:
+        raise VisgraftError(f"{named} says where the trainings of --folds run; leave it out, or add --folds 5")
+    return given_executor(on, workers, cpus, gpus, "visgraft.training.folds")
+
+
+def _cross_validate(images: Any, whole: Mapping[str, Any], folds: int, repeats: int, place: Any) -> dict[str, Any]:
     """Return what the setting reaches on all training and validation images, each held out in turn."""
-    from visgraft.cli.show import training_progress
+    from visgraft.cli.show import jobs_progress, training_progress
     from visgraft.data.read import read_data
-    from visgraft.training.crossval import cross_validate
+    from visgraft.training.folds import cross_validate
 
     recipe = whole["train_config"]
     setting = {name: whole[name] for name in ("backbone", "method_config", "train_config", "loading")}
-    with training_progress(recipe.epochs, f"cross-validation, {folds} folds, {repeats} times: ") as show:
-        return cross_validate(
-            read_data(images, whole["split"]), **setting,
-            folds=folds, repeats=repeats, seed=recipe.seed, on_progress=show,
-        ).to_dict()  # fmt: skip
+    title = f"cross-validation, {folds} folds, {repeats} times: "
+    data, how = read_data(images, whole["split"]), {"folds": folds, "repeats": repeats, "seed": recipe.seed}
+    if place is None or place.places == 1:
+        with training_progress(recipe.epochs, title) as show:
+            return cross_validate(data, **setting, **how, executor=place, on_progress=show).to_dict()
+    with jobs_progress(title, "trainings") as tell:
+        return cross_validate(data, **setting, **how, executor=place, on_fold=tell).to_dict()
 
 
 def _start(

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold
 
+from visgraft.data.mirror import Mirror
 from visgraft.errors import CannotDivide, DataError, UnknownClasses, nearest
 
 PARTS = ("train", "val", "test")
@@ -64,7 +65,8 @@ class Dataset:
     which part, "flat" where the parts were drawn; `split` says how parts were drawn, None where none was.
     `fingerprint` is a SHA-256 of the images' names and sizes, and of the labels where a table holds them. With
     `multi_label`, an image may have several classes or none. `notes` say in one line each what was passed over, and
-    `unlabelled` are folders of images without classes that lie beside the parts.
+    `unlabelled` are folders of images without classes that lie beside the parts. `mirror` says of
+    which folder at an address `root` is this machine's copy.
     """
 
     root: Path
@@ -78,6 +80,7 @@ class Dataset:
     multi_label: bool = False
     notes: tuple[str, ...] = ()
     unlabelled: tuple[Path, ...] = ()
+    mirror: Mirror | None = None
 
     @property
     def all(self) -> tuple[Example, ...]:

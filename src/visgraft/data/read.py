@@ -2,13 +2,15 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from visgraft.data.dataset import Dataset, Split
 from visgraft.data.folders import read_folder
 from visgraft.data.hub import read_hub
+from visgraft.data.mirror import mirrored
 from visgraft.data.table import read_table
+from visgraft.data.urls import is_url
 from visgraft.errors import DataError
 from visgraft.files import HUB_PREFIX
 
@@ -17,7 +19,7 @@ TABLE_EXTENSIONS = (".csv", ".tsv")
 
 @dataclass(frozen=True)
 class Source:
-    """Where labelled images are: `location` is a folder, a .csv or .tsv file or `hf:NAME_OR_PATH`.
+    """Where labelled images are: `location` is a folder or its address, a .csv or .tsv file or `hf:NAME_OR_PATH`.
 
     With `table`, a .csv or .tsv file, `location` is the folder that its relative paths start from; None: the table's
     own.
@@ -37,6 +39,8 @@ LOG = logging.getLogger(__name__)
 
 def read_data(source: AnySource, split: Split = _DEFAULT_SPLIT, known: Sequence[str] | None = None) -> Dataset:
     """Read a folder (see `read_folder`), a table (`read_table`) or a Hugging Face data set (`read_hub`).
+
+    A folder may be at an address that fsspec opens, e.g. s3://BUCKET/FOLDER: it is copied into the cache folder once.
 
     With the classes that a model is `known` to have, images to measure it on are read: their labels are numbered as
     its outputs, by name, and they may be of one class or of some. What is passed over is logged.
@@ -59,6 +63,9 @@ def _read(source: AnySource, split: Split, known: Sequence[str] | None) -> Datas
         return read_table(source.table, location or None, split, known)
     if not location:
         raise DataError("no data was given; give a folder of class folders, a .csv table or hf:NAME_OR_PATH")
+    if is_url(location):
+        root, mirror = mirrored(location)
+        return replace(_read(root, split, known), mirror=mirror)
     if location.startswith(HUB_PREFIX):
         return read_hub(location, split, known)
     if Path(location).suffix.lower() in TABLE_EXTENSIONS and not Path(location).is_dir():

@@ -35,12 +35,12 @@ def read_url(url: str) -> bytes:
         DataError: nothing can be had from there; its message says why.
         VisgraftError: nothing of this kind can be opened here, which no other file of its kind can either.
     """
-    system, path = _opened(url)
+    system, path = open_url(url)
     try:
         content: bytes = system.cat_file(path)
     except Exception as error:  # every service raises kinds of its own
         raise DataError(
-            f"{url} cannot be read ({_reason(error)}); check the address, and that it may be read"
+            f"{url} cannot be read ({reason_of(error)}); check the address, and that it may be read"
         ) from error
     return content
 
@@ -52,14 +52,14 @@ def is_folder_url(url: str) -> bool:
         DataError: nothing is there, or it cannot be looked at.
         VisgraftError: nothing of this kind can be opened here.
     """
-    system, path = _opened(url)
+    system, path = open_url(url)
     if url.partition(":")[0].lower() in _NO_FOLDERS:
         return False
     try:
         found: str = system.info(path)["type"]
     except Exception as error:
         raise DataError(
-            f"{url} cannot be read ({_reason(error)}); check the address, and that it may be read"
+            f"{url} cannot be read ({reason_of(error)}); check the address, and that it may be read"
         ) from error
     return found == "directory"
 
@@ -70,12 +70,12 @@ def list_url(url: str) -> Iterator[tuple[str, bool]]:
     Raises:
         DataError: it cannot be listed.
     """
-    system, path = _opened(url)
+    system, path = open_url(url)
     try:
         entries = system.ls(path, detail=True, refresh=True)
     except Exception as error:
         raise DataError(
-            f"{url} cannot be listed ({_reason(error)}); check the address, and that it may be read"
+            f"{url} cannot be listed ({reason_of(error)}); check the address, and that it may be read"
         ) from error
     for entry in entries:
         name = entry["name"].rstrip("/").rpartition("/")[2]
@@ -83,7 +83,7 @@ def list_url(url: str) -> Iterator[tuple[str, bool]]:
             yield name, entry["type"] == "directory"
 
 
-def _opened(url: str) -> tuple[Any, str]:
+def open_url(url: str) -> tuple[Any, str]:
     """Return the file system of an address, and the path in it."""
     from fsspec.core import url_to_fs
 
@@ -94,11 +94,11 @@ def _opened(url: str) -> tuple[Any, str]:
         package = f"pip install {_PACKAGES[kind]}" if kind in _PACKAGES else " ".join(str(error).split())
         raise VisgraftError(f"{url} needs one more package to be read; run {package}") from error
     except Exception as error:
-        raise VisgraftError(f"{url} cannot be opened ({_reason(error)}); check what stands before ://") from error
+        raise VisgraftError(f"{url} cannot be opened ({reason_of(error)}); check what stands before ://") from error
     return system, path
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """Return an error of a file system in a few words."""
     if isinstance(error, FileNotFoundError):
         return "No such file or folder"

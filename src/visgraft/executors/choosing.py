@@ -42,7 +42,7 @@ def choose_executor(
             f"--on is {on!r}, but must be here, processes, ray or ray://HOST:PORT{nearest(kind, KINDS)}"
         )
     if workers is not None and workers < (0 if on is None or kind == "here" else 1):
-        raise VisgraftError(f"workers is {workers}, but must be {'0' if on is None else '1'} or more")
+        raise VisgraftError(f"--workers is {workers}, but must be {'0' if on is None else '1'} or more")
     if kind == "ray" or by_address:
         from visgraft.executors.on_ray import OnRay
 

@@ -12,12 +12,14 @@ Note = Callable[[Any], None]
 class Job(NamedTuple):
     """A piece of work that can be sent elsewhere, and done again: it depends on nothing but its values.
 
-    `work` is called with a function to which it may tell how far it is; `title` names the job in a few words.
+    `work` is called with a function to which it may tell how far it is; `title` names the job in a few words. `gpus` is
+    the share of a GPU that is known to suffice, where that is known and nobody asked for another.
     """
 
     key: str
     title: str
     work: Callable[[Note], Any]
+    gpus: float | None = None
 
 
 class Event(NamedTuple):

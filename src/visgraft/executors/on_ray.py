@@ -4,6 +4,7 @@ import logging
 import os
 import queue
 from collections import Counter, deque
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import floor
@@ -26,7 +27,8 @@ class OnRay:
     Args:
         address: `ray://HOST:PORT`; None: that in RAY_ADDRESS, a cluster that runs on this machine, or a new one on it.
         cpus: cores that each job has.
-        gpus: GPUs that each job has, a fraction where several share one; None: one where the cluster has any.
+        gpus: GPUs that each job has, a fraction where several share one; None: what the job says, or one where the
+            cluster has any.
         most: jobs at a time at most; None: as many as fit.
         fresh: give each job a process of its own, so that its peak of memory is its own too; otherwise a process takes
             one job after another, which spares it the seconds in which torch is imported, and keeps what it has loaded.
@@ -70,20 +72,31 @@ class OnRay:
         """See `Executor`: nodes may come and go."""
         return min(max(self._fits(), 1), self.most or 1 << 30)
 
+    def _share(self, job: Job) -> float:
+        """Return the GPUs that a job has."""
+        whole = self._gpus
+        return job.gpus if whole and self.gpus is None and job.gpus is not None else whole
+
+    def _room(self, live: Collection[Job]) -> bool:
+        """Whether a further job may find room now; one at most waits for it."""
+        nodes, used = _nodes(), sum(map(self._share, live))
+        gpus = sum(_sum(node, "GPU") for node in nodes)
+        enough = (len(live) + 1) * self.cpus <= sum(_sum(node, "CPU") for node in nodes)
+        return not live or (enough and (not used or used < gpus - 1e-9) and len(live) < (self.most or 1 << 30))
+
     def run(self, next_job: NextJob, tell: TellEvent) -> None:
         """See `Executor`."""
         import ray
         from ray.util.queue import Queue
 
-        asked: dict[str, Any] = {"num_cpus": self.cpus, "num_gpus": self._gpus, "max_retries": 0}
-        remote = ray.remote(**asked, max_calls=1 if self.fresh else 0)(_work)
+        remote = ray.remote(num_cpus=self.cpus, max_retries=0, max_calls=1 if self.fresh else 0)(_work)
         notes = Queue(actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}})
         live: dict[Any, Job] = {}
         lost, waiting = Counter[str](), deque[Job]()
         try:
             while True:
-                while len(live) < self.places and (job := waiting.popleft() if waiting else next_job()) is not None:
-                    live[remote.remote(job, notes, self.cpus)] = job
+                while self._room(live.values()) and (job := waiting.popleft() if waiting else next_job()) is not None:
+                    live[remote.options(num_gpus=self._share(job)).remote(job, notes, self.cpus)] = job
                 if not live:
                     return
                 ended, _ = ray.wait(list(live), num_returns=len(live), timeout=0)

@@ -24,6 +24,7 @@ from visgraft.data.folders import read_folder
 from visgraft.drawn.sprites import TASKS as SPRITES
 from visgraft.drawn.sprites import draw_sprites
 from visgraft.errors import DataError
+from visgraft.files import one_at_a_time
 from visgraft.protocols.row import TEST, Parts, Protocol, Task
 from visgraft.protocols.shots import draw_shots
 
@@ -67,14 +68,16 @@ def prepare(root: Path, names: Sequence[str]) -> None:
     Raises:
         DataError: a package is missing, named with how to install it.
     """
-    for name in dict.fromkeys(name.split("-")[0] for name in names):
-        if (root / name).exists():
-            continue
+    missing = [name for name in dict.fromkeys(name.split("-")[0] for name in names) if not (root / name).exists()]
+    for name in missing:
         root.mkdir(parents=True, exist_ok=True)
-        if name in SPRITES:
-            draw_sprites(name, root / name, train=TRAIN, val=VAL, test=TESTED, restyled=TESTED)
-        else:
-            _write(root / name, MAKERS[name]())
+        with one_at_a_time(root):
+            if (root / name).exists():
+                continue  # by now another process has made it
+            if name in SPRITES:
+                draw_sprites(name, root / name, train=TRAIN, val=VAL, test=TESTED, restyled=TESTED)
+            else:
+                _write(root / name, MAKERS[name]())
 
 
 def _write(folder: Path, drawn: Drawn) -> None:

@@ -56,11 +56,21 @@ class Race:
         return [search for search in going if search.best is not None]
 
     def search(self, trials: int | None) -> None:
-        """Let the method that has had least time try its next setting, until the settings or the time run out.
+        """Try the settings of all methods.
 
         Raises:
             VisgraftError: no training ran to its end.
         """
+        self.try_all(trials)
+        if not self.found:
+            diverged = sum(search.diverged for search in self.searches)
+            raise VisgraftError(
+                f"no training ran to its end ({diverged} of {sum(s.trials for s in self.searches)} diverged); "
+                "pass a longer --budget, or look at the images and the weights"
+            )
+
+    def try_all(self, trials: int | None) -> None:
+        """Let the method that has had least time try its next setting, until the settings or the time run out."""
         while True:
             left = self.clock.left - self.reserve
             ready = [
@@ -73,12 +83,6 @@ class Race:
             if not ready:
                 break
             self._try(min(ready, key=lambda search: search.spent))
-        if not self.found:
-            diverged = sum(search.diverged for search in self.searches)
-            raise VisgraftError(
-                f"no training ran to its end ({diverged} of {sum(s.trials for s in self.searches)} diverged); "
-                "pass a longer --budget, or look at the images and the weights"
-            )
 
     def _try(self, search: Search) -> None:
         first = not search.trials
@@ -86,13 +90,14 @@ class Race:
         def on_epoch(epoch: Epoch, setting: Setting) -> None:
             if self.clock.left - (0 if first else self.reserve) <= 0:
                 raise OutOfTime
-            self.tell(self._progress("search", search, search.trials, setting, epoch))
+            self.tell(self.progress("search", search, search.trials, setting, epoch))
 
         outcome, setting, figure = search.run(on_epoch)
-        end = self._progress("search", search, search.trials, setting, None)
+        end = self.progress("search", search, search.trials, setting, None)
         self.tell(replace(end, figure=figure, outcome=outcome))
 
-    def _progress(self, stage: str, search: Search, number: int, setting: Setting, epoch: Epoch | None) -> Progress:
+    def progress(self, stage: str, search: Search, number: int, setting: Setting, epoch: Epoch | None) -> Progress:
+        """Say where a method's training is."""
         return Progress(
             stage, search.method, number, setting, 0 if epoch is None else epoch.epoch, search.epochs,
             None if epoch is None else epoch.val_figure, None if search.best is None else search.best[0],
@@ -107,23 +112,21 @@ class Race:
         """
         if not self.plan.folds:
             return {}
-        images, known = join(self.task.images, self.task.val), self.task.features
-        features = torch.cat([known["train"], known["val"]]) if known else None
-        parts, done = folds(examples, self.plan.folds, REPEATS, self.task.seed), list[Fold]()
+        images = join(self.task.images, self.task.val)
+        parts, done = folds(examples, self.plan.folds, REPEATS, self.task.seed), list[int]()
         answers = {s.method: torch.zeros(REPEATS, len(images), self.task.bench.classes) for s in self.found}
-        for number, fold in enumerate(parts):
-            repeat, within = divmod(number, self.plan.folds)
-            if repeat and not within and self.crossval_seconds(1) > self.clock.left:
+        for repeat in range(REPEATS):
+            if repeat and self.crossval_seconds(1) > self.clock.left:
                 break
-            try:
-                for search in self.found:
-                    found = self._held_out(search, images, fold, number + 1, features)
-                    answers[search.method][repeat, torch.from_numpy(fold[1])] = found
-            except OutOfTime:
+            numbers = range(repeat * self.plan.folds, (repeat + 1) * self.plan.folds)
+            for number, found in self.hold_out(images, parts, numbers).items():
+                for method, probabilities in found.items():
+                    answers[method][repeat, torch.from_numpy(parts[number][1])] = probabilities
+                done.append(number)
+            if len(done) < numbers.stop:
                 break
-            done.append(fold)
         repeats = len(done) // self.plan.folds
-        seen = np.sort(np.concatenate([held_out for _, held_out in done])) if done and not repeats else None
+        seen = np.sort(np.concatenate([parts[number][1] for number in done])) if done and not repeats else None
         if not repeats and (seen is None or len(seen) <= len(self.task.val)):
             return {}
         chosen = images if seen is None else select(images, seen)
@@ -133,6 +136,20 @@ class Race:
             for method, given in answers.items()
         }
 
+    def hold_out(self, images: Images, parts: Sequence[Fold], numbers: Sequence[int]) -> dict[int, dict[str, Tensor]]:
+        """Return every method's answers to the images that some folds hold out, of the folds done in time."""
+        known, answered = self.task.features, dict[int, dict[str, Tensor]]()
+        features = torch.cat([known["train"], known["val"]]) if known else None
+        for number in numbers:
+            try:
+                answered[number] = {
+                    search.method: self._held_out(search, images, parts[number], number + 1, features)
+                    for search in self.found
+                }
+            except OutOfTime:
+                break
+        return answered
+
     def _held_out(self, search: Search, images: Images, fold: Fold, number: int, features: Tensor | None) -> Tensor:
         """Return a method's answers to a fold's held-out images [held out, classes]."""
         assert search.best is not None
@@ -141,7 +158,7 @@ class Race:
         def on_epoch(epoch: Epoch) -> None:
             if self.clock.left <= 0:
                 raise OutOfTime
-            self.tell(self._progress("cross-validation", search, number, setting, epoch))
+            self.tell(self.progress("cross-validation", search, number, setting, epoch))
 
         known = features if search.cost.head_only else None
         return fit_fold(self.task.bench, *search.configured(setting), images, fold, on_epoch, known).probabilities

@@ -1,37 +1,35 @@
 """Which method for my data? Search every method's settings within a time, and compare the best on the same images."""
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 
-import numpy as np
-
 from visgraft.backbones.creation import Backbone
-from visgraft.core.configure import AUTO_METHODS, configure
+from visgraft.core.configure import AUTO_METHODS
 from visgraft.data.dataset import Dataset, Example, Split
 from visgraft.data.images import Loading
 from visgraft.data.read import AnySource, read_data
 from visgraft.errors import VisgraftError
+from visgraft.executors.job import Executor
 from visgraft.export.merge import mergeable
-from visgraft.measure.evaluation import logits_of
-from visgraft.measure.precision import make_compute, resolve_precision
+from visgraft.measure.precision import resolve_precision
 from visgraft.methods import get_method
 from visgraft.options import AUTO
 from visgraft.search.budget import Clock, Cost, Plan, Size, full_plan, make_plan
+from visgraft.search.pilot import measure_cost
 from visgraft.search.race import Race, TellProgress
 from visgraft.search.result import Comparison, MethodResult, Progress
 from visgraft.search.settings import Search, TuningTask
+from visgraft.search.spread import Elsewhere, SpreadRace, measure_costs
 from visgraft.search.verdict import Candidate, Verdict, confused_pairs, decide, difference, is_guessing
-from visgraft.training.crossval import Bench, Predictions, kept_examples, possible_folds, select
-from visgraft.training.resume import Epoch
+from visgraft.training.crossval import Bench, Predictions, kept_examples, possible_folds
+from visgraft.training.opened import Ingredients
 
 METHODS = ("linear", "sct", "alore", "lora")
 FINALISTS = 3
 """So many methods of an automatic choice are cross-validated, where images are few."""
 FEW_IMAGES = 300
 """With fewer training and validation images, the best settings are compared by cross-validation on all of them."""
-PILOT_IMAGES = 32
 
 
 def _nothing(progress: Progress) -> None:
@@ -51,6 +49,7 @@ def compare(
     precision: str = "auto",
     split: Split | None = None,
     loading: Loading = Loading(),  # noqa: B008
+    executor: Executor | None = None,
     on_progress: TellProgress = _nothing,
     on_loading: Callable[[int, int], None] | None = None,
 ) -> Comparison:
@@ -72,6 +71,8 @@ def compare(
         precision: as in `TrainConfig`.
         split: how the images are divided where the source does not say; None: the default shares, with `seed`.
         loading: how images are read.
+        executor: where the trainings run, the methods side by side, and then the folds; None: in this process, and the
+            methods take turns. With `trials` and no budget both give the same.
         on_progress: called after every step of training.
         on_loading: called with (images read, images in all).
 
@@ -89,15 +90,38 @@ def compare(
     images, val = (bench.load(part, on_progress=on_loading, **asdict(loading)) for part in parts)
     task = TuningTask(bench, images, val, seed, resolve_precision(precision))
     examples = [*kept_examples(dataset.train, images), *kept_examples(dataset.val, val)]
-    costs = {name: measure_cost(task, name) for name in names}
-    plan = _plan(costs, examples, task, clock, epochs)
-    race = Race(task, [Search(name, task, costs[name], plan.epochs[name]) for name in names], plan, clock, on_progress)
+    race = _race(task, names, dataset, examples, clock, epochs, loading, executor, on_progress)
     race.search(trials)
-    if automatic and plan.folds:
+    if automatic and race.plan.folds:
         race.keep(FINALISTS)
     crossed = race.cross_validate(examples)
     race.keep(FINALISTS if automatic and crossed else len(names))
     return _conclude(race, dataset, crossed, automatic)
+
+
+def _race(
+    task: TuningTask,
+    names: Sequence[str],
+    dataset: Dataset,
+    examples: Sequence[Example],
+    clock: Clock,
+    epochs: int | None,
+    loading: Loading,
+    executor: Executor | None,
+    tell: TellProgress,
+) -> Race:
+    """Return the searches of all methods, planned by what a short training of each costs."""
+    if executor is None:
+        costs = {name: measure_cost(task, name) for name in names}
+        plan = _plan(costs, examples, task, clock, epochs)
+        return Race(task, [Search(name, task, costs[name], plan.epochs[name]) for name in names], plan, clock, tell)
+    what = Ingredients.of(dataset, "comparison", task.bench.backbone, (dataset.train, dataset.val), loading)
+    where = Elsewhere(what, task.seed, task.precision)
+    costs = measure_costs(where, names, executor)
+    side_by_side = min(executor.places, len(names))
+    plan = _plan({name: cost.scaled(1 / side_by_side) for name, cost in costs.items()}, examples, task, clock, epochs)
+    searches = [Search(name, task, costs[name], plan.epochs[name]) for name in names]
+    return SpreadRace(task, searches, plan, clock, tell, where=where, executor=executor)
 
 
 def _check(methods: Sequence[str], budget: float | None, trials: int | None, epochs: int | None) -> list[str]:
@@ -115,27 +139,6 @@ def _check(methods: Sequence[str], budget: float | None, trials: int | None, epo
         if value is not None and not value > 0:
             raise VisgraftError(f"{option} is {value}, but must be above 0")
     return names
-
-
-def measure_cost(task: TuningTask, method: str) -> Cost:
-    """Time a short training on a few images, at a learning rate that cannot diverge.
-
-    Of two epochs after the first, which warms up, the quicker counts: other programs can only slow one down.
-    """
-    count = min(PILOT_IMAGES, len(task.images))
-    few = select(task.images, np.sort(np.random.default_rng(task.seed).permutation(len(task.images))[:count]))
-    config, recipe = configure(method, {"epochs": 3, "lr": 1e-6, "seed": task.seed, "precision": task.precision})
-    ends = list[float]()
-
-    def note(epoch: Epoch) -> None:
-        if epoch.complete:
-            ends.append(time.perf_counter())
-
-    fit = task.bench.fit(config, recipe, few, few, on_progress=note, validate=False)
-    begin = time.perf_counter()
-    logits_of(task.bench.model(recipe.drop_path), few, make_compute(task.precision))
-    forward = (time.perf_counter() - begin) / count
-    return Cost(fit.attach_seconds / count, float(np.diff(ends).min()) / count, forward, fit.head_only)
 
 
 def _plan(

@@ -4,7 +4,7 @@ import itertools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -40,6 +40,17 @@ class TuningTask:
     features: Features = field(default_factory=dict)
 
 
+class Searched(NamedTuple):
+    """What a search has come to; see `Search`."""
+
+    spent: float
+    trials: int
+    pruned: int
+    diverged: int
+    best: tuple[float, Setting, Fit] | None
+    cost: Cost
+
+
 @dataclass
 class Search:
     """The trials of one method so far; `spent` is their time in seconds, `best` the best that ran to its end."""
@@ -69,6 +80,15 @@ class Search:
         )
         self.generator = np.random.default_rng(self.task.seed)
         self.study.enqueue_trial(default_setting(self.method))
+
+    @property
+    def found(self) -> Searched:
+        """What it has come to."""
+        return Searched(self.spent, self.trials, self.pruned, self.diverged, self.best, self.cost)
+
+    def take(self, found: Searched) -> None:
+        """Be as a search that was done elsewhere."""
+        self.spent, self.trials, self.pruned, self.diverged, self.best, self.cost = found
 
     @property
     def seconds(self) -> float:

@@ -3,7 +3,7 @@
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,8 +17,7 @@ from visgraft.backbones.creation import Backbone, create_backbone, model_data_co
 from visgraft.core.attach import count_parameters, detach
 from visgraft.core.attached import find_attached, get_attached
 from visgraft.data.dataset import Dataset, Example, listed, stratum
-from visgraft.data.images import Images, Loading, load_images
-from visgraft.data.read import AnySource, read_data
+from visgraft.data.images import Images, load_images
 from visgraft.errors import DataError
 from visgraft.measure.evaluation import Evaluation, probabilities_of, score
 from visgraft.measure.intervals import bootstrap, clusters, rate_interval, spread
@@ -177,9 +176,6 @@ def folds(examples: Sequence[Example], folds: int = 5, repeats: int = 2, seed: i
     ]
 
 
-_draw_folds = folds  # `cross_validate` has an argument of that name
-
-
 def check_folds(dataset: Dataset, number: int, repeats: int, seed: int) -> None:
     """Raise a DataError where a data set's training and validation images cannot be divided into folds."""
     folds((*dataset.train, *dataset.val), number, repeats, seed)
@@ -284,71 +280,4 @@ def fit_fold(
         method, config, select(images, fold[0]), select(images, fold[1]),
         features=None if features is None else {"train": features[learned], "val": features[held_out]},
         on_progress=on_progress, keep_last_good=True, validate=False,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class CrossValidation:
-    """What a setting reaches in repeated k-fold cross-validation; rates lie between 0 and 1.
-
-    `figure` is top-1, or mean average precision where images have several classes, its mean over the repeats;
-    `interval` its 95 % interval over the images (over the groups where there are any), `fold_figures` [repeats, folds]
-    what each fold reached and `fold_spread` their standard deviation. `predictions` holds what it was computed from.
-    """
-
-    figure: float
-    interval: tuple[float, float]
-    macro_f1: float
-    images: int
-    folds: int
-    repeats: int
-    fold_figures: tuple[tuple[float, ...], ...]
-    fold_spread: float
-    seconds: float
-    predictions: Predictions
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values, without the predictions."""
-        values = {name: value for name, value in vars(self).items() if name != "predictions"}
-        named = {True: "mean_average_precision", False: "top1"}[self.predictions.multi_label]
-        return values | {"measure": named, "interval": list(self.interval), "fold_figures": list(self.fold_figures)}
-
-
-def cross_validate(
-    data: AnySource | Dataset,
-    *,
-    backbone: Backbone,
-    method_config: MethodConfig,
-    train_config: TrainConfig,
-    folds: int = 5,
-    repeats: int = 2,
-    seed: int = 0,
-    loading: Loading = Loading(),  # noqa: B008
-    on_progress: Callable[[Epoch], None] | None = None,
-) -> CrossValidation:
-    """Measure a setting on all training and validation images, each predicted by models that did not see it.
-
-    Test images are never read. The backbone is created once. The setting should not have been chosen on these images.
-
-    Raises:
-        DataError: the data cannot be used, or a class has fewer images than there are folds.
-        VisgraftError: the backbone or an option cannot be used.
-    """
-    start = time.perf_counter()
-    dataset = data if isinstance(data, Dataset) else read_data(data)
-    examples = (*dataset.train, *dataset.val)
-    _draw_folds(examples, folds, repeats, seed)  # raises before anything is read
-    bench = Bench(backbone, len(dataset.classes))
-    images = bench.load(examples, **asdict(loading))
-    parts = _draw_folds(kept_examples(examples, images), folds, repeats, seed)
-    answers, figures = torch.zeros(repeats, len(images), bench.classes), list[float]()
-    for number, fold in enumerate(parts):
-        fit = fit_fold(bench, method_config, train_config, images, fold, on_progress)
-        answers[number // folds, torch.from_numpy(fold[1])] = fit.probabilities
-        figures.append(fit.evaluation.figure if fit.labels.ndim == 1 or bool(fit.labels.any()) else float("nan"))
-    found = Predictions(answers, images.labels, images.groups)
-    reached = tuple(tuple(figures[start : start + folds]) for start in range(0, len(figures), folds))
-    return CrossValidation(
-        found.figure, found.interval, found.macro_f1, len(images), folds, repeats, reached,
-        float(np.nanstd(reached, ddof=1)), time.perf_counter() - start, found,
     )  # fmt: skip
