@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,25 +20,7 @@ from visgraft.executors.job import Event, Executor, Job, Note
 from visgraft.executors.on_ray import OnRay
 from visgraft.executors.processes import Processes
 
-ray = pytest.importorskip("ray")
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    """Two nodes on this machine, the first of which has no cores for jobs."""
-    from ray.cluster_utils import Cluster
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # the package itself is sent
-        patch.setenv("RAY_gcs_server_port_wait_time_s", "300")  # a busy machine is no reason to fail
-        found = Cluster(initialize_head=True, connect=False, head_node_args={"num_cpus": 0})
-        found.add_node(num_cpus=2)
-        patch.setenv("RAY_ADDRESS", found.address)
-        try:
-            yield found
-        finally:
-            ray.shutdown()
-            found.shutdown()
+pytest.importorskip("ray")
 
 
 def square(number: int, note: Note) -> int:
@@ -64,6 +45,10 @@ def once(folder: Path, seconds: float, note: Note) -> str:
 
 def leave(note: Note) -> None:
     os._exit(7)
+
+
+def place(note: Note) -> int:
+    return os.getpid()
 
 
 def ran(executor: Executor, *works: Any) -> list[Event]:
@@ -97,6 +82,26 @@ def test_a_job_whose_process_ends_is_told_and_takes_no_other() -> None:
     events = ran(Processes(2), leave, partial(square, 2))
     ended = {event.key: event.value for event in events if event.kind in ("done", "failed")}
     assert ended["1"] == 4 and "ended with code 7" in ended["0"]
+
+
+@pytest.mark.parametrize("kind", ["processes", "ray"])
+def test_a_process_is_kept_for_the_next_job_where_that_is_asked_for(kind: str, request: pytest.FixtureRequest) -> None:
+    if kind == "ray":
+        request.getfixturevalue("cluster")
+
+    def places(fresh: bool) -> set[int]:
+        executor = choose_executor(kind, 1, fresh=fresh)
+        return {event.value for event in ran(executor, place, place, place) if event.kind == "done"}
+
+    assert len(places(fresh=True)) == 3
+    assert len(places(fresh=False)) == 1
+
+
+def test_a_process_that_ends_is_replaced_where_processes_are_kept() -> None:
+    events = ran(Processes(1, fresh=False), partial(square, 2), leave, partial(square, 5))
+    ended = [event for event in events if event.kind in ("done", "failed")]
+    assert [event.value for event in ended if event.kind == "done"] == [4, 25]
+    assert "ended with code 7; if memory ran out, lower --workers or the batch size" in ended[1].value
 
 
 def test_what_tell_raises_ends_all_jobs(tmp_path: Path) -> None:

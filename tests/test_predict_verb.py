@@ -63,7 +63,7 @@ def test_a_large_parquet_file_is_written_in_parts(
     adapters: dict[str, Path], pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr(verb, "ROWS_AT_ONCE", 4)
+    monkeypatch.setattr("visgraft.serve.tables.ROWS_AT_ONCE", 4)
     assert run(adapters["linear"], *pictures, "--out", tmp_path / "t.parquet")[0] == 0
     file = parquet.ParquetFile(tmp_path / "t.parquet")
     assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [4, 4, 2]

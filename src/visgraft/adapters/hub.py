@@ -44,8 +44,11 @@ class HubPlace:
 
 
 def on_hub(path: str | Path) -> bool:
-    """Whether a path means a repository of the hub; a folder of that very name is reached by its absolute path."""
-    return str(path).startswith(HUB_PREFIX)
+    """Whether a path means a repository of the hub; a folder of that very name is reached by its absolute path.
+
+    `hf://` is the address of a file.
+    """
+    return str(path).startswith(HUB_PREFIX) and not str(path).startswith(f"{HUB_PREFIX}//")
 
 
 def parse(path: str | Path) -> HubPlace:

@@ -21,6 +21,7 @@ from visgraft.bank.reading import read_adapter
 from visgraft.bank.trees import Compile, MixedTree, UniformTree
 from visgraft.core.fitting import check_shape
 from visgraft.data.decode import open_image
+from visgraft.data.urls import path_or_url
 from visgraft.errors import DataError, VisgraftError, nearest
 from visgraft.measure.evaluation import probabilities_of
 from visgraft.measure.precision import Compute, resolve_precision
@@ -377,7 +378,7 @@ def _answer(adapter: BankAdapter, row: Tensor) -> BankAnswer:
 def _prepared(image: Any, adapter: BankAdapter, background: str | None = None) -> Tensor:
     """Return an image as the model takes it [3, H, W]."""
     if isinstance(image, str | Path):
-        image = open_image(Path(image), background or adapter.record.background or "white")
+        image = open_image(path_or_url(image), background or adapter.record.background or "white")
     if not isinstance(image, Tensor):
         image = adapter.transform(image)
     if image.ndim != 3:

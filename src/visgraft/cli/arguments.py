@@ -56,6 +56,22 @@ Workers = Annotated[
         help="trainings at a time; none: 1, on Ray as many as fit; 0: in this process", min=0, show_default=False
     ),
 ]
+OnParts = Annotated[
+    str | None,
+    typer.Option(
+        help="--out FOLDER: where parts are written: here, processes, ray or ray://HOST:PORT; none: here",
+        show_default=False,
+    ),
+]
+CpusPerWorker = Annotated[
+    int | None, typer.Option(help="--on ray: cores that each worker has; none: 1", show_default=False)
+]
+GpusPerWorker = Annotated[
+    float | None,
+    typer.Option(
+        help="--on ray: GPUs that each worker has, 0.25: four share one; none: 1 if there are any", show_default=False
+    ),
+]
 Part = Annotated[str, typer.Option("--split", help="test, val, train or all")]
 
 

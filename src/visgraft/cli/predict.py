@@ -9,13 +9,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visgraft.cli.arguments import Background, Json, Quiet, SkipBroken, Weights
-from visgraft.cli.predict_output import StreamProgress, Write, choose_table, printed, written
+from visgraft.cli.arguments import (
+    Background,
+    CpusPerWorker,
+    GpusPerWorker,
+    Json,
+    OnParts,
+    Quiet,
+    SkipBroken,
+    Weights,
+)
+from visgraft.cli.predict_output import StreamProgress, choose_table, printed
 from visgraft.errors import DataError
 
 if TYPE_CHECKING:
-    from visgraft.data.images import Skipped
     from visgraft.serve.prediction import Prediction
+    from visgraft.serve.tables import Write
+
+Broken = tuple[str | Path, str]
+"""An image's path or URL, and why it cannot be read."""
 
 
 def predict(
@@ -41,7 +53,23 @@ def predict(
             help="least probability, where images may have several classes; none: 0.5", min=0, max=1, show_default=False
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="table to write: .csv or .parquet", show_default=False)] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="table to write: .csv or .parquet; or a folder, for .parquet in parts", show_default=False),
+    ] = None,
+    part_size: Annotated[
+        int | None, typer.Option(help="--out FOLDER: images of each part; none: 10000", min=1, show_default=False)
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(help="--out FOLDER: 3/16 writes the third of every 16 parts; none: all", show_default=False),
+    ] = None,
+    on: OnParts = None,
+    workers: Annotated[
+        int | None, typer.Option(help="--out FOLDER: parts written at a time; none: 1, or on Ray as many as fit", min=1)
+    ] = None,
+    cpus_per_worker: CpusPerWorker = None,
+    gpus_per_worker: GpusPerWorker = None,
     skip_broken: SkipBroken = False,
     background: Background = None,
     batch_size: Annotated[int, typer.Option(help="images per forward", min=1)] = 64,
@@ -53,18 +81,25 @@ def predict(
     from visgraft.adapters.hub import settled
     from visgraft.bank.opening import check_same_backbone, load_bank
     from visgraft.cli.predict_images import find_images, find_work, split_arguments
-    from visgraft.data.images import Skipped
+    from visgraft.cli.predict_parts import PartOptions, predict_in_parts
     from visgraft.serve.prediction import most_columns, predict_rows, predict_stream
 
+    in_parts = PartOptions(part_size, shard, on, workers, cpus_per_worker, gpus_per_worker)
+    by_folder = in_parts.for_folder(out)
     named, images = split_arguments(arguments, adapters)
     work = find_work(images, named, ensemble)
     named, told = (work.adapters, work.rows) if work else (named, None)
+    if by_folder and out:
+        asked = {"top": top, "threshold": threshold, "background": background, "batch_size": batch_size}
+        asked |= {"weights": weights, "ensemble": ensemble, "skip_broken": skip_broken}
+        predict_in_parts(out, named, images, work, asked, in_parts, json)
+        return
     paths, total = (iter(()), told) if work else find_images(images)
-    broken = list[Skipped]()
+    broken = list[Broken]()
     streamed = skip_broken and not json and out is None  # no image can stop it, so lines need not wait for the end
     progress = StreamProgress(total, hidden=streamed and sys.stdout.isatty())
     options: Any = {"top": top, "threshold": threshold, "batch_size": batch_size, "background": background}
-    options["on_broken"] = (lambda *why: broken.append(Skipped(*why))) if skip_broken else None
+    options["on_broken"] = (lambda *why: broken.append(why)) if skip_broken else None
     options["on_progress"] = progress.show
     table = None if out is None else choose_table(out, images)
     with settled():
@@ -82,9 +117,9 @@ def predict(
 
 def _write_all(
     found: Iterator["Prediction"],
-    sink: AbstractContextManager[Write],
+    sink: AbstractContextManager["Write"],
     progress: "StreamProgress",
-    broken: Sequence["Skipped"],
+    broken: Sequence[Broken],
 ) -> int:
     """Write every prediction and return their number; what is written stays only if there is at least one."""
     rows = 0
@@ -93,7 +128,7 @@ def _write_all(
             write(prediction)
             rows += 1
         if not rows:
-            none = f"none of the {len(broken)} images decodes, e.g. {broken[0].reason}" if broken else ""
+            none = f"none of the {len(broken)} images decodes, e.g. {broken[0][1]}" if broken else ""
             raise DataError(none or "standard input names no image")
     return rows
 
@@ -103,13 +138,14 @@ def _report(
     adapters: Sequence[str],
     images: int,
     progress: "StreamProgress",
-    broken: Sequence["Skipped"],
+    broken: Sequence[Broken],
     json: bool,
     mixed: bool,
 ) -> None:
     """List what was left out, and sum up what was written to a file."""
     from visgraft.cli.show import emit, print_skipped
     from visgraft.cli.text import visible
+    from visgraft.serve.tables import written
 
     skipped = [{"image": written(path), "reason": reason} for path, reason in broken]
     print_skipped(skipped)

@@ -4,10 +4,13 @@ import glob
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, groupby
 
-from visgraft.data.image_table import ADAPTER, ImageTable, is_table
+from visgraft.data.image_list import ImageList, Named, in_order
+from visgraft.data.image_table import ADAPTER, ENDINGS, ImageTable, is_table
+from visgraft.data.urls import is_folder_url, is_url, list_url
 from visgraft.errors import AdapterError, DataError, nearest
 
 LOG = logging.getLogger(__name__)
@@ -110,87 +113,145 @@ def spread_images(argument: str) -> list[str]:
 
 
 def find_images(arguments: Sequence[str]) -> tuple[Iterator[str], int | None]:
-    """Return the paths of images in the order of the arguments, and their number; None where standard input tells.
+    """Return the paths and URLs of images in the order of the arguments, and their number; None: standard input tells.
 
     Raises:
         DataError: an argument leads to no image.
     """
-    parts = [_part(argument) for argument in arguments]
-    counts = [count for _, count in parts]
-    total = None if None in counts else sum(count or 0 for count in counts)
-    return chain.from_iterable(paths for paths, _ in parts), total
+    parts: list[Iterable[Named]] = []
+    for streamed, group in groupby(arguments, STDIN.__eq__):
+        found = chain.from_iterable(map(_named, list(group)))
+        parts.append(found if streamed else ImageList(found))
+    total = None if STDIN in arguments else sum(len(part) for part in parts if isinstance(part, ImageList))
+    return (image for image, _ in chain.from_iterable(parts)), total
 
 
-def _part(argument: str) -> tuple[Iterable[str], int | None]:
-    """Return the images that an argument names, and their number."""
+def list_images(arguments: Sequence[str], work: Work | None, part_size: int) -> ImageList:
+    """Return all images, those of a table with their adapters, in parts.
+
+    Raises:
+        DataError: an argument leads to no image.
+    """
+    if work:
+        return ImageList(work.pairs(), part_size)
+    found = ImageList(chain.from_iterable(map(_named, arguments)), part_size)
+    if not len(found):
+        raise DataError("standard input names no image")
+    return found
+
+
+def _named(argument: str) -> Iterator[Named]:
+    """Yield the images that an argument names: all below a folder, a table's rows, a file as it is."""
     if argument == STDIN:
-        return (name for name in (line.rstrip("\r\n") for line in sys.stdin) if name), None
-    if not is_table(argument):
+        found: Iterator[str] = (name for name in (line.rstrip("\r\n") for line in sys.stdin) if name)
+    elif is_table(argument):
+        found = _rows(argument)
+    elif is_url(argument):
+        found = _at(argument)
+    elif os.path.isdir(argument):
+        found = _in_folder(argument)
+    elif os.path.exists(argument):
+        found = iter((argument,))
+    else:
         found = _matching(argument)
-        return found, len(found)
+    return ((image, "") for image in found)
+
+
+def _rows(argument: str) -> Iterator[str]:
     table = ImageTable(argument)
     if table.mixed:
         raise DataError(f"{argument} names adapters, so no other images can be given beside it; run each apart")
-    return (row.path for row in table.rows()), _counted(table)
+    return _some((row.path for row in table.rows()), lambda: _no_rows(table))
+
+
+def _some(images: Iterator[str], none: Callable[[], DataError]) -> Iterator[str]:
+    """Return images as they are, and raise where there is none."""
+    first = next(images, None)
+    if first is None:
+        raise none()
+    return chain((first,), images)
 
 
 def _counted(table: ImageTable) -> int:
     """Return the number of a table's rows, every one of which is read once for it."""
     count = sum(1 for _ in table.rows())
     if not count:
-        raise DataError(f"{table.path} has no rows below its header; add one for each image")
+        raise _no_rows(table)
     return count
 
 
-def _matching(argument: str) -> list[str]:
-    """Return the images that an argument names: a file as it is, those below a folder, those that match a pattern."""
+def _no_rows(table: ImageTable) -> DataError:
+    return DataError(f"{table.path} has no rows below its header; add one for each image")
+
+
+def _at(url: str) -> Iterator[str]:
+    if url.lower().endswith(ENDINGS):
+        raise DataError(f"{url} is a table, which is read from a file of this machine only; download it")
+    return _in_folder(url) if is_folder_url(url) else iter((url,))
+
+
+def _matching(pattern: str) -> Iterator[str]:
     from visgraft.data.decode import is_image
+
+    if not glob.has_magic(pattern):
+        raise DataError(f"{pattern}: No such file or folder; pass images, a folder, a quoted pattern, or -")
+    others = 0
+
+    def images() -> Iterator[str]:
+        nonlocal others
+        matches = ((path, os.path.isdir(path)) for path in glob.iglob(pattern, recursive=True))
+        for path, is_folder in in_order(matches):
+            if is_folder or not is_image(path):
+                others += 1
+            else:
+                yield path
+
+    def none() -> DataError:
+        ignored = f" ({others} others do)" if others else ""
+        return DataError(f"no images match {pattern}{ignored}; check the pattern")
+
+    return _some(images(), none)
+
+
+def _in_folder(folder: str) -> Iterator[str]:
     from visgraft.data.folders import passed_over
 
-    if os.path.isdir(argument):
-        others = list[str]()
-        found = list(_images_below(argument, others))
-        told = passed_over(others) if others else ""
-        if not found:
-            why = f" ({told})" if told else ""
-            raise DataError(
-                f"{argument} holds no images{why}, and no adapter_config.json of an adapter; check the path"
-            )
-        if told:
-            LOG.info("%s: %s", argument, told)
-        return found
-    if os.path.exists(argument):
-        return [argument]
-    if not glob.has_magic(argument):
-        raise DataError(f"{argument}: No such file or folder; pass images, a folder, a quoted pattern, or -")
-    matches = sorted(glob.glob(argument, recursive=True))
-    found = [path for path in matches if not os.path.isdir(path) and is_image(path)]
-    if not found:
-        ignored = f" ({len(matches)} others do)" if matches else ""
-        raise DataError(f"no images match {argument}{ignored}; check the pattern")
-    return found
+    others = Counter[str]()
+
+    def none() -> DataError:
+        why = f" ({passed_over(others)})" if others else ""
+        return DataError(f"{folder} holds no images{why}, and no adapter_config.json of an adapter; check the path")
+
+    yield from _some(_images_below(folder, others), none)
+    if others:
+        LOG.info("%s: %s", folder, passed_over(others))
 
 
-def _images_below(folder: str, others: list[str], above: frozenset[str] = frozenset()) -> Iterator[str]:
-    """Yield the images at any depth, sorted by name, through links too; as text, which for a million is far smaller.
+def _images_below(folder: str, others: Counter[str], above: frozenset[str] = frozenset()) -> Iterator[str]:
+    """Yield the images at any depth, sorted by name, through links too; all other files are counted by kind."""
+    from visgraft.data.decode import image_extensions, is_hidden, is_image
+    from visgraft.data.folders import kind_of
 
-    The names of all other files go to `others`.
-    """
-    from visgraft.data.decode import is_hidden, is_image
-
-    here = os.path.realpath(folder)
+    remote = is_url(folder)
+    here = folder if remote else os.path.realpath(folder)
     if here in above:
         raise DataError(f"{folder} is a link to a folder above it; remove the link")
-    try:
-        with os.scandir(folder) as entries:
-            shown = sorted((entry.name, entry.is_dir()) for entry in entries if not is_hidden(entry.name))
-    except OSError as error:
-        raise DataError(f"{error.filename} cannot be read ({error.strerror}); repair or remove it") from error
-    for name, is_folder in shown:
-        path = os.path.join(folder, name)
+    entries = list_url(folder) if remote else _scanned(folder)
+    for name, is_folder in in_order(entry for entry in entries if not is_hidden(entry[0])):
+        path = f"{folder.rstrip('/')}/{name}" if remote else os.path.join(folder, name)
         if is_folder:
             yield from _images_below(path, others, above | {here})
-        elif is_image(path):
+        elif kind_of(name) in image_extensions() if remote else is_image(path):
             yield path
         else:
-            others.append(name)
+            others[kind_of(name)] += 1
+
+
+def _scanned(folder: str) -> Iterator[tuple[str, bool]]:
+    """Yield the name of each entry of a folder, and whether it is a folder."""
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                yield entry.name, entry.is_dir()
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read ({error.strerror}); repair or remove it") from error

@@ -1,15 +1,12 @@
 """What `predict` prints or writes: lines, JSON or a table, whole or not at all; and how far it has come."""
 
-import csv
-import io
 import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from itertools import chain
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -17,22 +14,17 @@ from visgraft.errors import VisgraftError
 
 if TYPE_CHECKING:
     from visgraft.serve.prediction import Prediction
+    from visgraft.serve.tables import TableWriter, Write
 
-Write = Callable[["Prediction"], None]
-ROWS_AT_ONCE = 10_000  # row group of a .parquet file
 HELD_IN_MEMORY = 16 * 2**20  # bytes of results that wait in memory; more go to a temporary file
 SECONDS_BETWEEN_LINES = 10
 
 
-def written(path: Path) -> str:
-    """Return a path as text that any output can hold, though file names need not be UTF-8."""
-    return str(path).encode("utf-8", "backslashreplace").decode()
-
-
 @contextmanager
-def printed(adapters: int, json: bool, streamed: bool) -> Iterator[Write]:
+def printed(adapters: int, json: bool, streamed: bool) -> Iterator["Write"]:
     """Yield a writer to standard output; unless `streamed`, nothing appears there before all has gone well."""
     from visgraft.cli.text import json_text, visible
+    from visgraft.serve.tables import written
 
     with tempfile.SpooledTemporaryFile(HELD_IN_MEMORY, "w+", encoding="utf-8") as held:
         file: Any = sys.stdout if streamed else held
@@ -59,86 +51,27 @@ def printed(adapters: int, json: bool, streamed: bool) -> Iterator[Write]:
             shutil.copyfileobj(held, sys.stdout)
 
 
-TableWriter = Callable[[Path, int], AbstractContextManager[Write]]
-
-
-def choose_table(out: Path, read: Sequence[str] = ()) -> TableWriter:
+def choose_table(out: Path, read: Sequence[str] = ()) -> "TableWriter":
     """Return the writer of a table, by its extension; `read` are the files that name images.
 
     Raises:
         VisgraftError: another extension, a folder, a file that is read, or .parquet without pyarrow.
     """
-    tables: dict[str, TableWriter] = {".csv": _csv, ".parquet": _parquet}
-    if out.suffix.lower() not in tables or out.is_dir():
-        raise VisgraftError(f"--out is {out}, but must be a file that ends in .csv or .parquet")
+    from visgraft.serve.tables import check_pyarrow, csv_table, parquet_table
+
+    tables: dict[str, TableWriter] = {".csv": csv_table, ".parquet": parquet_table}
+    if out.is_dir() or not is_table_name(out):
+        raise VisgraftError(f"--out is {out}, but must be a file that ends in .csv or .parquet, or a folder for parts")
     if out.exists() and any(os.path.exists(path) and out.samefile(path) for path in read):
         raise VisgraftError(f"--out is {out}, which is read and would be overwritten; give the answers another name")
     if out.suffix.lower() == ".parquet":
-        try:
-            import pyarrow.parquet  # noqa: F401
-        except ImportError as error:
-            raise VisgraftError(
-                "a .parquet file needs pyarrow; pip install 'visgraft[parquet]', or write a .csv"
-            ) from error
+        check_pyarrow(out)
     return tables[out.suffix.lower()]
 
 
-def _columns(width: int) -> list[str]:
-    numbers = ["", *(f"_{number}" for number in range(2, width + 1))]
-    return ["image", "adapter", *(f"{name}{number}" for number in numbers for name in ("class", "probability"))]
-
-
-def _row(found: "Prediction", width: int) -> list[Any]:
-    """Return a row of the table; None where fewer classes are named."""
-    missing = [(None, None)] * (width - len(found.classes))
-    return [written(found.image), found.adapter, *chain.from_iterable([*found.classes, *missing])]
-
-
-@contextmanager
-def _new_table(out: Path) -> Iterator[Any]:
-    from visgraft.files import new_file
-
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with new_file(out) as file:
-            yield file
-    except OSError as error:
-        raise VisgraftError(f"{out} cannot be written ({error.strerror or error}); choose another --out") from error
-
-
-@contextmanager
-def _csv(out: Path, width: int) -> Iterator[Write]:
-    with _new_table(out) as file:
-        text = io.TextIOWrapper(file, "utf-8", newline="")
-        rows = csv.writer(text)
-        rows.writerow(_columns(width))
-        yield lambda found: rows.writerow(_row(found, width))
-        text.flush()
-        text.detach()  # the file below stays open, for its owner to close
-
-
-@contextmanager
-def _parquet(out: Path, width: int) -> Iterator[Write]:
-    import pyarrow
-    import pyarrow.parquet
-
-    columns, rows = _columns(width), list[list[Any]]()
-    kinds = [pyarrow.float64() if name.startswith("probability") else pyarrow.string() for name in columns]
-    schema = pyarrow.schema(list(zip(columns, kinds, strict=True)))
-    with _new_table(out) as file, pyarrow.parquet.ParquetWriter(file, schema) as writer:
-
-        def flush() -> None:
-            if rows:
-                writer.write_table(pyarrow.table(list(map(list, zip(*rows, strict=True))), schema=schema))
-                rows.clear()
-
-        def write(found: "Prediction") -> None:
-            rows.append(_row(found, width))
-            if len(rows) >= ROWS_AT_ONCE:
-                flush()
-
-        yield write
-        flush()
+def is_table_name(out: Path) -> bool:
+    """Whether answers go to one file, by its extension, rather than to a folder."""
+    return out.suffix.lower() in (".csv", ".parquet")
 
 
 class StreamProgress:

@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from visgraft.data.dataset import Example
-from visgraft.errors import DataError
+from visgraft.data.urls import is_url, read_url
+from visgraft.errors import DataError, VisgraftError
 
 with contextlib.suppress(ImportError):
     from pillow_heif import register_heif_opener
@@ -40,7 +41,7 @@ def max_pixels() -> int:
 
 
 def open_image(source: str | Path | Example, background: str = "white", most_pixels: int | None = None) -> Image.Image:
-    """Decode an image file, or the first picture of several, to RGB and upright by EXIF.
+    """Decode an image file, or the first picture of several, to RGB and upright by EXIF; a text may be a URL.
 
     Transparent places show `background`, a colour's name or #rrggbb. Grey levels of 16 bit become 8 bit by dividing by
     257, and floating-point grey levels from 0 to 1 by multiplying by 255; nothing is stretched picture by picture. Of a
@@ -49,8 +50,9 @@ def open_image(source: str | Path | Example, background: str = "white", most_pix
     Raises:
         DataError: the file does not decode to a whole image, has too many pixels or is a mere line, or there is no
             such colour.
+        VisgraftError: URLs of this kind cannot be opened here.
     """
-    colour = _colour(background)
+    colour = colour_of(background)
     name = source.path if isinstance(source, Example) else source
     start = b""
     try:
@@ -67,7 +69,7 @@ def open_image(source: str | Path | Example, background: str = "white", most_pix
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, colour), image.convert("RGBA"))
         return image.convert("RGB")
-    except DataError:
+    except VisgraftError:
         raise
     except Image.DecompressionBombError as error:  # raised on the header, before anything is decoded
         size = re.search(r"\d+(?= pixels)", str(error))
@@ -99,7 +101,12 @@ def _check_pixels(size: tuple[int, int], name: str, most: int | None) -> None:
 
 
 @cache
-def _colour(name: str) -> tuple[int, int, int]:
+def colour_of(name: str) -> tuple[int, int, int]:
+    """Return red, green and blue of a colour's name or #rrggbb.
+
+    Raises:
+        DataError: there is no such colour.
+    """
     try:
         red, green, blue = ImageColor.getrgb(name)[:3]
     except ValueError as error:
@@ -108,6 +115,8 @@ def _colour(name: str) -> tuple[int, int, int]:
 
 
 def _file(source: str | Path | Example) -> IO[bytes]:
+    if is_url(source):
+        return io.BytesIO(read_url(source))
     if not isinstance(source, Example):
         return open(source, "rb")
     return open(source.path, "rb") if source.content is None else io.BytesIO(source.content())

@@ -94,17 +94,22 @@ def read_folder(
     )  # fmt: skip
 
 
-def passed_over(names: Sequence[str]) -> str:
-    """Return one line on files that are no images by their names, counted by extension."""
-    kinds = Counter(os.path.splitext(name)[1].lower() or "no extension" for name in names)
+def kind_of(name: str) -> str:
+    """Return a file's extension, in words where it has none."""
+    return os.path.splitext(name)[1].lower() or "no extension"
+
+
+def passed_over(kinds: Counter[str]) -> str:
+    """Return one line on files that are no images by their names, counted by `kind_of`."""
+    total = kinds.total()
     counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(5))
     more = f" and {len(kinds) - 5} other kinds" if len(kinds) > 5 else ""
-    files = "file whose name is no image's" if len(names) == 1 else "files whose names are no images'"
-    return f"passed over {len(names):,} {files}: {counts}{more}"
+    files = "file whose name is no image's" if total == 1 else "files whose names are no images'"
+    return f"passed over {total:,} {files}: {counts}{more}"
 
 
 def _notes(others: Sequence[str], unlabelled: Sequence[Path]) -> tuple[str, ...]:
-    notes = [passed_over(others)] if others else []
+    notes = [passed_over(Counter(map(kind_of, others)))] if others else []
     notes += [
         f"{folder} has no class folders, so nothing is measured on its images; predict can name them"
         for folder in unlabelled
@@ -175,7 +180,7 @@ def _class_images(folder: Path) -> tuple[Files, list[str]]:
     if not any(files.values()):
         common = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".gif")
         extensions = f"{' '.join(common)} or {len(image_extensions() - set(common))} others that Pillow opens"
-        told = f" ({passed_over(others)})" if others else ""
+        told = f" ({passed_over(Counter(map(kind_of, others)))})" if others else ""
         raise DataError(
             f"{folder} holds no images{told}; put them in {folder}/<class>/, with an extension of {extensions}"
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from visgraft.data.table import PATH, read_lines
+from visgraft.data.urls import from_folder
 from visgraft.errors import DataError, nearest
 
 IMAGE, ADAPTER = ("image", PATH), "adapter"
@@ -14,7 +15,7 @@ ROWS_AT_ONCE = 10_000
 
 
 class TableImage(NamedTuple):
-    """A row: where it stands, the image's path from the table's own folder, and its adapter, if the table names one."""
+    """A row: where it stands, the image's path from the table's folder, or its URL, and perhaps its adapter."""
 
     where: str
     path: str
@@ -62,7 +63,7 @@ class ImageTable:
             for name, value in ((IMAGE[0], fields[self.images].strip()), (ADAPTER, adapter)):
                 if value == "":
                     raise DataError(f"{where} names no {name}; fill it in, or remove the line")
-            yield TableImage(where, os.path.join(self.path.parent, fields[self.images].strip()), adapter)
+            yield TableImage(where, from_folder(self.path.parent, fields[self.images].strip()), adapter)
 
     def _header(self) -> list[str]:
         names = next(self._lines(), (0, []))[1] if self._is_text else self._parquet().schema_arrow.names

@@ -85,7 +85,7 @@ def list_url(url: str) -> Iterator[tuple[str, bool]]:
 
 def open_url(url: str) -> tuple[Any, str]:
     """Return the file system of an address, and the path in it."""
-    from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+    from fsspec.core import url_to_fs
 
     kind = url.partition(":")[0].lower()
     try:

@@ -18,6 +18,7 @@ def choose_executor(
     gpus: float | None = None,
     preload: Sequence[str] = (),
     fresh: bool = True,
+    each: str = "trial",
 ) -> Executor:
     """Return what runs jobs.
 
@@ -27,12 +28,14 @@ def choose_executor(
         cpus: cores of each job on Ray; None: 1.
         gpus: GPUs of each job on Ray, or a fraction of one; None: one where there are any.
         preload: modules that jobs need.
-        fresh: give each job on Ray a process of its own.
+        fresh: give each job a new process; otherwise a process takes one after another, and keeps what it has loaded.
+        each: what the options --cpus-per-… and --gpus-per-… of the verb are called after.
 
     Raises:
         VisgraftError: there is no such executor, or an option would have no effect.
     """
     kind = on or ("here" if workers == 0 else "processes")
+    cores, cards = f"--cpus-per-{each}", f"--gpus-per-{each}"
     by_address = kind.startswith("ray://")
     if kind not in KINDS and not by_address:
         raise VisgraftError(
@@ -44,17 +47,16 @@ def choose_executor(
         from visgraft.executors.on_ray import OnRay
 
         if cpus is not None and cpus < 1:
-            raise VisgraftError(f"--cpus-per-trial is {cpus}, but must be 1 or more")
+            raise VisgraftError(f"{cores} is {cpus}, but must be 1 or more")
         if gpus is not None and not (0 <= gpus <= 1 or gpus == int(gpus)):
-            raise VisgraftError(f"--gpus-per-trial is {gpus:g}, but must be from 0 to 1, or a whole number")
-        return OnRay(on if by_address else None, 1 if cpus is None else cpus, gpus, workers, fresh)
+            raise VisgraftError(f"{cards} is {gpus:g}, but must be from 0 to 1, or a whole number")
+        return OnRay(on if by_address else None, 1 if cpus is None else cpus, gpus, workers, fresh, each)
     if cpus is not None or gpus is not None:
-        name = "--cpus-per-trial" if cpus is not None else "--gpus-per-trial"
-        raise VisgraftError(f"{name} has an effect with --on ray only; leave it out")
+        raise VisgraftError(f"{cards if cpus is None else cores} has an effect with --on ray only; leave it out")
     if kind == "here":
         if workers:
             raise VisgraftError(
                 f"--workers {workers} has no effect with --on here; leave it out, or use --on processes"
             )
         return Here()
-    return Processes(workers or 1, preload)
+    return Processes(workers or 1, preload, fresh)

@@ -31,7 +31,8 @@ class OnRay:
             cluster has any.
         most: jobs at a time at most; None: as many as fit.
         fresh: give each job a process of its own, so that its peak of memory is its own too; otherwise a process takes
-            one job after another, which spares it the seconds in which torch is imported.
+            one job after another, which spares it the seconds in which torch is imported, and keeps what it has loaded.
+        each: what the options --cpus-per-… and --gpus-per-… of the verb are called after.
 
     Raises:
         VisgraftError: Ray is not installed, or no such cluster answers.
@@ -42,15 +43,17 @@ class OnRay:
     gpus: float | None = None
     most: int | None = None
     fresh: bool = True
+    each: str = "trial"
 
     def __post_init__(self) -> None:
         check_installed()
         connect(self.address)
         if not self._fits():
             held = ", ".join(f"{_sum(node, 'CPU'):g} cores and {_sum(node, 'GPU'):g} GPUs" for node in _nodes())
+            cores, cards = f"--cpus-per-{self.each}", f"--gpus-per-{self.each}"
             raise VisgraftError(
                 f"no node of the cluster has {self.cpus} cores and {self._gpus:g} GPUs for a job (there are {held}); "
-                "lower --cpus-per-trial or --gpus-per-trial"
+                f"lower {cores} or {cards}"
             )
 
     @property

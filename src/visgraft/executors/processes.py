@@ -1,4 +1,4 @@
-"""Each job in a process of its own on this machine: its own peak of memory, and one that is killed takes no other."""
+"""Jobs in processes of this machine: one that is killed takes no other with it."""
 
 import contextlib
 import multiprocessing
@@ -15,47 +15,70 @@ from visgraft.executors.job import Event, Job, NextJob, TellEvent, outcome
 
 @dataclass(frozen=True)
 class Processes:
-    """Runs so many jobs at a time, each in a new process with its share of the cores.
+    """Runs so many jobs at a time, each in a process with its share of the cores.
 
     Args:
         places: processes at a time.
         preload: modules that are imported once, before a process starts, where the system can do that.
+        fresh: give each job a new process, so that its peak of memory is its own too; otherwise a process takes one job
+            after another, and keeps what it has loaded.
     """
 
     places: int
     preload: Sequence[str] = ()
+    fresh: bool = True
 
     def run(self, next_job: NextJob, tell: TellEvent) -> None:
         """See `Executor`."""
         context, threads = _context(self.preload), max(1, (os.cpu_count() or 1) // self.places)
-        live: dict[Connection, tuple[BaseProcess, Job]] = {}
+        live, idle = dict[Connection, tuple[BaseProcess, Job]](), list[tuple[Connection, BaseProcess]]()
         try:
             while True:
                 while len(live) < self.places and (job := next_job()) is not None:
-                    here, there = context.Pipe(duplex=False)
-                    process = context.Process(target=_work, args=(there, job, threads), daemon=True)
-                    process.start()
-                    there.close()
+                    here, process = idle.pop() if idle else _started(context, threads)
                     live[here] = (process, job)
+                    with contextlib.suppress(BrokenPipeError):  # a process that has ended meanwhile is heard below
+                        here.send(job)
                     tell(Event(job.key, "started", ""))
                 if not live:
                     return
                 for connection in cast(list[Connection], wait(list(live))):
                     event = _heard(connection, *live[connection])
                     if event.kind in ("done", "failed"):
-                        live.pop(connection)[0].join()
+                        process, _ = live.pop(connection)
+                        if self.fresh or process.exitcode is not None:
+                            _end(connection, process)
+                        else:
+                            idle.append((connection, process))
                     tell(event)
         finally:
             for process, _ in live.values():
                 process.terminate()
-            for process, _ in live.values():
-                process.join()
+            for connection, (process, _) in live.items():
+                _end(connection, process)
+            for connection, process in idle:
+                _end(connection, process)
+
+
+def _started(context: Any, threads: int) -> tuple[Connection, BaseProcess]:
+    """Return a new process, and what jobs are sent to it through."""
+    here, there = context.Pipe()
+    process = context.Process(target=_work, args=(there, threads), daemon=True)
+    process.start()
+    there.close()
+    return here, process
+
+
+def _end(connection: Connection, process: BaseProcess) -> None:
+    """Let a process end, which waits for another job."""
+    connection.close()
+    process.join()
 
 
 def _heard(connection: Connection, process: BaseProcess, job: Job) -> Event:
     try:
         return cast(Event, connection.recv())
-    except EOFError:
+    except (EOFError, ConnectionResetError):
         process.join()
         why = f"the process ended with code {process.exitcode}; if memory ran out, lower --workers or the batch size"
         return Event(job.key, "failed", f"{job.title}: {why}")
@@ -70,11 +93,13 @@ def _context(preload: Sequence[str]) -> Any:
     return context
 
 
-def _work(connection: Connection, job: Job, threads: int) -> None:
-    """Do a job in a process of its own, and send what happens."""
+def _work(connection: Connection, threads: int) -> None:
+    """Do one job after another until there is none any more, and send what happens."""
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the workers
     torch.set_num_threads(threads)
-    with contextlib.suppress(BrokenPipeError):
-        connection.send(outcome(job, lambda value: connection.send(Event(job.key, "note", value))))
+    with contextlib.suppress(BrokenPipeError, EOFError, ConnectionResetError):
+        while True:
+            job: Job = connection.recv()
+            connection.send(outcome(job, lambda value, key=job.key: connection.send(Event(key, "note", value))))  # type: ignore[misc]

@@ -12,23 +12,26 @@ import torch
 from torch import Tensor
 
 from visgraft.data.decode import open_image
+from visgraft.data.urls import path_or_url
 from visgraft.errors import AdapterError, DataError, VisgraftError
 
+AnyPath = str | Path
+"""A path; a URL is text."""
 Job = TypeVar("Job")
 Found = TypeVar("Found")
 
 
-def path_of(image: Any) -> Path:
-    """Return the path that an image is given by."""
+def path_of(image: Any) -> AnyPath:
+    """Return the path that an image is given by, or its URL."""
     if not isinstance(image, str | os.PathLike):
         raise VisgraftError(
             f"images must be paths, but one is of type {type(image).__name__}; save it to a file, or call "
             "adapted.model on what adapted.transform makes of it"
         )
-    return Path(image)
+    return path_or_url(image)
 
 
-def prepared(path: Path, transform: Any, colour: str) -> Tensor:
+def prepared(path: AnyPath, transform: Any, colour: str) -> Tensor:
     """Return what the transform makes of a picture, [3, H, W]."""
     x = transform(open_image(path, colour))
     if not isinstance(x, Tensor) or x.ndim != 3:
@@ -39,7 +42,7 @@ def prepared(path: Path, transform: Any, colour: str) -> Tensor:
     return x
 
 
-def stacked(good: Sequence[tuple[Path, Tensor]]) -> Tensor:
+def stacked(good: Sequence[tuple[AnyPath, Tensor]]) -> Tensor:
     """Return the images of a batch as one tensor [B, 3, H, W]."""
     first, x = good[0]
     for path, other in good:
@@ -52,8 +55,8 @@ def stacked(good: Sequence[tuple[Path, Tensor]]) -> Tensor:
 
 
 def readable(
-    batch: Sequence[tuple[Path, Found | DataError]], on_broken: Callable[[Path, str], None] | None
-) -> list[tuple[Path, Found]]:
+    batch: Sequence[tuple[AnyPath, Found | DataError]], on_broken: Callable[[AnyPath, str], None] | None
+) -> list[tuple[AnyPath, Found]]:
     """Return the images of a batch, and report, or raise, what is none."""
     good = []
     for path, found in batch:

@@ -1,6 +1,6 @@
 """Predictions over any number of images, with any number of adapters of one backbone in one pass."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,11 @@ from visgraft.bank.bank import Bank
 from visgraft.bank.opening import check_same_backbone, load_bank
 from visgraft.core.fitting import check_shape
 from visgraft.core.tensors import eval_mode
+from visgraft.data.decode import colour_of
 from visgraft.errors import AdapterError, DataError, VisgraftError
 from visgraft.measure.evaluation import probabilities_of
 from visgraft.measure.precision import Compute, resolve_precision
-from visgraft.serve.decoding import batches, decoded, path_of, prepared, readable, stacked
+from visgraft.serve.decoding import AnyPath, batches, decoded, path_of, prepared, readable, stacked
 
 BATCH_SIZE = 64  # that of `evaluate`, so that both see the same rounding
 THRESHOLD = 0.5
@@ -32,9 +33,12 @@ Classes = list[tuple[str, float]]
 
 
 class Prediction(NamedTuple):
-    """What one adapter says of one image; `adapter` is its path or name as given, or an `Adapted`'s number, from 1."""
+    """What one adapter says of one image; `adapter` is its path or name as given, or an `Adapted`'s number, from 1.
 
-    image: Path
+    `image` is its path, or, as text, its URL.
+    """
+
+    image: AnyPath
     adapter: str
     classes: Classes
 
@@ -74,7 +78,7 @@ def predict_stream(
     batch_size: int = BATCH_SIZE,
     background: str | None = None,
     ensemble: bool = False,
-    on_broken: Callable[[Path, str], None] | None = None,
+    on_broken: Callable[[AnyPath, str], None] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Iterator[Prediction]:
     """Yield a prediction of each adapter for each image, image by image, in the order given.
@@ -86,7 +90,7 @@ def predict_stream(
 
     Args:
         adapters: a bank; or directories of adapters, `hf:USER/NAME`, or loaded ones, all of one backbone.
-        images: paths, which may be an endless stream.
+        images: paths or URLs (see the page on predicting), which may be an endless stream.
         weights: where the backbone's weights come from, in place of what the adapters say.
         top: how many classes to name at most; None: one, or, where images may have several classes, no limit.
         threshold: least probability of a class to be named, of adapters trained on images with several classes; 0.5.
@@ -122,7 +126,7 @@ def predict_rows(
     threshold: float | None = None,
     batch_size: int = BATCH_SIZE,
     background: str | None = None,
-    on_broken: Callable[[Path, str], None] | None = None,
+    on_broken: Callable[[AnyPath, str], None] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Iterator[Prediction]:
     """Yield a prediction for each row, which is an image's path and the name of the adapter that is to answer it.
@@ -148,7 +152,7 @@ def predict_rows(
     least = THRESHOLD if threshold is None else threshold
     pairs = ((path_of(path), name) for path, name in rows)
 
-    def prepare(row: tuple[Path, str]) -> tuple[Tensor, str]:
+    def prepare(row: tuple[AnyPath, str]) -> tuple[Tensor, str]:
         return bank.prepare(row[0], row[1], background=background), row[1]
 
     read = ((path, found) for (path, _), found in decoded(pairs, prepare, 2 * batch_size))
@@ -183,6 +187,34 @@ def _check_options(
         raise VisgraftError(f"threshold is {threshold}, but must be between 0 and 1")
 
 
+def check_question(
+    records: Mapping[str, AdapterRecord],
+    *,
+    threshold: float | None = None,
+    background: str | None = None,
+    ensemble: bool = False,
+    mixed: bool = False,
+) -> None:
+    """Raise what `predict_stream` or, if `mixed`, `predict_rows` would raise, before anything is loaded.
+
+    Raises:
+        AdapterError: the adapters, by name, cannot answer together.
+        DataError: there is no such colour.
+        VisgraftError: the threshold would have no effect.
+    """
+    ready = [_Ready(name, record) for name, record in records.items()]
+    _check_threshold(threshold, records.values())
+    if background is not None:
+        colour_of(background)
+    if mixed:
+        return
+    _transform(ready)
+    if background is None:
+        _background(ready)
+    if ensemble:
+        _check_ensemble(ready)
+
+
 def _check_threshold(threshold: float | None, records: Iterable[AdapterRecord]) -> None:
     if threshold is not None and not any(record.multi_label for record in records):
         raise VisgraftError("threshold is for adapters of images with several classes, and none is; leave it out")
@@ -191,10 +223,10 @@ def _check_threshold(threshold: float | None, records: Iterable[AdapterRecord]) 
 def _run(
     bank: Bank | None,
     ready: Sequence[_Ready],
-    read: Iterator[list[tuple[Path, Tensor | DataError]]],
+    read: Iterator[list[tuple[AnyPath, Tensor | DataError]]],
     ensemble: bool,
     named: Callable[[AdapterRecord, Tensor], list[Classes]],
-    on_broken: Callable[[Path, str], None] | None,
+    on_broken: Callable[[AnyPath, str], None] | None,
     on_progress: Callable[[int], None] | None,
 ) -> Iterator[Prediction]:
     done, fitting = 0, set[torch.Size]()
