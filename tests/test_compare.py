@@ -266,7 +266,7 @@ class StepTime:
             return step(*arguments, **options)
 
         monkeypatch.setattr(torch.optim.AdamW, "step", timed)
-        for module in ("search.budget", "search.run", "search.settings", "training.crossval", "training.fit"):
+        for module in ("search.budget", "search.pilot", "search.settings", "training.crossval", "training.fit"):
             monkeypatch.setattr(importlib.import_module(f"visgraft.{module}"), "time", self)
 
     def monotonic(self) -> float:
