@@ -91,10 +91,11 @@ def test_a_process_is_kept_for_the_next_job_where_that_is_asked_for(kind: str, r
 
     def places(fresh: bool) -> set[int]:
         executor = choose_executor(kind, 1, fresh=fresh)
-        return {event.value for event in ran(executor, place, place, place) if event.kind == "done"}
+        return {event.value for event in ran(executor, *[place] * 6) if event.kind == "done"}
 
-    assert len(places(fresh=True)) == 3
-    assert len(places(fresh=False)) == 1
+    assert len(places(fresh=True)) == 6
+    kept = len(places(fresh=False))
+    assert kept == 1 if kind == "processes" else kept < 6  # Ray gives a job to any process that it has
 
 
 def test_a_process_that_ends_is_replaced_where_processes_are_kept() -> None:
