@@ -26,8 +26,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from visgraft.data.dataset import Example
-from visgraft.data.identity import content_digests
+from visgraft.data.examples import Example, chosen
+from visgraft.data.identity import content_digests, mapped_in_order
 from visgraft.errors import DataError, VisgraftError, nearest
 from visgraft.files import cache_folder, new_file, write_json
 
@@ -81,7 +81,7 @@ def hold_pixels(
     if skip_broken:
         for _ in _decoded(examples, decode, broken, True, on_progress):
             pass
-    return Decoded([example for i, example in enumerate(examples) if i not in broken], decode), broken
+    return Decoded(chosen(examples, (i for i in range(len(examples)) if i not in broken)), decode), broken
 
 
 def choose_cache(cache: str, count: int, decode: Decode) -> str:
@@ -121,7 +121,7 @@ def _decoded(
 
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
-        for number, result in enumerate(pool.map(attempt, examples)):
+        for number, result in enumerate(mapped_in_order(pool, attempt, examples)):
             if isinstance(result, DataError) and not skip_broken:
                 raise result
             if isinstance(result, DataError):
@@ -220,7 +220,7 @@ class Decoded:
     """Pixels that are decoded whenever they are asked for, several at a time, in whatever process."""
 
     def __init__(self, examples: Sequence[Example], decode: Decode) -> None:
-        self.examples, self.decode = list(examples), decode
+        self.examples, self.decode = examples, decode
         self.shape = (len(self.examples), *decode.shape())
         self.pool, self.process = ThreadPoolExecutor(os.cpu_count()), os.getpid()
 
@@ -230,10 +230,10 @@ class Decoded:
     def __getitem__(self, index: Any, /) -> Tensor:
         if isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0):
             return self.decode.function(self.examples[int(index)])
-        chosen = self.examples[index] if isinstance(index, slice) else [self.examples[int(i)] for i in index]
+        some = self.examples[index] if isinstance(index, slice) else [self.examples[int(i)] for i in index]
         if self.process != os.getpid():  # threads do not survive a fork, and what waits for them would wait forever
             self.pool, self.process = ThreadPoolExecutor(os.cpu_count()), os.getpid()
-        return torch.stack(list(self.pool.map(self.decode.function, chosen)))
+        return torch.stack(list(self.pool.map(self.decode.function, some)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         try:

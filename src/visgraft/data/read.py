@@ -12,14 +12,14 @@ from visgraft.data.table import read_table
 from visgraft.errors import DataError
 from visgraft.files import HUB_PREFIX
 
-TABLE_EXTENSIONS = (".csv", ".tsv")
+TABLE_EXTENSIONS = (".csv", ".tsv", ".parquet")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where labelled images are: `location` is a folder, a .csv or .tsv file or `hf:NAME_OR_PATH`.
+    """Where labelled images are: `location` is a folder, a .csv, .tsv or .parquet file or `hf:NAME_OR_PATH`.
 
-    With `table`, a .csv or .tsv file, `location` is the folder that its relative paths start from; None: the table's
+    With `table`, a file of these kinds, `location` is the folder that its relative paths start from; None: the table's
     own.
     """
 

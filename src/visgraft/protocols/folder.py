@@ -86,7 +86,7 @@ def open_folder(folder: Path, task: Task, seed: int, *, shifted: Mapping[str, Pa
     return Parts(data.classes, *_drawn(data, task.shots, seed), tests)
 
 
-def _drawn(data: Dataset, shots: int, seed: int) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+def _drawn(data: Dataset, shots: int, seed: int) -> tuple[Sequence[Example], Sequence[Example]]:
     if not shots:
         return data.part("train"), data.part("val")
     train = draw_shots(data.part("train"), shots, seed, classes=data.classes)

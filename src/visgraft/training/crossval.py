@@ -17,6 +17,7 @@ from visgraft.backbones.creation import Backbone, create_backbone, model_data_co
 from visgraft.core.attach import count_parameters, detach
 from visgraft.core.attached import find_attached, get_attached
 from visgraft.data.dataset import Dataset, Example, listed, stratum
+from visgraft.data.examples import joined
 from visgraft.data.images import Images, Loading, load_images
 from visgraft.data.read import AnySource, read_data
 from visgraft.errors import DataError
@@ -131,7 +132,7 @@ def join(first: Images, second: Images) -> Images:
         first,
         pixels=torch.cat([first.pixels[:], second.pixels[:]]),
         labels=torch.cat([first.labels, second.labels]),
-        paths=first.paths + second.paths,
+        paths=(*first.paths, *second.paths),
         groups=first.groups + second.groups,
         skipped=first.skipped + second.skipped,
     )
@@ -182,7 +183,7 @@ _draw_folds = folds  # `cross_validate` has an argument of that name
 
 def check_folds(dataset: Dataset, number: int, repeats: int, seed: int) -> None:
     """Raise a DataError where a data set's training and validation images cannot be divided into folds."""
-    folds((*dataset.train, *dataset.val), number, repeats, seed)
+    folds(joined(dataset.train, dataset.val), number, repeats, seed)
 
 
 def possible_folds(examples: Sequence[Example], most: int = 5) -> int:
@@ -336,7 +337,7 @@ def cross_validate(
     """
     start = time.perf_counter()
     dataset = data if isinstance(data, Dataset) else read_data(data)
-    examples = (*dataset.train, *dataset.val)
+    examples = joined(dataset.train, dataset.val)
     _draw_folds(examples, folds, repeats, seed)  # raises before anything is read
     bench = Bench(backbone, len(dataset.classes))
     images = bench.load(examples, **asdict(loading))
