@@ -3,8 +3,8 @@
     python benchmarks/large_data.py --images 100000            # a minute on 2 cores
     python benchmarks/large_data.py --images 1000000           # some 10 minutes, 5 GB of disk in --folder
 
-Files of one byte in 100 class folders, and tables (.csv and .parquet) that name them, are read as `visgraft train` does,
-and taken through the steps that look at every image before training. Every source has a process of its own, whose
+Files of one byte in 100 class folders, and tables (.csv and .parquet) that name them, are read as `visgraft train`
+does, and taken through the steps that look at every image before training. Every source has a process of its own, whose
 memory is told as the growth over what the imports took: its peak in a step, and what is held after it. Ratios are of
 seconds that the CPU worked, which other load on the machine changes least.
 Bounds have processes of their own too: a walk by `os.scandir` that looks at each file's size, and

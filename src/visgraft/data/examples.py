@@ -47,6 +47,13 @@ class Texts(Sequence[str]):
         self.block, self.ends = bytes(block), np.cumsum(np.concatenate(lengths))
 
     @classmethod
+    def kept(cls, block: np.ndarray, ends: np.ndarray) -> "Texts":
+        """Return texts from their bytes, uint8, and where each ends, int64 [N + 1] with a 0 first."""
+        texts = cls()
+        texts.block, texts.ends = block.tobytes(), ends
+        return texts
+
+    @classmethod
     def joined(cls, parts: Sequence["Texts"]) -> "Texts":
         """Return the texts of all parts one after the other."""
         texts = cls()

@@ -8,16 +8,18 @@ from pathlib import Path
 from visgraft.data.dataset import Dataset, Split
 from visgraft.data.folders import read_folder
 from visgraft.data.hub import read_hub
+from visgraft.data.shards import read_shards
 from visgraft.data.table import read_table
 from visgraft.errors import DataError
-from visgraft.files import HUB_PREFIX
+from visgraft.files import HUB_PREFIX, WDS_PREFIX
 
 TABLE_EXTENSIONS = (".csv", ".tsv", ".parquet")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where labelled images are: `location` is a folder, a .csv, .tsv or .parquet file or `hf:NAME_OR_PATH`.
+    """Where labelled images are: `location` is a folder, a .csv, .tsv or .parquet file, `hf:NAME_OR_PATH` or
+    `wds:PATTERN`.
 
     With `table`, a file of these kinds, `location` is the folder that its relative paths start from; None: the table's
     own.
@@ -36,7 +38,9 @@ LOG = logging.getLogger(__name__)
 
 
 def read_data(source: AnySource, split: Split = _DEFAULT_SPLIT, known: Sequence[str] | None = None) -> Dataset:
-    """Read a folder (see `read_folder`), a table (`read_table`) or a Hugging Face data set (`read_hub`).
+    """Read a folder (see `read_folder`), a table (`read_table`), a Hugging Face data set or shards.
+
+    The latter two are read by `read_hub` and `read_shards`.
 
     With the classes that a model is `known` to have, images to measure it on are read: their labels are numbered as
     its outputs, by name, and they may be of one class or of some. What is passed over is logged.
@@ -54,13 +58,15 @@ def _read(source: AnySource, split: Split, known: Sequence[str] | None) -> Datas
     source = source if isinstance(source, Source) else Source(source)
     location = str(source.location or "")
     if source.table is not None:
-        if location.startswith(HUB_PREFIX):
+        if location.startswith((HUB_PREFIX, WDS_PREFIX)):
             raise DataError(f"{location} and the table {source.table} were both given; give one of them")
         return read_table(source.table, location or None, split, known)
     if not location:
         raise DataError("no data was given; give a folder of class folders, a .csv table or hf:NAME_OR_PATH")
     if location.startswith(HUB_PREFIX):
         return read_hub(location, split, known)
+    if location.startswith(WDS_PREFIX):
+        return read_shards(location, split, known)
     if Path(location).suffix.lower() in TABLE_EXTENSIONS and not Path(location).is_dir():
         return read_table(location, None, split, known)
     shares = {"val_fraction": split.val_fraction, "test_fraction": split.test_fraction}
