@@ -182,20 +182,21 @@ class Examples(Sequence[Example]):
 
 
 class Paths(Sequence[Path]):
-    """The paths of examples, each made when it is asked for."""
+    """Rows of names as paths, each made when it is asked for; equal to any sequence of equal paths."""
 
-    def __init__(self, examples: Sequence[Example]) -> None:
-        self.examples = examples
+    def __init__(self, names: Sequence[str], rows: np.ndarray) -> None:
+        self.names, self.rows = names, rows
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self.rows)
 
     @overload
     def __getitem__(self, index: int) -> Path: ...
     @overload
     def __getitem__(self, index: slice) -> "Paths": ...
     def __getitem__(self, index: Any) -> Any:
-        return Paths(self.examples[index]) if isinstance(index, slice) else self.examples[int(index)].path
+        rows = self.rows[index]
+        return Paths(self.names, rows) if isinstance(index, slice) else Path(self.names[int(rows)])
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence):
@@ -203,6 +204,13 @@ class Paths(Sequence[Path]):
         return len(self) == len(other) and all(one == another for one, another in zip(self, other, strict=True))
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def paths_of(examples: Sequence[Example]) -> Sequence[Path]:
+    """Return the path of each example."""
+    if isinstance(examples, Examples):
+        return Paths(examples.columns.names, examples.rows)
+    return tuple(example.path for example in examples)
 
 
 def joined(*parts: Sequence[Example]) -> Sequence[Example]:

@@ -14,7 +14,7 @@ from visgraft.backbones.creation import image_transform
 from visgraft.data.cache import Decode, Pixels, choose_cache, hold_pixels, is_on_disk
 from visgraft.data.dataset import Example
 from visgraft.data.decode import open_image
-from visgraft.data.examples import Examples, Paths, chosen, groups_of
+from visgraft.data.examples import Examples, chosen, groups_of, paths_of
 from visgraft.errors import DataError
 
 
@@ -127,7 +127,7 @@ def load_images(
         make_labels(kept, outputs),
         tuple(data_config["mean"]),
         tuple(data_config["std"]),
-        Paths(kept),
+        paths_of(kept),
         _groups(kept),
         tuple(Skipped(examples[number].path, reason) for number, reason in sorted(broken.items())),
         outputs,
