@@ -1,7 +1,8 @@
 """What do the names and labels of a million images cost? Seconds and memory before the first image is decoded.
 
     python benchmarks/large_data.py --images 100000            # a minute on 2 cores
-    python benchmarks/large_data.py --images 1000000           # some 10 minutes, 5 GB of disk in --folder
+    python benchmarks/large_data.py --images 1000000           # some 10 minutes, 5 GB of disk
+    python benchmarks/large_data.py --images 100000 --digests  # reads every file too, as resuming does
 
 Files of one byte in 100 class folders, and tables (.csv and .parquet) that name them, are read as `visgraft train`
 does, and taken through the steps that look at every image before training. Every source has a process of its own, whose
@@ -109,7 +110,7 @@ def measure_bound(name: str, folder: Path) -> list[list[Any]]:
     return meter.rows
 
 
-def measure_source(name: str, folder: Path) -> list[list[Any]]:
+def measure_source(name: str, folder: Path, digests: bool) -> list[list[Any]]:
     """Return a row for each step before an image is decoded, of one source."""
     from visgraft.backbones.creation import Backbone
     from visgraft.check.quick import quick_check
@@ -131,7 +132,7 @@ def measure_source(name: str, folder: Path) -> list[list[Any]]:
     meter("labels", lambda: make_labels(data.train, len(data.classes)))
     meter("divide", lambda: divide(data.train, data.classes, split, "here"))
     meter("record", lambda: _record(data, split, config, "white"))
-    if name == "folder":
+    if name == "folder" and digests:
         meter("content_digests", lambda: content_digests(data.all))
         method = get_method("lora").Config()
         backbone = Backbone("vit_tiny_patch16_224")
@@ -140,9 +141,9 @@ def measure_source(name: str, folder: Path) -> list[list[Any]]:
     return meter.rows
 
 
-def in_child(kind: str, name: str, folder: Path) -> list[list[Any]]:
+def in_child(kind: str, name: str, folder: Path, *more: str) -> list[list[Any]]:
     """Measure one thing in a process of its own."""
-    command = [sys.executable, __file__, "--child", kind, name, "--folder", str(folder)]
+    command = [sys.executable, __file__, "--child", kind, name, "--folder", str(folder), *more]
     told = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     rows: list[list[Any]] = json.loads(told.stdout.splitlines()[-1])
     return rows
@@ -164,12 +165,15 @@ def main() -> None:
     parser = shared.arguments(__doc__)
     parser.add_argument("--images", type=int, default=100_000)
     parser.add_argument("--folder", type=Path, help="where the files are made, and stay")
+    parser.add_argument("--digests", action="store_true", help="also read every file, as resuming does")
     parser.add_argument("--only", choices=SOURCES, help="one source")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.child:
         kind, name = asked.child
-        print(json.dumps((measure_bound if kind == "bound" else measure_source)(name, asked.folder)))
+        bound = kind == "bound"
+        measured = measure_bound(name, asked.folder) if bound else measure_source(name, asked.folder, asked.digests)
+        print(json.dumps(measured))
         return
     with tempfile.TemporaryDirectory() as place:
         folder = asked.folder or Path(place)
@@ -182,7 +186,7 @@ def main() -> None:
         header = ["", "seconds", "of CPU", "÷ scandir", "bytes per image, peak", "held"]
         print(shared.table(header, [row for rows in found.values() for row in show(rows, asked.images, bound)]))
         for name in (asked.only,) if asked.only else SOURCES:
-            found[name] = in_child("source", name, folder)
+            found[name] = in_child("source", name, folder, *(["--digests"] if asked.digests else []))
             print(f"\n{name}\n\n{shared.table(header, show(found[name], asked.images, bound))}", flush=True)
     shared.report(asked, {"images": asked.images, "classes": CLASSES, "found": found, **shared.machine()})
 

@@ -1,12 +1,23 @@
 """A million images: names and labels as columns, and parts drawn as ever."""
 
 import hashlib
-from collections.abc import Callable
+import pickle
+import tracemalloc
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 
-from visgraft import Dataset, Split, read_data
+from visgraft import Backbone, Dataset, Example, Loading, LoRAConfig, Split, TrainConfig, read_data
+from visgraft.check.quick import quick_check
+from visgraft.data.examples import Examples, Texts, joined
+from visgraft.data.images import make_labels
+from visgraft.errors import DataError, VisgraftError
+from visgraft.training import run
+from visgraft.training.resume import FILES, check_same_run
 
 ODD = ("a", "a-b", "a b", "Müll", "猫", "b.c", "z")
 
@@ -105,3 +116,89 @@ def test_fingerprints_and_draws_are_those_of_the_earlier_code(layout: str, tmp_p
     make, fingerprint, draw = LAYOUTS[layout]
     data = read_data(make(tmp_path / "data"), Split(seed=3))
     assert (data.fingerprint, draw_of(data, tmp_path / "data")) == (fingerprint, draw)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("many") / "images"
+    for number in range(2000):
+        write(root / f"class_{number % 20:03}" / f"image_{number:07}.jpg", 1 + number % 3)
+    return root
+
+
+def test_an_image_in_columns_takes_its_name_and_little_more(many: Path) -> None:
+    read_data(many)  # imports and caches are not counted
+    tracemalloc.start()
+    data = read_data(many)
+    held = tracemalloc.get_traced_memory()[0] / 2000
+    tracemalloc.stop()
+    assert held < len(str(data.train[0].path)) + 60
+    assert all(isinstance(part, Examples) for part in (data.train, data.val, data.test, data.all))
+
+
+def test_examples_are_a_sequence_like_the_tuple_that_they_were(many: Path) -> None:
+    data = read_data(many)
+    plain: Sequence[Example] = tuple(data.train)
+    assert isinstance(plain[3], Example) and plain[3].path.is_file() and type(plain[3].label) is int
+    assert data.train == plain and plain == data.train and data.train != plain[1:] and data.train != data.val
+    assert data.train[5] == plain[5] and data.train[-1] == plain[-1] and data.train[3:90:7] == plain[3:90:7]
+    assert plain[7] in data.train and data.train.index(plain[7]) == 7 and next(reversed(data.train)) == plain[-1]
+    assert pickle.loads(pickle.dumps(data.train)) == plain
+    assert data.all == (*data.train, *data.val, *data.test) == joined(plain, data.val, data.test)
+    assert np.array_equal(make_labels(data.train, 20), make_labels(plain, 20))
+    tuples = replace(data, **{part: tuple(getattr(data, part)) for part in ("train", "val", "test")})
+    assert quick_check(data) == quick_check(tuples) != []
+    with pytest.raises(IndexError):
+        data.train[len(plain)]
+
+
+def test_texts_keep_every_file_name() -> None:
+    names = ["a", "", "Müll 猫", b"\xff\xfe.jpg".decode("utf-8", "surrogateescape"), *map(str, range(20_000))]
+    texts = Texts(names)
+    assert list(texts) == names == texts[:] and texts[3] == names[3] and texts[-1] == "19999"
+    assert list(Texts.joined([texts, Texts(), Texts(["b"])])) == [*names, "b"]
+
+
+def test_a_parquet_table_reads_as_the_csv_of_the_same_rows(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    plain = LAYOUTS["grouped"][0](tmp_path)
+    rows = [line.split(",") for line in plain.read_text(encoding="utf-8").splitlines()]
+    columns: dict[str, list[object]] = {name: [row[i] for row in rows[1:]] for i, name in enumerate(rows[0])}
+    file = tmp_path / "table.parquet"
+
+    def store(**more: list[object]) -> Path:
+        parquet.write_table(pyarrow.table({**columns, "seen": [1.5] * 150, **more}), file)
+        return file
+
+    one, other = read_data(plain), read_data(store())
+    assert (one.fingerprint, one.train, one.test) == (other.fingerprint, other.train, other.test)
+    assert read_data(store(label=[i % 3 for i in range(150)])).classes == ("0", "1", "2")
+    for values, words in (
+        ({"label": [None, *columns["label"][1:]]}, "row 1 has no label"),
+        ({"image_path": ["no.jpg", *columns["image_path"][1:]]}, "row 1: there is no"),
+        ({"image_path": [columns["image_path"][1], *columns["image_path"][1:]]}, "in rows 1 and 2; remove one"),
+        ({"label": [[1]] * 150}, "column label is of type list"),
+    ):
+        with pytest.raises(DataError, match=words):
+            read_data(store(**values))
+    file.write_text("no table")
+    with pytest.raises(DataError, match=r"is no readable \.parquet file"):
+        read_data(file)
+
+
+def test_a_state_keeps_digests_of_folders_where_there_are_very_many_images(many: Path) -> None:
+    def facts() -> dict[str, object]:
+        some = (Backbone("vit_tiny_patch16_224"), LoRAConfig(), TrainConfig(), Split(), Loading())
+        return run._facts(read_data(many), *some)
+
+    with patch.object(run, "MOST_NAMED", 1999):
+        before = facts()
+        assert len(before["data"][FILES]) == 20  # type: ignore[index]
+        check_same_run(Path("state"), before, facts())
+        file = many / "class_007" / "image_0000007.jpg"
+        content = file.read_bytes()
+        file.write_bytes(b"y" * len(content))
+        with pytest.raises(VisgraftError, match="the folder of images class_007/ had another content"):
+            check_same_run(Path("state"), before, facts())
+        file.write_bytes(content)
+    assert len(facts()["data"][FILES]) == 2000  # type: ignore[index]
