@@ -156,8 +156,9 @@ def _examples(files: dict[str, Files], classes: tuple[str, ...]) -> dict[str, Ex
         Coded(np.repeat(np.array([label for _, label, _ in found], np.int32), counts), range(len(classes))),
         sizes=np.concatenate([images.sizes for _, _, images in found]),
     )
-    part_of = np.repeat([part for part, _, _ in found], counts)
-    return {part: Examples(columns, np.flatnonzero(part_of == part)) for part in files}
+    ends = np.cumsum([sum(len(images.paths) for images in of_part.values()) for of_part in files.values()])
+    rows = np.split(np.arange(len(columns.names)), ends[:-1])
+    return dict(zip(files, (Examples(columns, of_part) for of_part in rows), strict=True))
 
 
 def _part_folders(root: Path, measured: bool) -> dict[str, Path]:

@@ -119,4 +119,4 @@ def _name(source: Path) -> str:
     """Return what a data set is called, as a file's name can be."""
     text = str(source)
     path = Path(text.removeprefix(HUB_PREFIX)) if text.startswith(HUB_PREFIX) else source.absolute()
-    return path.stem if path.suffix in (".csv", ".tsv") else path.name
+    return path.stem if path.suffix in (".csv", ".tsv", ".parquet") else path.name
