@@ -1,5 +1,6 @@
 """Every cache gives the same pixels; the one on disk is shared, notices changes, and is never half-written."""
 
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -159,3 +160,35 @@ def test_auto_takes_the_disk_where_memory_is_short(
     monkeypatch.setattr(caches.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000}))
     load_images(examples, FACTS, cache="auto")
     assert len(list(folder.glob("*.uint8"))) == 1
+
+
+def test_a_run_that_is_cut_short_goes_on_behind_its_last_whole_file(
+    examples: list[Example], opened: list[Path], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(caches, "IN_A_FILE", 5)
+    plain = load_images(examples, FACTS)
+    examples[2].path.write_text("no image")
+    told: list[tuple[int, int]] = []
+
+    def stop(done: int, count: int) -> None:
+        told.append((done, count))
+        if done == 7 and len(told) == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        load_images(examples, FACTS, cache="disk", skip_broken=True, on_progress=stop)
+    assert len(list(folder.glob("*.uint8"))) == 1, "the second file was not whole"
+    opened.clear()
+    images = load_images(examples, FACTS, cache="disk", skip_broken=True, on_progress=stop)
+    assert sorted(opened) == sorted(example.path for example in examples[5:]) and told[-1] == (12, 12)
+    kept = torch.tensor([i for i in range(12) if i != 2])
+    assert [skipped.path for skipped in images.skipped] == [examples[2].path]
+    assert images.pixels.shape == (11, 3, 24, 24) and len(list(folder.glob("*.uint8"))) == 3
+    for index in (torch.tensor([10, 0, 4, 3, 10]), slice(2, 9), slice(None), 7, torch.tensor(4), -1, slice(1, 9, 3)):
+        assert torch.equal(images.pixels[index], plain.pixels[kept][index])
+    again = pickle.loads(pickle.dumps(images.pixels))
+    assert torch.equal(again[:], images.pixels[:])
+    next(iter(sorted(folder.glob("*.uint8")))).unlink()
+    opened.clear()
+    assert torch.equal(load_images(examples, FACTS, cache="disk", skip_broken=True).pixels[:], again[:])
+    assert len(opened) == 12

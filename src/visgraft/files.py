@@ -17,6 +17,8 @@ from visgraft.errors import VisgraftError
 
 HUB_PREFIX = "hf:"
 """What names on the Hugging Face hub begin with where a path may stand too."""
+WDS_PREFIX = "wds:"
+"""What patterns of WebDataset shards begin with where a path may stand too."""
 
 
 @contextlib.contextmanager

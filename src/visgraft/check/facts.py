@@ -12,6 +12,7 @@ from PIL import Image
 
 from visgraft.data.dataset import Example
 from visgraft.data.decode import ORIENTATION, open_image
+from visgraft.data.identity import mapped_in_order
 from visgraft.errors import DataError
 
 OnStage = Callable[[str, int, int], None]  # the stage in words, how much is done, and of how much
@@ -64,7 +65,7 @@ def gather(examples: Sequence[Example], on_progress: OnStage | None = None) -> l
     found: list[Facts | Unreadable] = []
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
-        for one in pool.map(read_facts, examples):
+        for one in mapped_in_order(pool, read_facts, examples):
             found.append(one)
             if on_progress:
                 on_progress("reading images", len(found), len(examples))

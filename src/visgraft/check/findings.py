@@ -1,13 +1,13 @@
 """What a check reports: findings with a severity, a remedy and the images concerned."""
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from visgraft.data.dataset import PARTS, Dataset, Example
+from visgraft.data.examples import counts_by_class
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
@@ -119,9 +119,7 @@ def label_text(dataset: Dataset, example: Example) -> str:
 
 def class_counts(dataset: Dataset, examples: Iterable[Example]) -> list[int]:
     """Return how many of the images have each class, in the order of `dataset.classes`."""
-    labels = (example.label if isinstance(example.label, tuple) else (example.label,) for example in examples)
-    counts = Counter(label for several in labels for label in several)
-    return [counts[label] for label in range(len(dataset.classes))]
+    return counts_by_class(examples, len(dataset.classes))
 
 
 def varied(members: Sequence[DatasetImage], fact: Callable[[DatasetImage], str]) -> tuple[DatasetImage, ...]:

@@ -6,9 +6,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from visgraft.check.counts import class_findings, group_findings, part_findings
 from visgraft.check.findings import counted, pictures, readable
-from visgraft.data.dataset import Dataset
+from visgraft.data.dataset import PARTS, Dataset
+from visgraft.data.examples import Example, Examples, groups_of
 
 MOST_READ = 10_000  # files
 TAIL = 4096  # bytes
@@ -21,7 +24,7 @@ def quick_check(dataset: Dataset) -> list[str]:
     those of the rarest sizes first and at most 10,000 of them: `check_data` finds all.
     """
     findings = [*class_findings(dataset), *part_findings(dataset)]
-    if any(example.group is not None for example in dataset.all):
+    if groups_of(dataset.all) is not None:
         findings += group_findings(pictures(dataset), dataset.classes)
     lines = [f"{finding.title}; {finding.remedy}" for finding in findings if finding.severity != "note"]
     copies, complete = _copies_across_parts(dataset)
@@ -38,24 +41,44 @@ def quick_check(dataset: Dataset) -> list[str]:
 
 def _copies_across_parts(dataset: Dataset) -> tuple[list[tuple[Path, Path]], bool]:
     """Return a pair of paths for each file found in two parts or more, and whether all candidates were compared."""
-    sizes: dict[int, list[tuple[Path, str]]] = defaultdict(list)
-    for part in ("train", "val", "test"):
-        for example in getattr(dataset, part):
-            if example.content is None:
-                try:
-                    sizes[os.stat(example.path).st_size].append((example.path, part))
-                except OSError:  # training names what cannot be read
-                    continue
+    everything = dataset.all
+    sizes = np.concatenate([_sizes(getattr(dataset, part)) for part in PARTS])
+    part_of = np.repeat(np.arange(len(PARTS)), [len(getattr(dataset, part)) for part in PARTS])
+    order = np.argsort(sizes, kind="stable")
+    _, starts, counts = np.unique(sizes[order], return_index=True, return_counts=True)
     read = 0
     pairs: list[tuple[Path, Path]] = []
-    for _, files in sorted(_across(sizes.values()), key=lambda item: item[0]):
-        if read + len(files) > MOST_READ:
+    sets = zip(counts.tolist(), order[starts].tolist(), starts.tolist(), strict=True)
+    for count, _, start in sorted(sets):
+        members = order[start : start + count]
+        if sizes[members[0]] < 0 or len(set(part_of[members].tolist())) < 2:
+            continue
+        if read + count > MOST_READ:
             return pairs, False
-        read += len(files)
+        read += count
+        files = [(everything[number].path, PARTS[part_of[number]]) for number in members.tolist()]
         for _, alike in _across(_same(files, TAIL)):
             for _, copies in _across(_same(alike, None)):
                 pairs.append((copies[0][0], next(path for path, part in copies if part != copies[0][1])))
     return pairs, True
+
+
+def _sizes(examples: Sequence[Example]) -> np.ndarray:
+    """Return the size of each file in bytes, -1 where there is none, or where an image lies inside a data set."""
+    if isinstance(examples, Examples) and examples.columns.sizes is not None:
+        return (
+            examples.columns.sizes[examples.rows] if examples.columns.contents is None else np.full(len(examples), -1)
+        )
+    return np.array([_size(example) for example in examples], np.int64)
+
+
+def _size(example: Example) -> int:
+    if example.content is not None:
+        return -1
+    try:
+        return os.stat(example.path).st_size
+    except OSError:  # training names what cannot be read
+        return -1
 
 
 def _across(sets: Iterable[Sequence[tuple[Path, str]]]) -> list[tuple[int, Sequence[tuple[Path, str]]]]:

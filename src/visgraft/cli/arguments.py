@@ -14,7 +14,7 @@ AdapterFolder = Annotated[Path, typer.Argument(help="folder that `train` wrote, 
 Data = Annotated[
     str | None,
     typer.Argument(
-        help="ROOT/{train,val,test}/CLASS/*, ROOT/CLASS/*, a .csv file, or hf:NAME_OR_PATH", show_default=False
+        help="ROOT/{train,val,test}/CLASS/*, ROOT/CLASS/*, a table, hf:NAME_OR_PATH or wds:PATTERN", show_default=False
     ),
 ]
 Csv = Annotated[

@@ -9,18 +9,20 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold
 
+from visgraft.data.examples import Coded, Example, Label, chosen, counts_by_class, groups_of, joined, labels_of
 from visgraft.data.mirror import Mirror
 from visgraft.errors import CannotDivide, DataError, UnknownClasses, nearest
 
 PARTS = ("train", "val", "test")
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-Label = int | tuple[int, ...]
+HASHED_AT_A_TIME = 4096  # names
 
 
 @dataclass(frozen=True)
@@ -43,20 +45,6 @@ class Split:
             raise DataError(f"seed is {self.seed}, but must not be negative")
 
 
-class Example(NamedTuple):
-    """One image and what is known of it.
-
-    `path` is its file, or, where `content` reads its bytes from inside a data set, a name that tells which it is.
-    `label` is the index of its class; in a multi-label data set, the indices of all classes it has, in order.
-    `group` names what it shares with others that must stay in one part.
-    """
-
-    path: Path
-    label: Label
-    group: str | None = None
-    content: Callable[[], bytes] | None = None
-
-
 @dataclass(frozen=True)
 class Dataset:
     """Labelled images in three parts, each ordered by class and then by name.
@@ -71,9 +59,9 @@ class Dataset:
 
     root: Path
     classes: tuple[str, ...]
-    train: tuple[Example, ...]
-    val: tuple[Example, ...]
-    test: tuple[Example, ...]
+    train: Sequence[Example]
+    val: Sequence[Example]
+    test: Sequence[Example]
     layout: Literal["split", "flat"]
     fingerprint: str
     split: Split | None
@@ -83,11 +71,11 @@ class Dataset:
     mirror: Mirror | None = None
 
     @property
-    def all(self) -> tuple[Example, ...]:
+    def all(self) -> Sequence[Example]:
         """The examples of all parts."""
-        return (*self.train, *self.val, *self.test)
+        return joined(self.train, self.val, self.test)
 
-    def part(self, name: str) -> tuple[Example, ...]:
+    def part(self, name: str) -> Sequence[Example]:
         """Return the examples of "train", "val" or "test".
 
         Raises:
@@ -110,27 +98,31 @@ def divide(
     classes: Sequence[str],
     split: Split,
     where: str,
-) -> dict[str, tuple[Example, ...]]:
+) -> dict[str, Sequence[Example]]:
     """Draw {"train", "val", "test"} from examples ordered by class; each keeps that order.
 
     Raises:
         DataError: too few images of a class, or too few groups, for every part whose fraction is above zero.
     """
-    grouped = any(example.group is not None for example in examples)
-    draw = _draw_groups if grouped else _draw_images
-    parts = draw(examples, classes, split, where)
-    return {part: tuple(examples[i] for i in sorted(chosen)) for part, chosen in parts.items()}
+    labels = labels_of(examples)
+    strata = np.array([stratum(label) for label in labels.values], np.int64)[labels.codes]
+    groups = groups_of(examples)
+    if groups is None:
+        parts = _draw_images(strata, classes, split, where)
+    else:
+        parts = _draw_groups(strata, groups, classes, split, where)
+    return {part: chosen(examples, np.sort(numbers)) for part, numbers in parts.items()}
 
 
 def fill_parts(
     given: Mapping[str, Sequence[Example]], classes: Sequence[str], split: Split, flat: bool, where: str
-) -> tuple[dict[str, tuple[Example, ...]], Split | None]:
+) -> tuple[dict[str, Sequence[Example]], Split | None]:
     """Draw from "train" what a source does not give, and say how: every part of a flat one, else the validation part.
 
     Raises:
         DataError: see `divide`.
     """
-    parts = {part: tuple(given.get(part, ())) for part in PARTS}
+    parts = {part: given.get(part, ()) for part in PARTS}
     if parts["val"]:
         return parts, None
     asked = split if flat else replace(split, test_fraction=0.0)
@@ -143,35 +135,30 @@ def stratum(label: Label) -> int:
     return label if isinstance(label, int) else 0
 
 
-def _draw_images(
-    examples: Sequence[Example],
-    classes: Sequence[str],
-    split: Split,
-    where: str,
-) -> dict[str, list[int]]:
+def _draw_images(strata: np.ndarray, classes: Sequence[str], split: Split, where: str) -> dict[str, np.ndarray]:
     """Divide each class on its own, with at least one image in every part whose fraction is above zero.
 
     One stratified draw over all images would fail on rare classes, and change every part when one class grows.
     """
-    strata: dict[int, list[int]] = {}
-    for position, example in enumerate(examples):
-        strata.setdefault(stratum(example.label), []).append(position)
+    order = np.argsort(strata, kind="stable")
+    present, starts = np.unique(strata[order], return_index=True)
     asked = [
         name
         for name, value in (("val_fraction", split.val_fraction), ("test_fraction", split.test_fraction))
         if value > 0
     ]
-    small = [f"{classes[i]} ({len(members)})" for i, members in strata.items() if len(members) <= len(asked)]
+    members_of = dict(zip(present.tolist(), np.split(order, starts[1:]), strict=True)) if len(order) else {}
+    small = [f"{classes[i]} ({len(members)})" for i, members in members_of.items() if len(members) <= len(asked)]
     if asked and small:
         remedy = f"give each at least {len(asked) + 1}, or set {' or '.join(asked)} to 0"
         raise CannotDivide(f"{where} has classes with too few images to divide: {listed(small)}; {remedy}")
-    parts: dict[str, list[int]] = {part: [] for part in PARTS}
-    for index, members in sorted(strata.items()):
+    parts: dict[str, list[np.ndarray]] = {part: [np.zeros(0, np.int64)] for part in PARTS}
+    for index, members in members_of.items():
         val, test = _counts(len(members), split.val_fraction, split.test_fraction)
-        order = np.random.default_rng((split.seed, index)).permutation(len(members))
-        for part, chosen in zip(("test", "val", "train"), np.split(order, [test, test + val]), strict=True):
-            parts[part] += [members[i] for i in chosen]
-    return parts
+        drawn = np.random.default_rng((split.seed, index)).permutation(len(members))
+        for part, taken in zip(("test", "val", "train"), np.split(drawn, [test, test + val]), strict=True):
+            parts[part].append(members[taken])
+    return {part: np.concatenate(taken) for part, taken in parts.items()}
 
 
 def _counts(count: int, *fractions: float) -> list[int]:
@@ -183,23 +170,21 @@ def _counts(count: int, *fractions: float) -> list[int]:
 
 
 def _draw_groups(
-    examples: Sequence[Example],
-    classes: Sequence[str],
-    split: Split,
-    where: str,
-) -> dict[str, list[int]]:
+    labels: np.ndarray, named: Coded, classes: Sequence[str], split: Split, where: str
+) -> dict[str, np.ndarray]:
     """Take whole groups out for the test part, then for the validation part, keeping the classes' shares if possible.
 
     An image without a group is a group of its own.
     """
-    labels = np.array([stratum(example.label) for example in examples])
-    names = [example.group if example.group is not None else f"\0{i}" for i, example in enumerate(examples)]
-    groups = np.unique(names, return_inverse=True)[1]
-    left, parts = np.arange(len(examples)), dict[str, list[int]]()
+    count = len(labels)
+    names = [name if (name := named.values[code]) is not None else f"\0{i}" for i, code in enumerate(named.codes)]
+    number = {name: index for index, name in enumerate(sorted(set(names)))}
+    groups = np.fromiter((number[name] for name in names), np.int64, count)
+    left, parts = np.arange(count), dict[str, np.ndarray]()
     for part, fraction in (("test", split.test_fraction), ("val", split.val_fraction)):
-        parts[part] = []
+        parts[part] = np.zeros(0, np.int64)
         if fraction > 0:
-            share = fraction * len(examples) / max(len(left), 1)
+            share = fraction * count / max(len(left), 1)
             folds = min(max(2, round(1 / share)), len(np.unique(groups[left])))
             if folds < 2:
                 raise CannotDivide(
@@ -208,10 +193,10 @@ def _draw_groups(
                 )
             cutter = StratifiedGroupKFold(folds, shuffle=True, random_state=split.seed)
             cuts = cutter.split(left, _known_shares(labels[left], folds), groups[left])
-            wanted = fraction * len(examples)
-            rest, chosen = min(cuts, key=lambda cut: abs(len(cut[1]) - wanted))
-            parts[part], left = left[chosen].tolist(), left[rest]
-    parts["train"] = left.tolist()
+            wanted = fraction * count
+            rest, taken = min(cuts, key=lambda cut: abs(len(cut[1]) - wanted))
+            parts[part], left = left[taken], left[rest]
+    parts["train"] = left
     missing = listed(classes[i] for i in set(labels.tolist()) - set(labels[left].tolist()))
     if missing:
         raise CannotDivide(
@@ -267,17 +252,24 @@ def check_classes(classes: Iterable[str], where: str) -> None:
 
 def check_train(train: Iterable[Example], classes: Sequence[str], where: str) -> None:
     """Raise a DataError where a class has no training image."""
-    labels = (example.label for example in train)
-    known = {index for label in labels for index in (label if isinstance(label, tuple) else (label,))}
-    absent = listed(name for index, name in enumerate(classes) if index not in known)
+    counts = counts_by_class(train, len(classes))
+    absent = listed(name for name, count in zip(classes, counts, strict=True) if not count)
     if absent:
         raise DataError(f"{where} has classes without a train image: {absent}; add or move images, or change the seed")
 
 
 def fingerprint(names: Iterable[tuple[str, int]], labels: Iterable[str] = ()) -> str:
     """Return the SHA-256 of images' names with sizes in bytes, and of labels where file names do not hold them."""
-    text = "".join(f"{name}\0{size}\n" for name, size in sorted(names)) + "".join(f"{label}\n" for label in labels)
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+    return fingerprint_in_order(sorted(names), labels)
+
+
+def fingerprint_in_order(names: Iterable[tuple[str, int]], labels: Iterable[str] = ()) -> str:
+    """Return the `fingerprint` of images that come sorted by name, without holding all of them."""
+    digest = hashlib.sha256()
+    for lines in ((f"{name}\0{size}\n" for name, size in names), (f"{label}\n" for label in labels)):
+        while text := "".join(islice(lines, HASHED_AT_A_TIME)):
+            digest.update(text.encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:

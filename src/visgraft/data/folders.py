@@ -13,34 +13,43 @@ rare classes are in each part too. The draw depends on the seed and the sorted n
 import os
 import stat
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+
+import numpy as np
 
 from visgraft.data.dataset import (
     SPLIT_NAMES,
     Dataset,
-    Example,
     Split,
     check_classes,
     fill_parts,
-    fingerprint,
+    fingerprint_in_order,
     known_names,
     listed,
     match_classes,
 )
 from visgraft.data.decode import image_extensions, is_hidden, is_image
+from visgraft.data.examples import Coded, Columns, Examples, Texts
 from visgraft.errors import DataError, nearest
 
 
-class Found(NamedTuple):
-    """An image: its path as text, which is quick for 100,000 of them, and its size in bytes."""
+@dataclass(frozen=True)
+class Found:
+    """The images of a class: their paths, sorted, and their sizes in bytes, int64 [N]."""
 
-    path: str
-    size: int
+    paths: Texts
+    sizes: np.ndarray
+
+    @classmethod
+    def of(cls, sizes: dict[str, int]) -> "Found":
+        """Keep paths with their sizes."""
+        paths = sorted(sizes)
+        return cls(Texts(paths), np.fromiter((sizes[path] for path in paths), np.int64, len(paths)))
 
 
-Files = dict[str, list[Found]]  # the images of each class
+Files = dict[str, Found]  # by class
 
 # A folder made of these names only is a split that we cannot read, not a task with classes of these names.
 UNREAD_SPLIT_NAMES = {"training", "testing", "tests", "validate", "eval", "evaluation", "dev"}
@@ -81,11 +90,9 @@ def read_folder(
         raise DataError(f"{error.filename} cannot be read ({error.strerror}); repair or remove it") from error
     spell = known_names(known)
     files = {part: {spell(name): of_class for name, of_class in images.items()} for part, (images, _) in found.items()}
-    below = len(inside(root, ""))
-    images = (image for of_part in files.values() for found in of_part.values() for image in found)
-    mark = fingerprint((image.path[below:].replace(os.sep, "/"), image.size) for image in images)
+    mark = fingerprint_in_order(_names_below(root, files.values()))
     classes = _checked_classes(folders, files, known)
-    examples = {part: _examples(of_part, classes) for part, of_part in files.items()}
+    examples = _examples(files, classes)
     drawn, drawn_by = fill_parts(examples, classes, split, not parts, str(next(iter(folders.values()))))
     beside = tuple(parts[part] for part in unlabelled)
     return Dataset(
@@ -127,10 +134,36 @@ def check_folder(folder: Path, contents: str) -> None:
     raise DataError(f"{folder} does not exist; give a folder that holds {contents}{nearest(folder.name, beside)}")
 
 
-def _examples(files: Files, classes: tuple[str, ...]) -> tuple[Example, ...]:
-    return tuple(
-        Example(Path(image.path), label) for label, name in enumerate(classes) for image in files.get(name, ())
+def _names_below(root: Path, files: Iterable[Files]) -> Iterator[tuple[str, int]]:
+    """Yield the name below the root and the size of each image, sorted by name.
+
+    Classes are sorted as wholes: the path of one class folder, with a separator behind it, never begins another's.
+    """
+    below = len(inside(root, ""))
+    classes = [found for of_part in files for found in of_part.values() if found.paths]
+    for found in sorted(classes, key=lambda found: found.paths[0].replace(os.sep, "/")):
+        names = (path[below:].replace(os.sep, "/") for path in found.paths)
+        pairs = zip(names, found.sizes.tolist(), strict=True)
+        yield from pairs if os.sep == "/" else sorted(pairs)
+
+
+def _examples(files: dict[str, Files], classes: tuple[str, ...]) -> dict[str, Examples]:
+    """Return the examples of each part, ordered by class and then by path, as rows of the same columns."""
+    found = [
+        (part, label, of_part[name])
+        for part, of_part in files.items()
+        for label, name in enumerate(classes)
+        if name in of_part
+    ]
+    counts = [len(images.paths) for _, _, images in found]
+    columns = Columns(
+        Texts.joined([images.paths for _, _, images in found]),
+        Coded(np.repeat(np.array([label for _, label, _ in found], np.int32), counts), range(len(classes))),
+        sizes=np.concatenate([images.sizes for _, _, images in found]),
     )
+    ends = np.cumsum([sum(len(images.paths) for images in of_part.values()) for of_part in files.values()])
+    rows = np.split(np.arange(len(columns.names)), ends[:-1])
+    return dict(zip(files, (Examples(columns, of_part) for of_part in rows), strict=True))
 
 
 def _part_folders(root: Path, measured: bool) -> dict[str, Path]:
@@ -175,57 +208,59 @@ def _class_images(folder: Path) -> tuple[Files, list[str]]:
     files, others = Files(), list[str]()
     for inner in classes:
         images, passed = _images_below(inner)
-        files[os.path.basename(inner)] = sorted(images)
+        files[os.path.basename(inner)] = Found.of(images)
         others += passed
-    if not any(files.values()):
+    if not any(images.paths for images in files.values()):
         common = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".gif")
         extensions = f"{' '.join(common)} or {len(image_extensions() - set(common))} others that Pillow opens"
         told = f" ({passed_over(Counter(map(kind_of, others)))})" if others else ""
         raise DataError(
             f"{folder} holds no images{told}; put them in {folder}/<class>/, with an extension of {extensions}"
         )
-    empty = listed(name for name, images in files.items() if not images)
+    empty = listed(name for name, images in files.items() if not images.paths)
     if empty:
         raise DataError(f"{folder} has class folders without images: {empty}; fill or remove them")
     return files, others
 
 
-def _check_no_loose_images(folder: Path, images: list[Found], parent: Path) -> None:
-    loose = listed(os.path.basename(image.path) for image in images)
+def _check_no_loose_images(folder: Path, images: Iterable[str], parent: Path) -> None:
+    loose = listed(map(os.path.basename, images))
     if loose:
         raise DataError(f"{folder} has images outside of class folders: {loose}; put each in {parent}/<class>/")
 
 
-def _images_below(folder: str, above: frozenset[str] = frozenset()) -> tuple[list[Found], list[str]]:
-    """Return the images at any depth below a class folder, through links too, and the names of all other files."""
+def _images_below(folder: str, above: frozenset[str] = frozenset()) -> tuple[dict[str, int], list[str]]:
+    """Return the images (path: size) at any depth below a class folder, through links too, and other files' names."""
     here = os.path.realpath(folder)
     if any(os.path.join(other, "").startswith(os.path.join(here, "")) for other in above):
         raise DataError(f"{folder} is a link to a folder above it; remove the link")
     folders, images, others = _contents(folder)
     for inner in folders:
         more, passed = _images_below(inner, above | {here})
-        images += more
+        images |= more
         others += passed
     return images, others
 
 
-def _contents(folder: str | Path) -> tuple[list[str], list[Found], list[str]]:
-    """Return the folders (sorted), the images and the other files' names in a folder, without hidden ones."""
-    folders, images, others = list[str](), list[Found](), list[str]()
+def _contents(folder: str | Path) -> tuple[list[str], dict[str, int], list[str]]:
+    """Return the folders (sorted), the images (path: size) and other files' names in a folder, without hidden ones."""
+    folders, images, others = list[str](), dict[str, int](), list[str]()
+    start, known = inside(folder, ""), image_extensions()
     with os.scandir(folder) as entries:  # tells folders from files without a look at each
         for entry in entries:
-            if is_hidden(entry.name):
+            name = entry.name
+            if is_hidden(name):
                 continue
-            path = inside(folder, entry.name)
+            path = start + name
             if entry.is_dir():
                 folders.append(path)
-            elif is_image(path):
+            elif name[name.rfind(".") :].lower() in known or is_image(path):
                 facts = entry.stat()
                 if not stat.S_ISREG(facts.st_mode):
                     raise DataError(f"{path} is neither a file nor a folder; remove it")
-                images.append(Found(path, facts.st_size))
+                images[path] = facts.st_size
             else:
-                others.append(entry.name)
+                others.append(name)
     return sorted(folders), images, others
 
 

@@ -3,15 +3,15 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from visgraft.data.parquet import open_parquet, parquet_texts
 from visgraft.data.table import PATH, read_lines
 from visgraft.data.urls import from_folder
 from visgraft.errors import DataError, nearest
 
 IMAGE, ADAPTER = ("image", PATH), "adapter"
 ENDINGS = (".csv", ".tsv", ".parquet")
-ROWS_AT_ONCE = 10_000
 
 
 class TableImage(NamedTuple):
@@ -66,7 +66,7 @@ class ImageTable:
             yield TableImage(where, from_folder(self.path.parent, fields[self.images].strip()), adapter)
 
     def _header(self) -> list[str]:
-        names = next(self._lines(), (0, []))[1] if self._is_text else self._parquet().schema_arrow.names
+        names = next(self._lines(), (0, []))[1] if self._is_text else open_parquet(self.path).schema_arrow.names
         return [name.strip().casefold() for name in names]
 
     @property
@@ -83,50 +83,11 @@ class ImageTable:
             yield from ((f"{self.path}, line {line}", fields) for line, fields in lines)
             return
         chosen = sorted({self.images, self.images if self.adapters is None else self.adapters})
-        for row, values in enumerate(self._texts(chosen), 1):
+        for row, values in enumerate(parquet_texts(self.path, chosen), 1):
             fields = [""] * self.width
             for column, value in zip(chosen, values, strict=True):
                 fields[column] = value or ""
             yield f"{self.path}, row {row}", fields
-
-    def _texts(self, columns: list[int]) -> Iterator[tuple[str | None, ...]]:
-        """Yield the values of some columns of a .parquet file, row by row."""
-        file = self._parquet()
-        import pyarrow
-
-        names = [file.schema_arrow.names[column] for column in columns]
-        try:
-            for batch in file.iter_batches(ROWS_AT_ONCE, columns=names):
-                texts = []
-                for name, column in zip(names, batch.columns, strict=True):
-                    try:
-                        texts.append(column.cast(pyarrow.string()).to_pylist())
-                    except pyarrow.ArrowException as error:
-                        raise DataError(
-                            f"{self.path}, column {name} is of type {str(column.type)[:60]}, which is no text; "
-                            "write paths and names there"
-                        ) from error
-                yield from zip(*texts, strict=True)
-        except (OSError, pyarrow.ArrowException) as error:
-            raise _unreadable(self.path, error) from error
-
-    def _parquet(self) -> Any:
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ImportError as error:
-            raise DataError(
-                f"{self.path} needs pyarrow to be read; pip install 'visgraft[parquet]', or pass a .csv"
-            ) from error
-        try:
-            return pyarrow.parquet.ParquetFile(self.path)
-        except (OSError, pyarrow.ArrowException) as error:
-            raise _unreadable(self.path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> DataError:
-    reason = " ".join(str(error).split())[:200].rstrip(".")
-    return DataError(f"{path} is no readable .parquet file ({reason}); write it anew")
 
 
 def is_table(path: str) -> bool:

@@ -14,6 +14,7 @@ from visgraft.backbones.creation import image_transform
 from visgraft.data.cache import Decode, Pixels, choose_cache, hold_pixels, is_on_disk
 from visgraft.data.dataset import Example
 from visgraft.data.decode import open_image
+from visgraft.data.examples import Examples, chosen, groups_of, paths_of
 from visgraft.errors import DataError
 
 
@@ -53,7 +54,7 @@ class Images:
     labels: Tensor
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    paths: tuple[Path, ...] = ()
+    paths: Sequence[Path] = ()
     groups: tuple[str | None, ...] = ()
     skipped: tuple[Skipped, ...] = ()
     outputs: int = 0
@@ -118,7 +119,7 @@ def load_images(
     make_labels(examples, outputs)  # what is wrong with them is said before anything is decoded
     _check_colour(data_config)
     pixels, broken = hold_pixels(examples, _decode(data_config, background), cache, skip_broken, on_progress)
-    kept = [example for number, example in enumerate(examples) if number not in broken]
+    kept = chosen(examples, (n for n in range(len(examples)) if n not in broken)) if broken else examples
     if not kept:
         raise DataError(f"none of the {len(examples)} images decodes, e.g. {broken[0]}")
     return Images(
@@ -126,8 +127,8 @@ def load_images(
         make_labels(kept, outputs),
         tuple(data_config["mean"]),
         tuple(data_config["std"]),
-        tuple(example.path for example in kept),
-        tuple(example.group for example in kept),
+        paths_of(kept),
+        _groups(kept),
         tuple(Skipped(examples[number].path, reason) for number, reason in sorted(broken.items())),
         outputs,
     )
@@ -193,13 +194,20 @@ def make_labels(examples: Sequence[Example], outputs: int = 0) -> Tensor:
     several = isinstance(examples[0].label, tuple | list)
     if several and not outputs:
         raise DataError("images with several labels need the number of classes; pass outputs=len(classes)")
-    numbers = [_class_numbers(example, several, outputs) for example in examples]
+    codes = examples.labels.codes if isinstance(examples, Examples) else np.arange(len(examples))
+    _, first, each = np.unique(codes, return_index=True, return_inverse=True)
+    numbers = [_class_numbers(examples[place], several, outputs) for place in first.tolist()]
     if not several:
-        return torch.tensor([number for (number,) in numbers])
-    labels = torch.zeros(len(examples), outputs)
-    for row, chosen in zip(labels, numbers, strict=True):
-        row[chosen] = 1.0
-    return labels
+        return torch.tensor([number for (number,) in numbers])[torch.from_numpy(each)]
+    labels = torch.zeros(len(numbers), outputs)
+    for row, several_numbers in zip(labels, numbers, strict=True):
+        row[several_numbers] = 1.0
+    return labels[torch.from_numpy(each)]
+
+
+def _groups(examples: Sequence[Example]) -> tuple[str | None, ...]:
+    found = groups_of(examples)
+    return (None,) * len(examples) if found is None else tuple(found.values[code] for code in found.codes)
 
 
 def _class_numbers(example: Example, several: bool, outputs: int) -> list[int]:

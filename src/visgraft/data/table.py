@@ -1,4 +1,4 @@
-"""Tables (.csv or .tsv) that name images with their labels, and optionally their parts and groups."""
+"""Tables (.csv, .tsv or .parquet) that name images with their labels, and optionally their parts and groups."""
 
 import csv
 import difflib
@@ -8,24 +8,28 @@ import stat
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
 
 from visgraft.data.dataset import (
     PARTS,
     SPLIT_NAMES,
     Dataset,
-    Example,
     Split,
     check_classes,
     check_train,
     fill_parts,
-    fingerprint,
+    fingerprint_in_order,
     known_names,
     match_classes,
 )
+from visgraft.data.examples import AT_A_TIME, Coded, Columns, Examples, Texts
 from visgraft.data.folders import check_folder, inside
+from visgraft.data.parquet import open_parquet, parquet_texts
 from visgraft.errors import DataError, nearest
 
 PATH, LABEL, LABELS, SPLIT, GROUP = "image_path", "label", "labels", "split", "group"
@@ -34,8 +38,7 @@ DELIMITERS = ",;\t"
 _DEFAULT_SPLIT = Split()
 
 
-@dataclass(frozen=True)
-class TableRow:
+class TableRow(NamedTuple):
     """A row of a table: the line it ends on, the image's path as written, its file's size in bytes, and the rest."""
 
     line: int
@@ -45,6 +48,38 @@ class TableRow:
     labels: tuple[str, ...]
     part: str | None
     group: str | None
+
+
+@dataclass(frozen=True)
+class TableColumns:
+    """All rows of a table, in its order; `hashes` int64 [N] of the paths."""
+
+    lines: np.ndarray
+    names: Texts
+    paths: Texts
+    hashes: np.ndarray
+    sizes: np.ndarray
+    labels: Coded
+    parts: Coded
+    groups: Coded
+
+    @classmethod
+    def of(cls, rows: Iterable[TableRow]) -> "TableColumns":
+        """Keep rows as they come, without holding many of them."""
+        source, texts, numbers = iter(rows), list[tuple[Texts, Texts]](), [np.zeros((6, 0), np.int64)]
+        seen: tuple[dict[Any, int], ...] = ({}, {}, {})
+        while some := list(islice(source, AT_A_TIME)):
+            texts.append((Texts(row.name for row in some), Texts(row.path for row in some)))
+            codes = [
+                [number.setdefault(row[place], len(number)) for row in some]
+                for place, number in zip((4, 5, 6), seen, strict=True)
+            ]
+            facts = [[row.line for row in some], [hash(row.path) for row in some], [row.size for row in some]]
+            numbers.append(np.array([*facts, *codes], np.int64))
+        lines, hashes, sizes, *coded = np.concatenate(numbers, axis=1)
+        labels, parts, groups = (Coded(c.astype(np.int32), tuple(n)) for c, n in zip(coded, seen, strict=True))
+        names, paths = (Texts.joined([pair[i] for pair in texts]) for i in (0, 1))
+        return cls(lines, names, paths, hashes, sizes, labels, parts, groups)
 
 
 def read_table(
@@ -70,22 +105,23 @@ def read_table(
     base = table.parent if folder is None else Path(folder)
     if folder is not None:
         check_folder(base, "the images")
-    header, records = _records(table)
-    spell = known_names(known)
-    rows = [replace(row, labels=tuple(map(spell, row.labels))) for row in _rows(table, base, header, records)]
-    multi_label = LABELS in header
-    classes = _classes(table, rows, multi_label) if known is None else _match(table, rows, known, multi_label)
-    number = {name: index for index, name in enumerate(classes)}
-    # Sorted, so that the draw does not depend on the order of the lines.
-    rows.sort(key=lambda row: (tuple(number[name] for name in row.labels), row.name))
-    parts: dict[str | None, list[Example]] = {}
-    for row in rows:
-        label = tuple(number[name] for name in row.labels)
-        parts.setdefault(row.part, []).append(Example(Path(row.path), label if multi_label else label[0], row.group))
-    flat = None in parts
-    if not flat and "train" not in parts and known is None:
+    header = _header(table)
+    spell, multi_label = known_names(known), LABELS in header
+    rows = _rows(table, base, header)
+    labels = [tuple(map(spell, names)) for names in rows.labels.values]
+    used = {name for names in labels for name in names}
+    classes = (
+        _classes(table, used, multi_label) if known is None else match_classes(used, known, str(table), multi_label)
+    )
+    by_name = np.array(sorted(range(len(rows.names)), key=list(rows.names).__getitem__))
+    examples = _examples(rows, labels, classes, by_name, multi_label)
+    flat = None in rows.parts.values
+    if not flat and "train" not in rows.parts.values and known is None:
         raise DataError(f"{table} has no row whose {SPLIT} is train; mark the images to learn from")
-    given = {"train": parts[None]} if flat else {part or "": examples for part, examples in parts.items()}
+    given = {"train": examples} if flat else {
+        part: examples.take(np.flatnonzero(rows.parts.codes[examples.rows] == code))
+        for code, part in enumerate(rows.parts.values)
+    }  # fmt: skip
     where = str(table) if flat else f"the train part of {table}"
     if known is None:
         check_train(given["train"], classes, str(table))
@@ -93,8 +129,23 @@ def read_table(
     if known is None:
         check_train(found["train"], classes, str(table))
     layout: Literal["split", "flat"] = "flat" if flat else "split"
-    mark = _fingerprint(rows)
+    mark = _fingerprint(rows, labels, by_name)
     return Dataset(table, classes, found["train"], found["val"], found["test"], layout, mark, drawn_by, multi_label)
+
+
+def _examples(
+    rows: TableColumns, labels: Sequence[tuple[str, ...]], classes: Sequence[str], by_name: np.ndarray, several: bool
+) -> Examples:
+    """Return the examples ordered by class and then by name, so that the draw does not depend on the lines' order."""
+    number = {name: index for index, name in enumerate(classes)}
+    keys = [tuple(number[name] for name in names) for names in labels]
+    distinct = sorted(set(keys))
+    rank = {key: place for place, key in enumerate(distinct)}
+    codes = np.array([rank[key] for key in keys], np.int32)[rows.labels.codes]
+    values = distinct if several else [key[0] for key in distinct]
+    groups = None if set(rows.groups.values) == {None} else rows.groups
+    columns = Columns(rows.paths, Coded(codes, values), groups, rows.sizes)
+    return Examples(columns, by_name[np.argsort(codes[by_name], kind="stable")])
 
 
 def read_lines(table: Path) -> Iterator[tuple[int, list[str]]]:
@@ -121,16 +172,35 @@ def read_lines(table: Path) -> Iterator[tuple[int, list[str]]]:
         raise DataError(f"{table} cannot be read ({error.strerror}); give the path of a .csv file") from error
 
 
-def _records(table: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Return the column names in lower case and (line, fields) of each row that is not empty."""
-    records = list(read_lines(table))
-    if not records:
+def _is_parquet(table: Path) -> bool:
+    return table.suffix.lower() == ".parquet"
+
+
+def _at(table: Path, line: int) -> str:
+    return f"{table}, {'row' if _is_parquet(table) else 'line'} {line}"
+
+
+def _header(table: Path) -> list[str]:
+    """Return the checked column names in lower case."""
+    names = open_parquet(table).schema_arrow.names if _is_parquet(table) else next(read_lines(table), (0, None))[1]
+    if names is None:
         raise DataError(f"{table} is empty; its first line must name the columns {PATH} and {LABEL}")
-    header = [name.strip().casefold() for name in records[0][1]]
+    header = [name.strip().casefold() for name in names]
     _check_header(table, header)
-    if len(records) == 1:
-        raise DataError(f"{table} has no rows below its header; add one for each image")
-    return header, records[1:]
+    return header
+
+
+def _records(table: Path, header: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line, fields) of each row that is not empty; of a .parquet file (row, fields), those read alone filled."""
+    if not _is_parquet(table):
+        yield from islice(read_lines(table), 1, None)
+        return
+    places = [place for place, name in enumerate(header) if name in COLUMNS]
+    for row, values in enumerate(parquet_texts(table, places), 1):
+        fields = [""] * len(header)
+        for place, value in zip(places, values, strict=True):
+            fields[place] = value or ""
+        yield row, fields
 
 
 def _check_header(table: Path, header: Sequence[str]) -> None:
@@ -152,38 +222,55 @@ def _check_header(table: Path, header: Sequence[str]) -> None:
             )
 
 
-def _rows(table: Path, base: Path, header: Sequence[str], records: Sequence[tuple[int, list[str]]]) -> list[TableRow]:
-    rows, seen, missing, without_split = list[TableRow](), dict[str, int](), list[tuple[int, str]](), list[int]()
-    separator, folders = _separator(header, records), dict[str, dict[str, str]]()
-    for line, fields in records:
-        where = f"{table}, line {line}"
-        if len(fields) != len(header):
-            remedy = "quote fields that contain the delimiter"
-            raise DataError(f"{where} has {len(fields)} fields, but the header {len(header)}; {remedy}")
-        values = {name: field.strip() for name, field in zip(header, fields, strict=True)}
-        if not values[PATH]:
-            raise DataError(f"{where} has no {PATH}; fill it in, or remove the line")
-        name = os.path.normpath(values[PATH])
-        path = _as_stored(inside(base, name), folders)
-        other = seen.setdefault(path, line)
-        if other != line:
-            raise DataError(f"{table} names {values[PATH]} twice, in lines {other} and {line}; remove one")
-        size = _size(path, where)
-        if size is None:
-            missing.append((line, path))
-        part = _part(where, values.get(SPLIT))
-        if part is None:
-            without_split.append(line)
-        labels = _labels(where, values, separator)
-        rows.append(TableRow(line, name.replace(os.sep, "/"), path, size or 0, labels, part, values.get(GROUP) or None))
+def _rows(table: Path, base: Path, header: Sequence[str]) -> TableColumns:
+    """Read and check all rows."""
+    missing = list[tuple[int, str]]()
+    rows = TableColumns.of(_parsed(table, base, header, missing))
+    count = len(rows.lines)
+    if not count:
+        raise DataError(f"{table} has no rows below its header; add one for each image")
+    _check_twice(table, header, rows)
     if missing:
-        _refuse_missing(table, missing, len(rows))
-    if without_split and len(without_split) < len(rows):
-        raise DataError(f"{table}, line {without_split[0]} has no {SPLIT}, but others have; give all rows one, or none")
+        _refuse_missing(table, missing, count)
+    if None in rows.parts.values and len(rows.parts.values) > 1:
+        line = rows.lines[np.argmax(rows.parts.codes == rows.parts.values.index(None))]
+        raise DataError(f"{_at(table, line)} has no {SPLIT}, but others have; give all rows one, or none")
     _check_groups(table, rows)
     if LABEL in header:
         _ask_about_several(table, rows)
     return rows
+
+
+def _parsed(table: Path, base: Path, header: Sequence[str], missing: list[tuple[int, str]]) -> Iterator[TableRow]:
+    """Yield the rows; what is not there goes to `missing`."""
+    separator, folders, start = _separator(table, header), dict[str, dict[str, str]](), inside(base, "")
+    for line, fields in _records(table, header):
+        if len(fields) != len(header):
+            remedy = "quote fields that contain the delimiter"
+            raise DataError(f"{_at(table, line)} has {len(fields)} fields, but the header {len(header)}; {remedy}")
+        values = {name: field.strip() for name, field in zip(header, fields, strict=True)}
+        if not values[PATH]:
+            raise DataError(f"{_at(table, line)} has no {PATH}; fill it in, or remove the line")
+        name = os.path.normpath(values[PATH])
+        path = _as_stored(name if os.path.isabs(name) else start + name, folders)
+        size = _size(path, table, line)
+        if size is None:
+            missing.append((line, path))
+        part = _part(table, line, values.get(SPLIT))
+        labels = _labels(table, line, values, separator)
+        yield TableRow(line, name.replace(os.sep, "/"), path, size or 0, labels, part, values.get(GROUP) or None)
+
+
+def _check_twice(table: Path, header: Sequence[str], rows: TableColumns) -> None:
+    """Refuse an image in two rows."""
+    order = np.argsort(rows.hashes, kind="stable")
+    alike = np.flatnonzero(np.diff(rows.hashes[order]) == 0)
+    for later, earlier in sorted((int(order[place + 1]), int(order[place])) for place in alike):
+        if rows.paths[later] == rows.paths[earlier]:
+            lines = f"{'rows' if _is_parquet(table) else 'lines'} {rows.lines[earlier]} and {rows.lines[later]}"
+            written = next(fields for line, fields in _records(table, header) if line == rows.lines[later])
+            name = written[header.index(PATH)].strip()
+            raise DataError(f"{table} names {name} twice, in {lines}; remove one")
 
 
 def _as_stored(path: str, folders: dict[str, dict[str, str]]) -> str:
@@ -203,27 +290,34 @@ def _as_stored(path: str, folders: dict[str, dict[str, str]]) -> str:
     return os.path.join(parent, folders[parent].get(unicodedata.normalize("NFC", name), name))
 
 
-def _ask_about_several(table: Path, rows: Sequence[TableRow]) -> None:
+def _ask_about_several(table: Path, rows: TableColumns) -> None:
     """Refuse labels such as a|b beside a or b: an image with two classes would be learned as one of a third."""
-    alone = {row.labels[0] for row in rows}
-    for row in rows:
-        pieces = [piece.strip() for piece in re.split(r"[|;]", row.labels[0])]
+    alone = {labels[0] for labels in rows.labels.values}
+    for code, (label, *_) in enumerate(rows.labels.values):
+        pieces = [piece.strip() for piece in re.split(r"[|;]", label)]
         known = [piece for piece in pieces if piece in alone]
         if len(pieces) > 1 and known:
+            line = rows.lines[np.argmax(rows.labels.codes == code)]
             raise DataError(
-                f"{table}, line {row.line} has the {LABEL} {row.labels[0]}, and {known[0]} is one by itself; call the "
+                f"{_at(table, line)} has the {LABEL} {label}, and {known[0]} is one by itself; call the "
                 f"column {LABELS} if an image may have several classes, or rename this one"
             )
 
 
-def _separator(header: Sequence[str], records: Sequence[tuple[int, list[str]]]) -> str:
-    """Return what separates the names in a column of several."""
-    column = header.index(LABELS) if LABELS in header else None
-    cells = [fields[column] for _, fields in records if column is not None and column < len(fields)]
-    return "|" if any("|" in cell for cell in cells) and not any(";" in cell for cell in cells) else ";"
+def _separator(table: Path, header: Sequence[str]) -> str:
+    """Return what separates the names in a column of several, which takes a pass over the table."""
+    if LABELS not in header:
+        return ";"
+    column, bars = header.index(LABELS), False
+    for _, fields in _records(table, header):
+        cell = fields[column] if column < len(fields) else ""
+        if ";" in cell:
+            return ";"
+        bars = bars or "|" in cell
+    return "|" if bars else ";"
 
 
-def _size(path: str, where: str) -> int | None:
+def _size(path: str, table: Path, line: int) -> int | None:
     """Return the size of a file in bytes, or None where there is none."""
     try:
         facts = os.stat(path)
@@ -231,9 +325,11 @@ def _size(path: str, where: str) -> int | None:
         return None
     except (OSError, ValueError) as error:  # a name that no file can have is a ValueError
         reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise DataError(f"{where}: {path!r} cannot be read ({reason}); repair the path or the file") from error
+        raise DataError(
+            f"{_at(table, line)}: {path!r} cannot be read ({reason}); repair the path or the file"
+        ) from error
     if not stat.S_ISREG(facts.st_mode):
-        raise DataError(f"{where}: {path} is no file; give the path of an image")
+        raise DataError(f"{_at(table, line)}: {path} is no file; give the path of an image")
     return facts.st_size
 
 
@@ -242,39 +338,44 @@ def _refuse_missing(table: Path, missing: Sequence[tuple[int, str]], count: int)
     some = f"{len(missing)} of {count} images do not exist, the first being" if len(missing) > 1 else "there is no"
     remedy = "repair the paths" if len(missing) < count else "relative paths start at the table's folder, or at DATA"
     slashes = ", and are written with / between folders" if "\\" in os.path.basename(path) else ""
-    raise DataError(f"{table}, line {line}: {some} {path}; {remedy}{slashes}")
+    raise DataError(f"{_at(table, line)}: {some} {path}; {remedy}{slashes}")
 
 
-def _part(where: str, value: str | None) -> str | None:
+def _part(table: Path, line: int, value: str | None) -> str | None:
     if not value:
         return None
     if value.casefold() not in SPLIT_NAMES:
-        raise DataError(f"{where}: {SPLIT} is {value!r}; use {', '.join(PARTS)}{nearest(value.casefold(), PARTS, 1)}")
+        wanted = f"use {', '.join(PARTS)}{nearest(value.casefold(), PARTS, 1)}"
+        raise DataError(f"{_at(table, line)}: {SPLIT} is {value!r}; {wanted}")
     return SPLIT_NAMES[value.casefold()]
 
 
-def _labels(where: str, values: dict[str, str], separator: str) -> tuple[str, ...]:
+def _labels(table: Path, line: int, values: dict[str, str], separator: str) -> tuple[str, ...]:
     """Return the names of an image's classes, sorted."""
     if LABELS in values:
         return tuple(sorted({name.strip() for name in values[LABELS].split(separator)} - {""}))
     if not values[LABEL]:
-        raise DataError(f"{where} has no {LABEL}; fill it in, or remove the line")
+        raise DataError(f"{_at(table, line)} has no {LABEL}; fill it in, or remove the line")
     return (values[LABEL],)
 
 
-def _check_groups(table: Path, rows: Iterable[TableRow]) -> None:
+def _check_groups(table: Path, rows: TableColumns) -> None:
     """Refuse a group in two parts: what is learned from its training images would be measured on the others."""
-    first: dict[str, TableRow] = {}
-    for row in rows:
-        if row.group is not None:
-            other = first.setdefault(row.group, row)
-            if other.part != row.part:
-                both = f"{other.part} (line {other.line}) and {row.part} (line {row.line})"
-                raise DataError(f"{table}: group {row.group} is in {both}; keep each group in one part")
+    groups, parts = rows.groups, rows.parts
+    _, first = np.unique(groups.codes, return_index=True)
+    named = np.array([name is not None for name in groups.values])
+    wrong = np.flatnonzero((parts.codes != parts.codes[first][groups.codes]) & named[groups.codes])
+    if len(wrong):
+        here, there = int(wrong[0]), int(first[groups.codes[wrong[0]]])
+        both = " and ".join(
+            f"{parts.values[parts.codes[row]]} ({_at(table, rows.lines[row]).rpartition(', ')[2]})"
+            for row in (there, here)
+        )
+        raise DataError(f"{table}: group {groups.values[groups.codes[here]]} is in {both}; keep each group in one part")
 
 
-def _classes(table: Path, rows: Iterable[TableRow], multi_label: bool) -> tuple[str, ...]:
-    classes = tuple(sorted({name for row in rows for name in row.labels}))
+def _classes(table: Path, used: Iterable[str], multi_label: bool) -> tuple[str, ...]:
+    classes = tuple(sorted(used))
     check_classes(classes, str(table))
     if len(classes) < 2:
         found = f"only one class, {classes[0]}" if classes else "no class at all"
@@ -283,11 +384,12 @@ def _classes(table: Path, rows: Iterable[TableRow], multi_label: bool) -> tuple[
     return classes
 
 
-def _match(table: Path, rows: Iterable[TableRow], known: Sequence[str], multi_label: bool) -> tuple[str, ...]:
-    return match_classes({name for row in rows for name in row.labels}, known, str(table), multi_label)
-
-
-def _fingerprint(rows: Iterable[TableRow]) -> str:
-    by_name = sorted(rows, key=lambda row: row.name)
-    labels = ("\0".join((";".join(row.labels), row.part or "", row.group or "")) for row in by_name)
-    return fingerprint(((row.name, row.size) for row in by_name), labels)
+def _fingerprint(rows: TableColumns, labels: Sequence[tuple[str, ...]], by_name: np.ndarray) -> str:
+    parts, groups = rows.parts, rows.groups
+    names = ((rows.names[row], size) for row, size in zip(by_name.tolist(), rows.sizes[by_name].tolist(), strict=True))
+    codes = (column.codes[by_name].tolist() for column in (rows.labels, parts, groups))
+    marks = (
+        "\0".join((";".join(labels[label]), parts.values[part] or "", groups.values[group] or ""))
+        for label, part, group in zip(*codes, strict=True)
+    )
+    return fingerprint_in_order(names, marks)

@@ -90,7 +90,7 @@ def classes_without(examples: Sequence[Example], classes: Sequence[str]) -> list
     return [name for number, name in enumerate(classes) if number not in there]
 
 
-def _examples(dataset: Dataset, same: bool, part: str, adapter: Path) -> tuple[Example, ...]:
+def _examples(dataset: Dataset, same: bool, part: str, adapter: Path) -> Sequence[Example]:
     """Return the examples to measure an adapter on.
 
     Raises:

@@ -86,7 +86,7 @@ def open_folder(folder: Path, task: Task, seed: int, *, shifted: Mapping[str, Pa
     return Parts(data.classes, *_drawn(data, task.shots, seed), tests)
 
 
-def _drawn(data: Dataset, shots: int, seed: int) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+def _drawn(data: Dataset, shots: int, seed: int) -> tuple[Sequence[Example], Sequence[Example]]:
     if not shots:
         return data.part("train"), data.part("val")
     train = draw_shots(data.part("train"), shots, seed, classes=data.classes)
@@ -119,4 +119,4 @@ def _name(source: Path) -> str:
     """Return what a data set is called, as a file's name can be."""
     text = str(source)
     path = Path(text.removeprefix(HUB_PREFIX)) if text.startswith(HUB_PREFIX) else source.absolute()
-    return path.stem if path.suffix in (".csv", ".tsv") else path.name
+    return path.stem if path.suffix in (".csv", ".tsv", ".parquet") else path.name

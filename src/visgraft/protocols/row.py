@@ -19,9 +19,9 @@ class Parts(NamedTuple):
     """
 
     classes: tuple[str, ...]
-    train: tuple[Example, ...]
-    val: tuple[Example, ...]
-    tests: Mapping[str, tuple[Example, ...]]
+    train: Sequence[Example]
+    val: Sequence[Example]
+    tests: Mapping[str, Sequence[Example]]
 
 
 @dataclass(frozen=True)

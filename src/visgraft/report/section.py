@@ -1,6 +1,6 @@
 """What the page says of one run: measured on the data where there is some, otherwise read from the adapter."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ class MeasuredRun:
     """
 
     evaluation: Evaluation
-    paths: tuple[Path, ...]
+    paths: Sequence[Path]
     members: Any
     skipped: int
     missing: list[str]

@@ -17,6 +17,7 @@ from visgraft.backbones.creation import Backbone, create_backbone, model_data_co
 from visgraft.core.attach import count_parameters, detach
 from visgraft.core.attached import find_attached, get_attached
 from visgraft.data.dataset import Dataset, Example, listed, stratum
+from visgraft.data.examples import joined
 from visgraft.data.images import Images, load_images
 from visgraft.errors import DataError
 from visgraft.measure.evaluation import Evaluation, probabilities_of, score
@@ -130,7 +131,7 @@ def join(first: Images, second: Images) -> Images:
         first,
         pixels=torch.cat([first.pixels[:], second.pixels[:]]),
         labels=torch.cat([first.labels, second.labels]),
-        paths=first.paths + second.paths,
+        paths=(*first.paths, *second.paths),
         groups=first.groups + second.groups,
         skipped=first.skipped + second.skipped,
     )
@@ -178,7 +179,7 @@ def folds(examples: Sequence[Example], folds: int = 5, repeats: int = 2, seed: i
 
 def check_folds(dataset: Dataset, number: int, repeats: int, seed: int) -> None:
     """Raise a DataError where a data set's training and validation images cannot be divided into folds."""
-    folds((*dataset.train, *dataset.val), number, repeats, seed)
+    folds(joined(dataset.train, dataset.val), number, repeats, seed)
 
 
 def possible_folds(examples: Sequence[Example], most: int = 5) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from visgraft.backbones.creation import Backbone
 from visgraft.data.dataset import Dataset
+from visgraft.data.examples import joined
 from visgraft.data.images import Loading
 from visgraft.data.read import AnySource, read_data
 from visgraft.executors.gather import gather
@@ -123,7 +124,7 @@ def cross_validate(
     """
     start = time.perf_counter()
     dataset = data if isinstance(data, Dataset) else read_data(data)
-    examples = (*dataset.train, *dataset.val)
+    examples = joined(dataset.train, dataset.val)
     crossval.folds(examples, folds, repeats, seed)  # raises before anything is read
     what = Ingredients.of(dataset, "cross-validation", backbone, (examples,), loading)
     plan, total, done = _Folds(what, method_config, train_config, folds, repeats, seed), folds * repeats, 0

@@ -18,7 +18,7 @@ from visgraft.files import new_file
 SUFFIX = ".resume.safetensors"
 WEIGHTS = "weights_digest"
 FILES = "files"
-"""Where a run keeps a digest of every image by its name, under "data"."""
+"""Where a run keeps digests of its images by their names, under "data"; of very many, by those of their folders."""
 Tensors = dict[str, Tensor]
 
 
@@ -166,8 +166,9 @@ def check_same_run(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]
             differs = f"is of a run with {name} {was}, now it is {is_}"
             if name.startswith(f"data.{FILES}."):
                 image = name.removeprefix(f"data.{FILES}.")
+                what = f"folder of images {image}" if image.endswith("/") else f"image {image}"
                 how = "was not there" if was is None else "was there" if is_ is None else "had another content"
-                differs = f"is of a run in which the image {image} {how}"
+                differs = f"is of a run in which the {what} {how}"
             raise VisgraftError(
                 f"{path} {differs}; give the same options and data as then, or leave out --resume to start anew"
             )

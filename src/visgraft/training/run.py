@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +23,7 @@ from visgraft.check.quick import quick_check
 from visgraft.core.attach import assemble, attach, count_parameters
 from visgraft.core.method import Batches
 from visgraft.data.dataset import PARTS, Dataset, Split
+from visgraft.data.examples import counts_by_class, names_of
 from visgraft.data.identity import content_digests, file_digest
 from visgraft.data.images import Images, Loading, load_images
 from visgraft.data.read import AnySource, read_data
@@ -39,6 +41,8 @@ from visgraft.training.slow import LongRun, faster_options
 _DEFAULT_SPLIT, _DEFAULT_LOADING = Split(), Loading()
 STATE_SECONDS = 10.0
 """A state is written at the end of an epoch if the last one is older than this."""
+MOST_NAMED = 20_000
+"""Images of which a state keeps a digest each, so that the first one that differs can be named."""
 
 
 @dataclass(frozen=True)
@@ -187,29 +191,42 @@ def _facts(
     dataset: Dataset, backbone: Backbone, method: MethodConfig, config: TrainConfig, split: Split, loading: Loading
 ) -> dict[str, Any]:
     """What must be the same for a run to be the same."""
-    digests = zip(dataset.all, content_digests(dataset.all), strict=True)
     data = {"fingerprint": dataset.fingerprint, **dataclasses.asdict(split), **dataclasses.asdict(loading)}
-    start = dataset.root if dataset.root.is_dir() else dataset.root.parent
-    files = {_below(start, example.path): digest for example, digest in digests}
     return {
         "method": method.method,
         "options": method.to_dict(),
         "backbone": backbone.to_dict(),
         "train": config.to_dict(),
-        "data": data | {FILES: files},
+        "data": data | {FILES: _files(dataset)},
         **({WEIGHTS: file_digest(Path(backbone.weights))} if Path(backbone.weights).is_file() else {}),
     }
 
 
-def _below(start: Path, path: Path) -> str:
+def _files(dataset: Dataset) -> dict[str, str]:
+    """Return a digest of each image by its name; of many images one for each folder, whose name ends in a slash.
+
+    A state holds this, and safetensors reads no more than 100 MB of it.
+    """
+    start = f"{dataset.root if dataset.root.is_dir() else dataset.root.parent}"
+    examples = dataset.all
+    found = zip((_below(start, name) for name in names_of(examples)), content_digests(examples), strict=True)
+    if len(examples) <= MOST_NAMED:
+        return dict(found)
+    folders = defaultdict[str, Any](hashlib.sha256)
+    for name, digest in found:
+        folders[f"{os.path.dirname(name)}/"].update(f"{name}\0{digest}\n".encode("utf-8", "surrogateescape"))
+    return {folder: one.hexdigest()[:32] for folder, one in folders.items()}
+
+
+def _below(start: str, path: str) -> str:
     """Return the name of an image that stays the same however the way to its data set is written."""
     inside = f"{start}{os.sep}"
-    if str(path).startswith(inside):
-        return str(path).removeprefix(inside)
+    if path.startswith(inside):
+        return path.removeprefix(inside)
     try:
         return os.path.relpath(path, start)
     except ValueError:  # on another drive of Windows
-        return str(path)
+        return path
 
 
 def _record(dataset: Dataset, split: Split, config: TrainConfig, background: str) -> dict[str, Any]:
@@ -228,9 +245,7 @@ def _record(dataset: Dataset, split: Split, config: TrainConfig, background: str
 
 def _images_by_class(dataset: Dataset) -> dict[str, int]:
     """Return how many training images each class has."""
-    labels = (one.label if isinstance(one.label, tuple) else (one.label,) for one in dataset.train)
-    counts = Counter(label for several in labels for label in several)
-    return {name: counts[number] for number, name in enumerate(dataset.classes)}
+    return dict(zip(dataset.classes, counts_by_class(dataset.train, len(dataset.classes)), strict=True))
 
 
 def read_and_check(data: AnySource, split: Split, watch: Watch) -> Dataset:
