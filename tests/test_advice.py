@@ -65,6 +65,7 @@ REACHED = {
     "cli/nearest": ("nearest",),
     "cli/rank": ("rank",),
     "cli/auto": ("train",),
+    "cli/launched": ("bench run",),
     "cli/log": ("train",),
     "cli/predict": ("predict",),
     "cli/predict_images": ("predict",),

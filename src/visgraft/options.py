@@ -183,6 +183,9 @@ class TrainConfig(Options):
     epochs: int = option(30, "passes over the training images")
     warmup_epochs: float = option(3.0, "epochs over which the learning rate rises linearly")
     batch_size: int = option(32, "images per step")
+    gradient_accumulation: int = option(
+        1, "run each step's images in so many pieces, one after another, to the same weights: less memory", younger=True
+    )
     lr: float = option(2e-3, "peak learning rate of AdamW")
     head_lr: float | None = option(None, "peak learning rate of the head; none: the same as --lr")
     backbone_lr: float | None = option(
@@ -226,7 +229,12 @@ class TrainConfig(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("epochs", "batch_size", "lr", "head_lr", "warmup_lr", "cached_views")
-        self.check_positive("backbone_lr", "head_first", "crop_scale", "mixup", "cutmix")
+        self.check_positive("backbone_lr", "head_first", "crop_scale", "mixup", "cutmix", "gradient_accumulation")
+        if self.gradient_accumulation > self.batch_size:
+            raise VisgraftError(
+                f"gradient_accumulation is {self.gradient_accumulation}, but a batch_size of {self.batch_size} has no "
+                "more pieces than images; lower it"
+            )
         if self.crop_scale is not None and self.crop_scale >= 1:
             raise VisgraftError(
                 f"crop_scale is {self.crop_scale}, but must be below 1; leave it out for whole pictures"

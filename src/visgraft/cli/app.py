@@ -32,6 +32,7 @@ from visgraft.cli.compare import compare
 from visgraft.cli.diff import diff
 from visgraft.cli.export import export
 from visgraft.cli.import_ import import_
+from visgraft.cli.launched import joined
 from visgraft.cli.nearest import nearest
 from visgraft.cli.predict import predict
 from visgraft.cli.push import push
@@ -42,6 +43,7 @@ from visgraft.cli.streams import prepare_streams
 from visgraft.cli.text import visible
 from visgraft.cli.train import train
 from visgraft.errors import Interrupted, VisgraftError
+from visgraft.executors.distributed import ProcessLost, is_launched, leave, words_at_the_end
 from visgraft.version import __version__
 
 ROAD = """\
@@ -250,8 +252,11 @@ def main() -> None:
     prepare_streams()
     completing = os.environ.get("_TYPER_COMPLETE_ARGS") or os.environ.get("COMP_WORDS") or ""
     try:
-        with settled():
+        with settled(), joined(sys.argv[1:]):
             code = build([*sys.argv[1:], *completing.split()])(standalone_mode=False)
+        if code == 130:  # what typer makes of Ctrl-C outside a training
+            _fail("interrupted", 130, True)
+        leave()
         sys.stdout.flush()  # a full disk shows here at the latest
         sys.exit(code if isinstance(code, int) else 0)
     except BrokenPipeError:  # whoever reads has read enough, as head does
@@ -261,11 +266,11 @@ def main() -> None:
         where = "what was asked for" if error.filename is None else os.fsdecode(error.filename)
         _fail(f"{where} cannot be read or written ({error.strerror or error}); give another path or make room", 1)
     except Interrupted as error:
-        _fail(str(error), 130)
+        _fail(str(error), 130, True)
     except VisgraftError as error:
-        _fail(str(error), 1)
+        _fail(str(error), 1, isinstance(error, ProcessLost))
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted", 130)
+        _fail("interrupted", 130, True)
     except Exception as error:
         # Wrong usage is click's UsageError; typer has moved that class, so it is known by what it offers.
         if not hasattr(error, "format_message"):
@@ -274,6 +279,12 @@ def main() -> None:
         _fail(f"{error.format_message().rstrip('.')}; see {command} --help", 2)
 
 
-def _fail(message: str, code: int) -> NoReturn:
-    print(f"error: {visible(LINE_FEEDS.sub(' ', message))}", file=sys.stderr)
+def _fail(message: str, code: int, by_others: bool = False) -> NoReturn:
+    """End with one line, which one of several processes prints; `by_others`: another's error may be the cause."""
+    told = words_at_the_end(message, by_others)
+    if told is not None:
+        print(f"error: {visible(LINE_FEEDS.sub(' ', told))}", file=sys.stderr)
+    if is_launched():  # at its end, Python would wait for what is still under way to processes that are gone
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)

@@ -29,6 +29,7 @@ from visgraft.cli.arguments import (
     source,
 )  # fmt: skip
 from visgraft.cli.auto import Asked, check_asked, choose
+from visgraft.cli.launched import refuse_launched
 from visgraft.errors import VisgraftError
 from visgraft.options import AUTO
 
@@ -104,10 +105,12 @@ def train(
     from visgraft.data.images import Loading
 
     if dry_run:
+        refuse_launched("--dry-run", "forecasts a training")
         _check_dry_run({"--resume": resume, "--folds": folds, "--log": log})
     place = _place(folds, on, workers, cpus_per_trial, gpus_per_trial)
     automatic = _is_automatic(method, budget, trials)
     if automatic:
+        refuse_launched("--method auto", "chooses within a time")
         check_asked(values, {"--init-from": init_from, "--resume": resume, "--dry-run": dry_run})
     origin, config = _start(init_from, None if automatic else method, backbone, weights, image_size, values)
     recipe = train_config(config.method, values)
@@ -174,10 +177,12 @@ def _check_before(out: Path, images: Any, split: Any, folds: int, repeats: int) 
     """Refuse before the training what would stop the command after it."""
     from visgraft.adapters.directory import CONFIG
     from visgraft.data.read import read_data
+    from visgraft.executors.distributed import is_first
     from visgraft.files import check_target
     from visgraft.training.crossval import check_folds
 
-    check_target(out, CONFIG)
+    if is_first():
+        check_target(out, CONFIG)
     if folds:
         check_folds(read_data(images, split), folds, repeats, split.seed)
 
@@ -197,8 +202,10 @@ def _train(
     """Train, showing how it goes, and return the figures; `again` is what to do where it is interrupted, if special."""
     from visgraft.cli.log import epoch_log
     from visgraft.cli.show import loading_progress, training_progress, warn
+    from visgraft.executors.distributed import is_first
     from visgraft.training.run import Watch, train_folder
 
+    log = log if is_first() else None
     with (
         training_progress(whole["train_config"].epochs) as show,
         loading_progress() as show_loading,

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from visgraft.core.draws import rows_to_draw
+
 
 class LowRank(NamedTuple):
     """The map x ↦ s drop(x D) M U + b of every token, in blocks: how a method says what its `delta` is.
@@ -124,16 +126,17 @@ def keep_mask(tokens: int, features: int, rate: float, device: torch.device) -> 
     On a CPU a draw of 64 bits decides on four features, each with a chance that is `1 - rate` to 1/65536: torch's own
     dropout draws for every feature, which takes as long as all else that is done to it.
     """
+    drawn, own = rows_to_draw(tokens)
     if device.type != "cpu":
-        return (torch.rand(tokens, features, device=device) >= rate).to(torch.int8).neg_(), 1 - rate
-    count = tokens * features
+        return (torch.rand(drawn, features, device=device)[own] >= rate).to(torch.int8).neg_(), 1 - rate
+    count = drawn * features
     words = torch.empty((count + 3) // 4, dtype=torch.int64)
     if torch.compiler.is_compiling():  # where the faster `random_` of all bits is not known
         words = torch.randint_like(words, -(2**63), 2**63 - 1)
     else:
         words.random_(-(2**63), None)
     dropped = min(round(rate * 65536), 65535)
-    keep = words.view(torch.int16)[:count].view(tokens, features).ge_(dropped - 32768)
+    keep = words.view(torch.int16)[:count].view(drawn, features)[own].ge_(dropped - 32768)
     return keep.to(torch.int8).neg_(), 1 - dropped / 65536
 
 

@@ -6,7 +6,8 @@
   on behind the last whole file. Their name is a hash of the images' paths and contents and of the preprocessing, so a
   changed image is decoded anew, even where size and time stayed as they were;
 - `none`: decoded again whenever they are asked for;
-- `auto`: `ram` where the images take at most a quarter of the free memory, `disk` beyond.
+- `auto`: `ram` where the images take at most a quarter of the free memory, `disk` beyond, and where several processes
+  of this machine want the same images.
 
 All four give the same pixels.
 """
@@ -32,6 +33,7 @@ from torch import Tensor
 from visgraft.data.examples import Example, chosen
 from visgraft.data.identity import content_digests, mapped_in_order
 from visgraft.errors import DataError, VisgraftError, nearest
+from visgraft.executors.distributed import count_here, one_per_machine_first
 from visgraft.files import cache_folder, new_file, write_json
 
 CACHES = ("auto", "ram", "disk", "none")
@@ -80,7 +82,8 @@ def hold_pixels(
     """
     cache = choose_cache(cache, len(examples), decode)
     if cache == "disk":
-        return _on_disk(examples, decode, skip_broken, on_progress)
+        with one_per_machine_first():
+            return _on_disk(examples, decode, skip_broken, on_progress)
     if cache == "ram":
         return _in_memory(examples, decode, skip_broken, on_progress)
     broken: Broken = {}
@@ -100,6 +103,8 @@ def choose_cache(cache: str, count: int, decode: Decode) -> str:
         raise VisgraftError(f"cache is {cache!r}, but must be one of {', '.join(CACHES)}{nearest(cache, CACHES)}")
     if cache != "auto":
         return cache
+    if count_here() > 1:
+        return "disk"  # decoded once, and mapped by all
     needed = count * torch.Size(decode.shape()).numel()
     return "ram" if needed <= psutil.virtual_memory().available // 4 else "disk"
 

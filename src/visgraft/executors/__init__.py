@@ -1,5 +1,5 @@
-"""Where work is done: here, in processes beside this one, or on a cluster.
+"""Where work is done: here, in processes beside this one, on a cluster, or by several processes together.
 
-Here belongs what runs jobs, each a pure function of its values, and tells what becomes of them. What a job computes
-belongs to the rooms above.
+Here belongs what runs jobs, each a pure function of its values, and tells what becomes of them, and how processes that
+share one computation meet. What is computed belongs to the rooms above.
 """

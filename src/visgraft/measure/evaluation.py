@@ -18,6 +18,7 @@ from visgraft.core.tensors import eval_mode
 from visgraft.data.fit import check_classes_fit, check_fit
 from visgraft.data.images import Images
 from visgraft.errors import DataError
+from visgraft.executors.distributed import in_shares
 from visgraft.measure.precision import Compute, make_compute
 
 
@@ -54,15 +55,20 @@ class Evaluation:
 
 
 def logits_of(model: nn.Module, images: Images, compute: Compute, batch_size: int = 64) -> Tensor:
-    """Return the model's outputs [N, outputs] in float32 on the CPU, in eval mode and without gradient."""
-    outputs = []
+    """Return the model's outputs [N, outputs] in float32 on the CPU, in eval mode and without gradient.
+
+    Several processes each answer their share of the images, and all of them get all answers.
+    """
     model.to(compute.device)
     dtype = next(model.parameters(), torch.empty(0)).dtype
+
+    def answer(batch: slice) -> Tensor:
+        logits: Tensor = model(images.normalised(images.pixels[batch], compute.device).to(dtype))
+        return logits.float().cpu()
+
     with torch.inference_mode(), compute.autocast(), eval_mode(model):
-        for start in range(0, len(images), batch_size):
-            x = images.normalised(images.pixels[start : start + batch_size], compute.device)
-            outputs.append(model(x.to(dtype)).float().cpu())
-    return torch.cat(outputs).clone()
+        outputs = in_shares(len(images), batch_size, answer)
+    return outputs.clone()
 
 
 def probabilities_of(logits: Tensor, multi_label: bool) -> Tensor:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visgraft.executors import distributed
+
 MOST_UNFUSED_TOKENS = 400
 """Up to here attention in bf16 on a CPU is computed step by step; beyond, its matrix would take too much memory."""
 
@@ -31,13 +33,13 @@ class Compute:
 
 def make_compute(precision: str) -> Compute:
     """Return the device, an accelerator where there is one, with the precision `auto`, `fp32` or `bf16`."""
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    return Compute(device, resolve_precision(precision))
+    found = distributed.device() or torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    return Compute(found, resolve_precision(precision))
 
 
 def resolve_precision(precision: str) -> str:
     """Return `fp32` or `bf16`; `auto` is bf16 where this machine computes faster in it."""
-    return _faster_precision() if precision == "auto" else precision
+    return distributed.from_first(_faster_precision) if precision == "auto" else precision
 
 
 @cache

@@ -16,15 +16,19 @@ from torch.nn import functional as F
 from visgraft.adapters.directory import adapter_tensors
 from visgraft.backbones.wrappers import unwrapped
 from visgraft.core.attached import get_attached
+from visgraft.core.draws import check_divisible
 from visgraft.data.fit import check_fit
 from visgraft.data.images import Images
 from visgraft.errors import DataError, TrainingDiverged, VisgraftError, warn_user
+from visgraft.executors import distributed
+from visgraft.executors.distributed import in_shares
 from visgraft.measure.evaluation import peak_memory_bytes, probabilities_of, score
 from visgraft.measure.precision import Compute, frozen_weights_in_bf16, make_compute, unfused_attention
 from visgraft.options import TrainConfig
 from visgraft.training.allocation import freed_memory_kept
 from visgraft.training.objective import Features, Objective, checkpointing, draw_order, make_objective
 from visgraft.training.optimizer import make_optimizer, steps_per_epoch
+from visgraft.training.pieces import Outcome, Piece, add_gradients, check_pieces, is_divided, pieces_of
 from visgraft.training.resume import Epoch, TrainState, optimizer_tensors, restore_optimizer
 
 
@@ -88,7 +92,8 @@ def train(
 
     Where images may have several classes, the loss is binary cross-entropy. Chance depends on (seed, epoch, index)
     alone. On images without augmentation, frozen blocks before the first trained one run once per image, as all of the
-    backbone does where the head trains alone.
+    backbone does where the head trains alone. Processes that have joined (`visgraft.executors.distributed`) share each
+    batch, and all of them end with the same weights.
 
     Args:
         model: a model with something attached, in place.
@@ -148,7 +153,9 @@ def training_loop(
     network.to(compute.device)
     task = make_objective(model, network, images, val, config, compute, features, on_warning)
     optimizer, schedule = make_optimizer(model, config, len(images))
-    state = resume or TrainState(0, _tensors(model))
+    state = resume or TrainState(0, distributed.take_from_first(_tensors(model)))
+    if distributed.count() > 1:  # where the images decided, a device's rounding may have
+        restore(model, state.tensors)
     if resume:
         _check_state(model, optimizer, resume, config)
         restore(model, state.tensors)
@@ -159,21 +166,17 @@ def training_loop(
         for number in range(state.epoch + 1, config.epochs + 1):
             torch.manual_seed(int(np.random.SeedSequence((config.seed, number)).generate_state(1)[0]))
             network.train()
-            tally = _Tally(number, config, min(len(task.labels), steps * config.batch_size), clock, compute.device)
+            tally = _Tally(number, config, task.labels, steps, clock)
             with _fast(model, compute):
-                for step, (x, y) in enumerate(_batches(task, config, number, loader, clock)):
+                for step, (batch, pieces, inputs) in enumerate(_batches(task, config, number, loader, clock)):
                     schedule.step_update((number - 1) * steps + (step if config.schedule == "step" else 0))
-                    mixed, target = task.mix(x, y) if task.mix else (x, y)
-                    with compute.autocast():
-                        logits = task.network(mixed)
-                    loss = task.loss(logits.float(), target)
                     optimizer.zero_grad(set_to_none=True)
-                    loss.backward()
-                    if not torch.isfinite(loss):
+                    found = add_gradients(task, model, batch, pieces, inputs, compute)
+                    if not torch.isfinite(found.loss):
                         restore(model, state.tensors)
                         raise _diverged(number, config)
                     optimizer.step()
-                    if (yield tally.after(loss.detach(), logits.detach(), y, optimizer.param_groups[0]["lr"])):
+                    if (yield tally.after(found, len(batch), optimizer.param_groups[0]["lr"])):
                         break
                 tensors, moments = _tensors(model), optimizer_tensors(optimizer)
                 if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
@@ -224,24 +227,24 @@ def _fast(model: nn.Module, compute: Compute) -> Iterator[None]:
 
 
 class _Tally:
-    """The figures of an epoch of `count` images so far."""
+    """The figures of an epoch of so many steps so far."""
 
-    def __init__(self, number: int, config: TrainConfig, count: int, clock: StepClock, device: torch.device) -> None:
-        self.number, self.config, self.count, self.clock = number, config, count, clock
-        self.loss, self.right, self.seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
+    def __init__(self, number: int, config: TrainConfig, labels: Tensor, steps: int, clock: StepClock) -> None:
+        self.number, self.config, self.clock = number, config, clock
+        self.count, self.several = min(len(labels), steps * config.batch_size), labels.ndim == 2
+        self.loss, self.right, self.seen = labels.new_zeros((), dtype=torch.float32), labels.new_zeros(()), 0
         self.last = Epoch(number, 0.0, None, 0.0, 0.0, 0.0)
 
-    def after(self, loss: Tensor, logits: Tensor, y: Tensor, lr: float) -> Epoch:
-        """Return the figures after one more step."""
+    def after(self, found: Outcome, images: int, lr: float) -> Epoch:
+        """Return the figures after one more step on so many images."""
         clock = self.clock
-        self.loss += loss * len(y)
-        if y.ndim == 1:
-            self.right += (logits.argmax(-1) == y).sum()
-        self.seen += len(y)
-        clock.seen += len(y)
+        self.loss += found.loss * images
+        self.right = self.right + found.right
+        self.seen += images
+        clock.seen += images
         elapsed = time.perf_counter() - clock.start
         to_come = (self.config.epochs - self.number + 1) * self.count - self.seen
-        top1 = float(self.right / self.seen) if y.ndim == 1 else None
+        top1 = None if self.several else float(self.right / self.seen)
         speed, left = clock.seen / elapsed, elapsed / clock.seen * to_come
         self.last = Epoch(self.number, float(self.loss / self.seen), top1, lr, speed, left)
         return self.last
@@ -249,19 +252,29 @@ class _Tally:
 
 def _batches(
     task: Objective, config: TrainConfig, number: int, loader: ThreadPoolExecutor, clock: StepClock
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (inputs, labels) of an epoch's batches; the next one is made ready while the model computes."""
-    size = config.batch_size
-    parts = draw_order(task.labels, config, number).split(size)[: steps_per_epoch(len(task.labels), config)]
-    ready: Future[Tensor] = loader.submit(task.inputs, parts[0], number)
-    for indices, following in zip(parts, (*parts[1:], None), strict=True):
+) -> Iterator[tuple[Tensor, list[Piece], Iterator[Tensor]]]:
+    """Yield an epoch's batches: the images' numbers [B], the pieces of it that run here, and the inputs of each."""
+    order = draw_order(task.labels, config, number)
+    batches = order.split(config.batch_size)[: steps_per_epoch(len(task.labels), config)]
+    pieces = [pieces_of(batch, config) for batch in batches]
+    inputs = _inputs(task, [piece for some in pieces for piece in some], number, loader, clock)
+    for batch, some in zip(batches, pieces, strict=True):
         begin = time.perf_counter()
-        inputs = ready.result()
-        clock.waiting += time.perf_counter() - begin
-        if following is not None:
-            ready = loader.submit(task.inputs, following, number)
-        yield inputs, task.labels[indices.to(task.labels.device)]
+        yield batch, some, inputs
         clock.stepping += time.perf_counter() - begin
+
+
+def _inputs(
+    task: Objective, pieces: list[Piece], number: int, loader: ThreadPoolExecutor, clock: StepClock
+) -> Iterator[Tensor]:
+    """Yield the inputs of pieces; the next one's are made ready while the model computes."""
+    ready: Future[Tensor] | None = None
+    for piece, following in zip(pieces, (*pieces[1:], None), strict=True):
+        begin = time.perf_counter()
+        inputs = (ready or loader.submit(task.inputs, piece.loaded, number)).result()
+        clock.waiting += time.perf_counter() - begin
+        ready = None if following is None else loader.submit(task.inputs, following.loaded, number)
+        yield inputs
 
 
 def _validate(model: nn.Module, task: Objective, compute: Compute, batch_size: int = 64) -> dict[str, Any]:
@@ -269,9 +282,9 @@ def _validate(model: nn.Module, task: Objective, compute: Compute, batch_size: i
     if task.val_inputs is None or task.val_labels is None:
         return {}
     model.eval()
+    everything, seen = torch.arange(len(task.val_labels)), task.val_inputs
     with torch.no_grad(), compute.autocast():
-        parts = torch.arange(len(task.val_labels)).split(batch_size)
-        logits = torch.cat([task.network(task.val_inputs(indices)).float() for indices in parts])
+        logits = in_shares(len(everything), batch_size, lambda part: task.network(seen(everything[part])).float())
     several = task.val_labels.ndim == 2
     plain_loss = F.binary_cross_entropy_with_logits if several else F.cross_entropy
     found = score(probabilities_of(logits, several).cpu(), task.val_labels.cpu())
@@ -316,6 +329,9 @@ def _check(model: nn.Module, images: Images, config: TrainConfig, val: Images | 
             f"drop_path is {config.drop_path}, but the model was created without; "
             "pass drop_path_rate to timm.create_model, or set drop_path=0"
         )
+    check_pieces(config)
+    if is_divided(config):
+        check_divisible(unwrapped(model))
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

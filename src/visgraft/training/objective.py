@@ -16,6 +16,7 @@ from visgraft.core.attached import get_attached
 from visgraft.data.augment import View, augmentation
 from visgraft.data.images import Images
 from visgraft.errors import VisgraftError, warn_user
+from visgraft.executors.distributed import in_shares
 from visgraft.measure.precision import Compute
 from visgraft.options import TrainConfig
 from visgraft.training.prefix import Prefix, run_prefix
@@ -31,7 +32,8 @@ class Objective:
 
     `inputs` takes (indices [B], epoch), `val_inputs` indices [B]; `loss` takes logits [B, classes] and labels.
     `kept_bytes` is the memory that inputs computed once take. `mix` mixes a batch's images with each other and their
-    labels, which become shares of the classes [B, classes].
+    labels, which become shares of the classes [B, classes]; each image is mixed with the one before it. `weights` are
+    the factors per class by which the loss of a batch is a weighted mean.
     """
 
     network: nn.Module
@@ -42,6 +44,13 @@ class Objective:
     val_labels: Tensor | None
     kept_bytes: int = 0
     mix: Mix | None = None
+    weights: Tensor | None = None
+
+    def share_of_loss(self, target: Tensor, labels: Tensor) -> Tensor | float:
+        """Return by what the loss of some images (`target`) counts in that of their batch (`labels`)."""
+        if self.weights is None or target.ndim == 2:  # with shares of classes, torch divides by the images
+            return len(target) / len(labels)
+        return self.weights[target].sum() / self.weights[labels].sum()
 
 
 def make_objective(
@@ -72,6 +81,8 @@ def make_objective(
         facts = (tuple(images.pixels.shape), images.distinct)
         views = tuple(replace(images, pixels=View(augment, *facts, epoch)) for epoch in range(1, turns + 1))
     labels, val_labels = images.labels.to(device), None if val is None else val.labels.to(device)
+    weights = class_weights(images.labels, head_outputs(model) or 0, config.class_weights)
+    weights = None if weights is None else weights.to(device)
     loss = make_loss(images.labels, head_outputs(model) or 0, config, device)
     if sees_features(model, config):
         kept = {} if features is None else features
@@ -79,12 +90,14 @@ def make_objective(
             if parts and name not in kept:
                 kept[name] = torch.cat([features_of(model, part, compute) for part in parts])
         train = kept["train"].split(len(images))
-        return _on_kept(model.get_classifier(), train, kept.get("val"), labels, val_labels, loss, device)  # type: ignore[operator]
+        head: Any = model.get_classifier()  # type: ignore[operator]
+        return replace(_on_kept(head, train, kept.get("val"), labels, val_labels, loss, device), weights=weights)
     asked = views if val is None else (*views, val)
     prefix = _prefix(model, asked, compute, config, on_warning)
     if prefix is not None:
         train, rest = prefix.entering[: len(views)], prefix.entering[len(views) :]
-        return _on_kept(prefix.tail, train, rest[0] if rest else None, labels, val_labels, loss, device)
+        task = _on_kept(prefix.tail, train, rest[0] if rest else None, labels, val_labels, loss, device)
+        return replace(task, weights=weights)
 
     def inputs(indices: Tensor, epoch: int) -> Tensor:
         pixels = augment(indices, _turn(epoch, turns)) if augment else images.pixels[indices]
@@ -95,7 +108,8 @@ def make_objective(
         return val.normalised(val.pixels[indices], device)
 
     mix = mixing(config, images.labels, head_outputs(model) or 0)
-    return Objective(network, inputs, labels, loss, None if val is None else val_inputs, val_labels, mix=mix)
+    seen = None if val is None else val_inputs
+    return Objective(network, inputs, labels, loss, seen, val_labels, mix=mix, weights=weights)
 
 
 def mixing(config: TrainConfig, labels: Tensor, classes: int) -> Mix | None:
@@ -184,12 +198,14 @@ def sees_features(model: nn.Module, config: TrainConfig) -> bool:
 def features_of(model: Any, images: Images, compute: Compute, batch_size: int = 64) -> Tensor:
     """Return what enters the head, [N, width] in float32 on the device that computes; the model must be there."""
     model.eval()
+
+    def entering(batch: slice) -> Tensor:
+        x = images.normalised(images.pixels[batch]).to(compute.device)
+        found: Tensor = model.forward_head(model.forward_features(x), pre_logits=True).float()
+        return found
+
     with torch.no_grad(), compute.autocast():
-        parts = [
-            model.forward_head(model.forward_features(x.to(compute.device)), pre_logits=True).float()
-            for x, _ in images.batches(batch_size)
-        ]
-    return torch.cat(parts)
+        return in_shares(len(images), batch_size, entering)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from visgraft.core.attached import get_attached
 from visgraft.core.finding import find_sites
 from visgraft.data.images import Images
 from visgraft.errors import SiteError
+from visgraft.executors import distributed
 from visgraft.measure.precision import Compute
 
 MEMORY_SHARE = 0.25
@@ -255,10 +256,14 @@ def _is_tail(tail: Tail, x: Tensor, entering: Tensor) -> bool:
 
 
 def _home(needed: int, device: torch.device) -> torch.device | None:
-    """Return where so many bytes take no more than their share of the free memory: the device, the CPU, or nowhere."""
-    if device.type == "cuda" and needed <= MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]:
-        return device
-    return torch.device("cpu") if needed <= MEMORY_SHARE * psutil.virtual_memory().available else None
+    """Return where so many bytes take no more than their share of the free memory: the device, the CPU, or nowhere.
+
+    Of several processes each holds them, so those of a machine share its memory, and all agree on one place.
+    """
+    on_host = needed * distributed.count_here() <= MEMORY_SHARE * psutil.virtual_memory().available
+    on_device = device.type == "cuda" and needed <= MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]
+    place = distributed.least(2 if on_device else 1 if on_host else 0)
+    return (None, torch.device("cpu"), device)[place]
 
 
 def run_prefix(
@@ -274,6 +279,7 @@ def run_prefix(
 
     Returns:
         What it gives; None where no whole block is frozen before the first trained one; or why that is not kept.
+        Several processes each run their share of the images, and all of them hold what it gives for all images.
     """
     device = compute.device
     x = parts[0].normalised(parts[0].pixels[:TRACED], device)
@@ -285,7 +291,7 @@ def run_prefix(
             return f"{module} is random while training"
         with torch.no_grad():
             tail, entering = Tail(model, cut, x), enter(model, cut, x)
-            if not _is_tail(tail, x, entering):
+            if not distributed.least(_is_tail(tail, x, entering)):
                 return f"{type(model).__name__} does not give the same from block {cut.number + 1} on alone"
     needed = entering[0].nbytes * sum(map(len, parts))
     home = _home(needed, device)
@@ -295,8 +301,11 @@ def run_prefix(
     kept = tuple(torch.empty(len(part), *entering.shape[1:], dtype=entering.dtype, device=home) for part in parts)
     with torch.no_grad(), compute.autocast():
         for part, rows in zip(parts, kept, strict=True):
-            batches = part.batches(min(batch_size, part.distinct))
-            _fill(rows, (enter(model, cut, x.to(device)) for x, _ in batches), part.distinct)
+            batches = distributed.batches_of(part.distinct, batch_size)
+            for batch in batches[distributed.own_share(len(batches))]:
+                rows[batch] = enter(model, cut, part.normalised(part.pixels[batch]).to(device))
+            distributed.gather(rows, distributed.rows_of_shares(batches))
+            _repeat(rows, part.distinct)
     return Prefix(tail, kept)
 
 
@@ -309,12 +318,7 @@ def seconds_per_image(tail: Tail, images: Images, compute: Compute, batch_size: 
     return (time.perf_counter() - begin) / len(x)
 
 
-def _fill(rows: Tensor, batches: Iterator[Tensor], distinct: int) -> None:
-    """Fill rows batch by batch, from `distinct` on with those that they repeat."""
-    done = 0
-    while done < distinct:
-        batch = next(batches)
-        rows[done : done + len(batch)] = batch
-        done += len(batch)
-    for start in range(done, len(rows), done):
-        rows[start : start + done] = rows[: min(done, len(rows) - start)]
+def _repeat(rows: Tensor, distinct: int) -> None:
+    """Fill rows from `distinct` on with those that they repeat."""
+    for start in range(distinct, len(rows), distinct):
+        rows[start : start + distinct] = rows[: min(distinct, len(rows) - start)]

@@ -3,12 +3,14 @@
 import contextlib
 import dataclasses
 import hashlib
+import json
 import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ from visgraft.data.identity import content_digests, file_digest
 from visgraft.data.images import Images, Loading, load_images
 from visgraft.data.read import AnySource, read_data
 from visgraft.errors import Interrupted, TrainingDiverged, VisgraftError
+from visgraft.executors import distributed
+from visgraft.executors.distributed import ProcessLost
 from visgraft.files import check_target
 from visgraft.measure.evaluation import evaluate
 from visgraft.measure.measuring import figures_of, sizes_of, skipped_of
@@ -95,12 +99,14 @@ def train_folder(
         TrainingDiverged: after writing the last good state, where an epoch was completed.
         VisgraftError: the data, the backbone, an option or `out` cannot be used.
     """
-    check_target(out, CONFIG)
+    if distributed.is_first():
+        check_target(out, CONFIG)
     check_start(init_from, train_config)
     dataset = read_and_check(data, split, watch)
     train_config = replace(train_config, precision=resolve_precision(train_config.precision))
     run = _facts(dataset, backbone, method_config, train_config, split, loading) | {"init_from": str(init_from)}
-    state = _find_state(out, run, resume, watch)
+    distributed.check_alike(sha256(json.dumps(run, sort_keys=True).encode()).hexdigest(), "options or images")
+    state = distributed.from_first(lambda: _find_state(out, run, resume, watch))
     model = create_backbone(backbone, len(dataset.classes), train_config.drop_path)
     counts = count_parameters(model)
     _warn_of_shapes(dataset, backbone, model, watch)
@@ -115,7 +121,8 @@ def train_folder(
     kept = {**_record(dataset, split, train_config, loading.background or "white"), **(record or {})}
 
     def write(**more: Any) -> None:
-        save(model, out, classes=dataset.classes, record=kept | more)
+        if distributed.is_first():
+            save(model, out, classes=dataset.classes, record=kept | more)
 
     show = _watched(watch, lambda: faster_options(model, backbone, method_config, train_config, init_from is None))
 
@@ -123,7 +130,7 @@ def train_folder(
     fitted = _train(model, learn, train_config.epochs, out, run, state, write, watch)
     figures, costs = _conclude(model, out, fitted, val, train_config.precision, write, watch)
     what: dict[str, Any] = {"adapter": str(out), "method": method_config.method, "backbone": backbone.name}
-    sizes = {**sizes_of(model, out), "params_backbone": counts.total - counts.head}
+    sizes = {**distributed.from_first(lambda: sizes_of(model, out)), "params_backbone": counts.total - counts.head}
     told = _told(costs, train_config, dataset, images, val)
     return what | {"split": "val" if val else None} | figures | sizes | told
 
@@ -178,6 +185,8 @@ def _watched(watch: Watch, options: Callable[[], list[tuple[str, float]]]) -> Ca
 def _finish(out: Path, again: str, write: Callable[[], None]) -> None:
     """Write the adapter and remove the state; where the disk is full, say that the state is still there."""
     file = state_file(out)
+    if not distributed.is_first():
+        return
     try:
         write()
     except VisgraftError as error:
@@ -322,7 +331,7 @@ def _train(
 
     def keep(new: TrainState) -> None:
         kept.state = new
-        if time.monotonic() - kept.written >= STATE_SECONDS:
+        if distributed.is_first() and time.monotonic() - kept.written >= STATE_SECONDS:
             write_state(file, new, run)
             kept.written = time.monotonic()
 
@@ -332,11 +341,15 @@ def _train(
         raise _keep_last_good(error, file, write, out) from None
     except KeyboardInterrupt:
         raise _interrupted(model, kept.state, run, out, write, epochs, watch.again) from None
+    except ProcessLost as error:
+        rest = _interrupted(model, kept.state, run, out, write, epochs, watch.again)
+        raise ProcessLost(f"{error}: {rest}") from error
 
 
 def _keep_last_good(error: TrainingDiverged, file: Path, write: Callable[..., None], out: Path) -> TrainingDiverged:
     """Write the last good state, where an epoch was completed, and return the error that says so."""
-    file.unlink(missing_ok=True)  # going on from it would only diverge again
+    if distributed.is_first():
+        file.unlink(missing_ok=True)  # going on from it would only diverge again
     if not error.last_good_epoch:
         return TrainingDiverged(f"{error}; nothing was written, as no epoch was completed", 0)
     write(diverged_after_epoch=error.last_good_epoch)
@@ -355,6 +368,8 @@ def _interrupted(
     """Write the state, and the adapter unless there is one already; return the error that says how to go on."""
     if state is None or not state.epoch:
         return Interrupted("interrupted before the first epoch was complete; nothing was written")
+    if not distributed.is_first():
+        return Interrupted(f"interrupted after epoch {state.epoch} of {epochs}")
     write_state(state_file(out), state, run)
     usable = ""
     if not out.exists():
