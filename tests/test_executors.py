@@ -84,18 +84,18 @@ def test_a_job_whose_process_ends_is_told_and_takes_no_other() -> None:
     assert ended["1"] == 4 and "ended with code 7" in ended["0"]
 
 
-@pytest.mark.parametrize("kind", ["processes", "ray"])
+@pytest.mark.parametrize("kind", ["processes", pytest.param("ray", marks=pytest.mark.long)])
 def test_a_process_is_kept_for_the_next_job_where_that_is_asked_for(kind: str, request: pytest.FixtureRequest) -> None:
     if kind == "ray":
         request.getfixturevalue("cluster")
 
     def places(fresh: bool) -> set[int]:
         executor = choose_executor(kind, 1, fresh=fresh)
-        return {event.value for event in ran(executor, *[place] * 6) if event.kind == "done"}
+        return {event.value for event in ran(executor, *[place] * 4) if event.kind == "done"}
 
-    assert len(places(fresh=True)) == 6
+    assert len(places(fresh=True)) == 4
     kept = len(places(fresh=False))
-    assert kept == 1 if kind == "processes" else kept < 6  # Ray gives a job to any process that it has
+    assert kept == 1 if kind == "processes" else kept < 4  # Ray gives a job to any process that it has
 
 
 def test_a_process_that_ends_is_replaced_where_processes_are_kept() -> None:

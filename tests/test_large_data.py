@@ -186,6 +186,11 @@ def test_a_parquet_table_reads_as_the_csv_of_the_same_rows(tmp_path: Path) -> No
         read_data(file)
 
 
+def test_a_parquet_table_that_is_not_there_says_so(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nothing\.parquet does not exist; give the path of a \.parquet file"):
+        read_data(tmp_path / "nothing.parquet")
+
+
 def test_a_state_keeps_digests_of_folders_where_there_are_very_many_images(many: Path) -> None:
     def facts() -> dict[str, object]:
         some = (Backbone("vit_tiny_patch16_224"), LoRAConfig(), TrainConfig(), Split(), Loading())

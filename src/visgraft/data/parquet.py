@@ -22,6 +22,8 @@ def open_parquet(path: Path) -> Any:
         raise DataError(f"{path} needs pyarrow to be read; pip install 'visgraft[parquet]', or pass a .csv") from error
     try:
         return pyarrow.parquet.ParquetFile(path)
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist; give the path of a .parquet file") from error
     except (OSError, pyarrow.ArrowException) as error:
         raise _unreadable(path, error) from error
 

@@ -257,7 +257,9 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int, bytes]
                 if not member.isreg() or not key or is_hidden(os.path.basename(key)) or key.startswith("__"):
                     continue
                 if member.issparse():
-                    raise DataError(f"{path}: {member.name} is stored with gaps; pack the shard without --sparse")
+                    raise DataError(
+                        f"{path}: {member.name} is stored with gaps; pack the shard anew, without sparse files"
+                    )
                 if key != current and members:
                     yield current, members
                     members = {}
