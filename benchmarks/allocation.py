@@ -24,8 +24,8 @@ from step_time import make_step
 
 from visgraft import attach
 from visgraft.backbones.creation import Backbone, create_backbone
-from visgraft.core.registry import get_method
 from visgraft.measure.precision import frozen_weights_in_bf16, unfused_attention
+from visgraft.methods import get_method
 from visgraft.training.allocation import freed_memory_kept
 
 STEPS = 9

@@ -31,8 +31,8 @@ SETTINGS: dict[str, tuple[str, int, str, dict[str, Any]]] = {
 def arguments(name: str, image_size: int) -> dict[str, Any]:
     """Return the arguments that the forecast and the training share."""
     from visgraft import Backbone
-    from visgraft.core.registry import get_method
     from visgraft.data.images import Loading
+    from visgraft.methods import get_method
 
     method, epochs, cache, changes = SETTINGS[name]
     kind = get_method(method)

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 import visgraft
 from visgraft.adapters.directory import adapter_tensors
-from visgraft.core.registry import get_method
 from visgraft.errors import SiteError
 from visgraft.export.merge import why_not_merged
+from visgraft.methods import get_method
 from visgraft.methods.salience import salient_channels_at
 
 CLASSES = 100

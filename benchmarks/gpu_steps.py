@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import visgraft
-from visgraft.core.registry import get_method
 from visgraft.measure.precision import frozen_weights_in_bf16, unfused_attention
+from visgraft.methods import get_method
 
 STEPPING = ("sct", "alore", "lora", "ssf", "bitfit", "adaptformer", "full", "linear")
 SHAPES = [

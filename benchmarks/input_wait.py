@@ -18,8 +18,8 @@ import torch
 from conformal_clip_data import textile_simulated_root
 
 import visgraft
-from visgraft.core.registry import get_method
 from visgraft.data.images import load_images
+from visgraft.methods import get_method
 
 BACKBONE = "vit_small_patch14_dinov2"
 AUGMENT = "rand-m9-mstd0.5-inc1"

@@ -32,8 +32,8 @@ from PIL import Image
 import visgraft
 from visgraft import files
 from visgraft.adapters.directory import TENSORS
-from visgraft.core.registry import get_method
 from visgraft.export.plain import merge_adapter, reopen_plain
+from visgraft.methods import get_method
 from visgraft.training import run as training
 from visgraft.training.resume import state_file
 from visgraft.training.run import train_folder

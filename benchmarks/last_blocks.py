@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from visgraft.backbones.creation import Backbone, create_backbone
 from visgraft.core.attach import attach
-from visgraft.core.registry import get_method
 from visgraft.measure.precision import frozen_weights_in_bf16, unfused_attention
+from visgraft.methods import get_method
 from visgraft.training.allocation import freed_memory_kept
 from visgraft.training.prefix import Tail, enter, find_cut
 

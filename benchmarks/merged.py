@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import visgraft
-from visgraft.core.registry import get_method
 from visgraft.export.plain import save_plain
+from visgraft.methods import get_method
 
 BACKBONES = "vit_small_patch16_224,vit_base_patch16_224,swin_tiny_patch4_window7_224"
 METHODS = "alore,lora,repadapter,ssf,sct"

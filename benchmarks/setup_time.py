@@ -24,8 +24,8 @@ from torch import nn
 
 import visgraft
 from visgraft.adapters.directory import CONFIG
-from visgraft.core.registry import get_method
 from visgraft.export.merge import folded
+from visgraft.methods import get_method
 
 METHODS = "alore,lora,repadapter,ssf,sct"
 OPTIONS: dict[str, dict[str, Any]] = {"sct": {"mode": "mlp", "score": "random"}}  # its mode attn does not merge

@@ -36,9 +36,9 @@ from torch.utils._pytree import tree_leaves
 from visgraft.backbones.creation import Backbone, create_backbone
 from visgraft.core.attach import attach
 from visgraft.core.finding import find_sites
-from visgraft.core.registry import get_method, list_methods
 from visgraft.errors import SiteError
 from visgraft.measure.precision import frozen_weights_in_bf16, unfused_attention
+from visgraft.methods import get_method, list_methods
 from visgraft.training.allocation import freed_memory_kept
 
 
