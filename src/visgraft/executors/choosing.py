@@ -48,7 +48,7 @@ def choose_executor(
 
         if cpus is not None and cpus < 1:
             raise VisgraftError(f"{cores} is {cpus}, but must be 1 or more")
-        if gpus is not None and not (0 <= gpus <= 1 or gpus == int(gpus)):
+        if gpus is not None and not (0 <= gpus <= 1 or (gpus > 1 and float(gpus).is_integer())):
             raise VisgraftError(f"{cards} is {gpus:g}, but must be from 0 to 1, or a whole number")
         return OnRay(on if by_address else None, 1 if cpus is None else cpus, gpus, workers, fresh, each)
     if cpus is not None or gpus is not None:
