@@ -27,14 +27,16 @@ def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_folder_is_copied_once_and_verified(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched, fetch = list[str](), mirror_module._fetch
-    monkeypatch.setattr(mirror_module, "_fetch", lambda url, target: (fetched.append(url), fetch(url, target)))
+    monkeypatch.setattr(mirror_module, "_fetch", lambda url, *rest: (fetched.append(url), fetch(url, *rest)))
     root, copy = mirrored(there.as_uri().replace("%20", " "), ["colours"])
     assert root.name == "some images" and sorted(p.name for p in (root / "colours").iterdir()) == [
         "dark", "test", "train", "val"
     ]  # fmt: skip
     assert copy.local("colours") == root and len(fetched) == 1
+    mirrored(there.as_uri().replace("%20", " "), ["colours"])
+    assert len(fetched) == 1, "nothing has changed"
     (there / "colours" / "train" / "0_0.png").write_bytes(b"another")
-    assert copy.local("colours") == root and len(fetched) == 1, "what is here stays as it was"
+    assert copy.local("colours") == root and len(fetched) == 1, "what is here stays as it was while a command runs"
     shutil.rmtree(root.parent)
     with pytest.raises(DataError, match="holds other files in colours than when the command began; start it again"):
         copy.local("colours")
@@ -46,6 +48,29 @@ def test_a_copy_that_is_another_is_made_anew(there: Path) -> None:
     facts.write_text(facts.read_text().replace(next(iter(copy.digests.values())), "0" * 64))
     (root / "colours" / "train" / "0_0.png").unlink()
     assert copy.local() == root and (root / "colours" / "train" / "0_0.png").is_file()
+
+
+def test_a_changed_folder_is_copied_anew_and_leftovers_and_damage_do_no_harm(there: Path) -> None:
+    root, copy = mirrored(f"file://{there}")
+    left = root.parent / ".copy.killed"
+    left.mkdir()
+    facts = next(root.parent.glob("*.json"))
+    facts.write_text("{")
+    assert mirrored(f"file://{there}") == (root, copy) and not left.exists()
+    (there / "colours" / "train" / "0_0.png").unlink()
+    (there / "colours" / "train" / "0 [a].png").write_bytes(b"12")
+    again, changed = mirrored(f"file://{there}/")
+    assert again == root and changed.digests != copy.digests
+    assert (root / "colours" / "train" / "0 [a].png").read_bytes() == b"12"
+    assert not (root / "colours" / "train" / "0_0.png").exists()
+
+
+@pytest.mark.parametrize("end", ["/..", "/.", "/../..", ":///"])
+def test_an_address_without_a_folders_name_removes_nothing(end: str, there: Path) -> None:
+    root, _ = mirrored(f"file://{there}")
+    with pytest.raises(DataError, match="has no folder's name at its end"):
+        mirrored("file" + end if end.startswith(":") else f"file://{there}{end}")
+    assert (root / "colours").is_dir()
 
 
 def test_trials_read_their_own_copy(there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,6 +97,7 @@ def test_a_data_set_at_an_address_is_read_as_a_folder(there: Path) -> None:
     ("url", "said"),
     [
         ("memory://nothing", "memory://nothing is no folder; check the address"),
+        ("https://host/pics", "https://host/pics cannot be copied, as nobody can list what is below it"),
         ("s3://bucket/pics", "s3://bucket/pics needs one more package to be read; run pip install s3fs"),
         ("nosuch://pics", "nosuch://pics cannot be opened"),
     ],

@@ -66,7 +66,7 @@ def test_parts_hold_what_one_table_holds(given: list[Any], whole: Path) -> None:
     code, printed, err = run(*given)
     assert code == 0 and err == ""
     assert printed.startswith(f"{out}: all 7 parts are there, 40 images × 2 adapters; 7 written now, ")
-    assert sorted(content(out)) == [*(f"part-{number:06}.parquet" for number in range(7)), "predict.json"]
+    assert sorted(content(out)) == ["_predict.json", *(f"part-{number:06}.parquet" for number in range(7))]
     same(rows_in(out), rows_in(whole))
     before = content(out)
     code, printed, _ = run(*given, "--json")
@@ -172,7 +172,7 @@ def test_broken_images_are_told_of(adapters: dict[str, Path], pictures: list[Pat
     line = refused(*given)
     assert "part 1: " in line and "is not a readable image" in line and "with --skip-broken" in line
     assert "the parts that are written stay, and the same command goes on" in line
-    assert sorted(content(out)) == ["part-000000.parquet", "predict.json"]
+    assert sorted(content(out)) == ["_predict.json", "part-000000.parquet"]
     code, printed, err = run(*given, "--skip-broken")
     assert code == 0 and "all 3 parts are there, 9 images × 2 adapters; 2 written now" in printed
     assert "3 images are broken (their rows say why), the first of them:" in err and "lost.png" in err
@@ -280,7 +280,7 @@ def test_a_missing_package_is_no_broken_image(
     monkeypatch.setitem(sys.modules, "s3fs", None)
     stdin = "s3://bucket/a.png\ns3://bucket/b.png\n"
     line = refused(adapters["linear"], "-", "--skip-broken", "--out", tmp_path / "answers", stdin=stdin)
-    assert "run pip install s3fs" in line and sorted(content(tmp_path / "answers")) == ["predict.json"]
+    assert "run pip install s3fs" in line and sorted(content(tmp_path / "answers")) == ["_predict.json"]
 
 
 # What a user may get wrong
@@ -295,9 +295,9 @@ def test_a_missing_package_is_no_broken_image(
         (["--shard", "1/3", "--out", "{TMP}/t.csv"], "--shard is for answers in parts; give a folder: --out FOLDER"),
         (["--part-size", "3", "--out", "{TMP}/t.parquet"], "--part-size is for answers in parts"),
         (["--workers", "3", "--out", "{TMP}/t.parquet"], "--workers is for answers in parts"),
-        (["--out", "{TMP}/file"], "file exists and is not an earlier result (predict.json is missing)"),
-        (["--out", "{TMP}/full"], "full exists and is not an earlier result (predict.json is missing)"),
-        (["--out", "{TMP}/damaged"], "predict.json is damaged"),
+        (["--out", "{TMP}/file"], "file exists and is not an earlier result (_predict.json is missing)"),
+        (["--out", "{TMP}/full"], "full exists and is not an earlier result (_predict.json is missing)"),
+        (["--out", "{TMP}/damaged"], "_predict.json is damaged"),
         (["--out", "{TMP}/t.tsv"], "must be a file that ends in .csv or .parquet, or a folder for parts"),
         (["--out", "/proc/answers"], "/proc/answers cannot be written"),
         (["--on", "rya"], "--on is 'rya', but must be here, processes, ray or ray://HOST:PORT; did you mean ray?"),
@@ -316,7 +316,7 @@ def test_mistakes_are_one_line(
     for name in ("full", "damaged"):
         (tmp_path / name).mkdir()
     (tmp_path / "full" / "note.txt").write_text("mine")
-    (tmp_path / "damaged" / "predict.json").write_text("{")
+    (tmp_path / "damaged" / "_predict.json").write_text("{")
     options = [option.format(TMP=tmp_path) for option in options]
     out = [] if "--out" in options else ["--out", tmp_path / "answers"]
     assert says in refused(adapters["linear"], pictures[0], *options, *out)

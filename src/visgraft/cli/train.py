@@ -238,8 +238,14 @@ def _forecast(images: Any, out: Path, whole: Mapping[str, Any], json: bool) -> N
 
 def _place(folds: int, on: str | None, workers: int | None, cpus: int | None, gpus: float | None) -> Any:
     """Return the executor of the folds; None: one after another in this process."""
+    from visgraft.executors.distributed import is_launched
+
     given = {"--on": on, "--workers": workers, "--cpus-per-trial": cpus, "--gpus-per-trial": gpus}
     named = next((name for name, value in given.items() if value is not None), None)
+    if named is not None and is_launched():
+        raise VisgraftError(
+            f"{named} does not go with several processes of one training; cross-validate in a command alone"
+        )
     if named is not None and not folds:
         raise VisgraftError(f"{named} says where the trainings of --folds run; leave it out, or add --folds 5")
     return given_executor(on, workers, cpus, gpus, "visgraft.training.folds")

@@ -146,6 +146,9 @@ class Examples(Sequence[Example]):
             return NotImplemented
         return len(self) == len(other) and all(one == another for one, another in zip(self, other, strict=True))
 
+    def __add__(self, other: Iterable[Example]) -> tuple[Example, ...]:
+        return (*self, *other)
+
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:

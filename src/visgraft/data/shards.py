@@ -5,13 +5,16 @@ images costs the same and a run can go on where it stopped. Shards elsewhere are
 numbers, names or JSON, and nothing from a shard is ever unpickled or run.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import tarfile
 import time
+import zipfile
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +41,7 @@ from visgraft.errors import DataError, nearest
 from visgraft.files import WDS_PREFIX, cache_folder, new_file
 
 LABEL, FIELD = "cls", "label"
+LONGEST_LABEL = 1000  # characters
 SETTLED = 2.0  # seconds after its last change from which on a file's times tell whether it changes again
 _DEFAULT_SPLIT = Split()
 
@@ -163,7 +167,8 @@ def _expanded(pattern: str, where: str) -> list[str]:
         found = list(expand_urls(pattern))
     except Exception as error:  # of the library's own kinds
         raise DataError(f"{where} is no pattern of shards ({error}); close its braces") from error
-    twice = listed({name for name in found if found.count(name) > 1})
+    counts = Counter(name if is_url(name) else os.path.realpath(name) for name in found)
+    twice = listed(name for name, count in counts.items() if count > 1)
     if twice:
         raise DataError(f"{where} names a shard twice: {twice}; name each once")
     return found
@@ -202,7 +207,7 @@ def _indexed(path: Path, field: str) -> ShardIndex:
     key = json.dumps([str(path.absolute()), field, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns])
     file = cache_folder() / "shards" / f"{hashlib.sha256(key.encode('utf-8', 'surrogateescape')).hexdigest()[:32]}.npz"
     names = ("block", "ends", "offsets", "sizes", "label_block", "label_ends")
-    if file.is_file():
+    with contextlib.suppress(OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):  # absent or damaged
         with np.load(file, allow_pickle=False) as kept:
             block, ends, offsets, sizes, label_block, label_ends = (kept[name] for name in names)
         return ShardIndex(Texts.kept(block, ends), offsets, sizes, Texts.kept(label_block, label_ends))
@@ -282,8 +287,8 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int, bytes]
 def _label(members: dict[str, tuple[int, int, bytes]], field: str, where: str) -> str:
     """Return the text of a sample's label."""
     if LABEL in members and not field:
-        text = members[LABEL][2].decode("utf-8", "replace").strip()
-        if not text or "\n" in text or "\ufffd" in text:
+        text = members[LABEL][2].decode("utf-8-sig", "replace").strip()
+        if not text or len(text) > LONGEST_LABEL or "\ufffd" in text or not text.isprintable():
             raise DataError(f"{where} has a .{LABEL} that is not one line of text; write a number or a name there")
         return text
     if "json" not in members:

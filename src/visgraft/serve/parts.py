@@ -21,7 +21,7 @@ from visgraft.serve.part import Question, answer_part
 from visgraft.serve.tables import ERROR, check_pyarrow
 from visgraft.version import __version__
 
-MARKER = "predict.json"
+MARKER = "_predict.json"  # pyarrow and others pass over what begins so when they read the folder as one table
 MOST_NAMED = 5
 LOG = logging.getLogger(__name__)
 
@@ -44,7 +44,9 @@ def open_parts(out: Path, question: Question, images: ImageList) -> None:
         VisgraftError: it is another run's, or something else, or cannot be written.
     """
     check_pyarrow(out)
-    check_target(out, MARKER)
+    if out.exists() and not out.is_dir():
+        check_target(out, MARKER)
+    check_writable(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -52,6 +54,7 @@ def open_parts(out: Path, question: Question, images: ImageList) -> None:
     check_writable(out / MARKER)
     facts = _facts(question, images)
     with one_at_a_time(out):
+        check_target(out, MARKER)
         if not (out / MARKER).exists():
             write_json(out / MARKER, {"visgraft": __version__, **facts})
             return
