@@ -68,6 +68,9 @@ def test_parts_hold_what_one_table_holds(given: list[Any], whole: Path) -> None:
     assert printed.startswith(f"{out}: all 7 parts are there, 40 images × 2 adapters; 7 written now, ")
     assert sorted(content(out)) == ["_predict.json", *(f"part-{number:06}.parquet" for number in range(7))]
     same(rows_in(out), rows_in(whole))
+    import pyarrow.parquet
+
+    assert pyarrow.parquet.read_table(out).num_rows == 80, "the folder is one table to whoever reads such folders"
     before = content(out)
     code, printed, _ = run(*given, "--json")
     assert code == 0 and content(out) == before
