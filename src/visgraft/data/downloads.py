@@ -13,7 +13,7 @@ SCHEMES = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "hf")
 PIECE = 2**20  # bytes
 
 
-def is_url(name: str) -> bool:
+def is_remote(name: str) -> bool:
     """Whether a name is a URL rather than a path.
 
     Raises:

@@ -35,7 +35,7 @@ from visgraft.data.dataset import (
     match_classes,
 )
 from visgraft.data.decode import image_extensions, is_hidden
-from visgraft.data.downloads import download, is_url
+from visgraft.data.downloads import download, is_remote
 from visgraft.data.examples import Coded, Columns, Examples, Texts
 from visgraft.errors import DataError, nearest
 from visgraft.files import WDS_PREFIX, cache_folder, new_file
@@ -167,7 +167,7 @@ def _expanded(pattern: str, where: str) -> list[str]:
         found = list(expand_urls(pattern))
     except Exception as error:  # of the library's own kinds
         raise DataError(f"{where} is no pattern of shards ({error}); close its braces") from error
-    counts = Counter(name if is_url(name) else os.path.realpath(name) for name in found)
+    counts = Counter(name if is_remote(name) else os.path.realpath(name) for name in found)
     twice = listed(name for name, count in counts.items() if count > 1)
     if twice:
         raise DataError(f"{where} names a shard twice: {twice}; name each once")
@@ -192,7 +192,7 @@ def _parts(shards: Sequence[str], where: str, measured: bool) -> list[str]:
 
 def _local(name: str) -> Path:
     """Return the file of a shard, which is downloaded where it is a URL."""
-    if is_url(name):
+    if is_remote(name):
         return download(name)
     path = Path(name)
     if not path.is_file():
