@@ -172,7 +172,7 @@ MUTATIONS: dict[str, tuple[Callable[[Path], None], str]] = {
     "config not JSON": (raw(CONFIG, lambda data: data[:-20]), "damaged"),
     "config not UTF-8": (raw(CONFIG, lambda data: b"\xff" + data), "damaged"),
     "config a list": (raw(CONFIG, lambda _: b"[1, 2]"), "format version None"),
-    "newer format": (edit(format_version=2), "format version 2"),
+    "newer format": (edit(format_version=3), "format version 3"),
     "no format": (edit(format_version=None), "format version None"),
     "no method": (edit(method=None), "'method' is missing"),
     "unknown method": (edit(method="mine"), "import the module that registers it first"),

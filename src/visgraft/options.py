@@ -205,6 +205,11 @@ class TrainConfig(Options):
     class_weights: str = option(
         "none", "factor per class in the loss: balanced, inverse to its images, or its square root", WEIGHTINGS
     )
+    task_weights: tuple[str, ...] | None = option(
+        None,
+        "NAME=WEIGHT of tasks in the loss, e.g. reading=2; none: what a constant answer costs counts alike",
+        younger=True,
+    )
     sampler: str = option("shuffle", "every image once, or drawn so that classes come equally often", SAMPLERS)
     drop_path: float = option(0.0, "stochastic depth: the last block's rate, rising linearly from 0")
     flip: bool = option(False, "flip training images left to right with probability 0.5")

@@ -7,14 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+
 from visgraft.adapters.canary import Canary, check_facts
 from visgraft.backbones.creation import KINDS, Backbone
 from visgraft.data.dataset import Split
+from visgraft.data.tasks import LabelTask, outputs_of, task_answers
 from visgraft.errors import AdapterError, VisgraftError
 from visgraft.methods import get_method
 from visgraft.options import MethodConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION, TASKS_VERSION = 1, 2
+"""The second is that of adapters with several tasks, which earlier versions would answer wrongly."""
 PRECISIONS = ("float64", "float32", "bfloat16", "float16")
 Facts = Mapping[str, Any]
 """Plain JSON values by name."""
@@ -33,7 +37,7 @@ class AdapterRecord:
         own: names of the backbone's own tensors that train though the method does not train them.
         data_config: timm's facts on how images are prepared: size, interpolation, mean, std, crop.
         classes: names of the outputs, in order; empty where they were not named.
-        task: whether an image has one class, or any number of them.
+        task: whether an image has one class, or any number of them, or labels for several `tasks`.
         precision: `fp32` or `bf16`, as in training, so that figures compare.
         background: the colour behind transparent places, by name or as #rrggbb; None: not known.
         split: how the images were divided where their source did not say; None: not known.
@@ -42,6 +46,7 @@ class AdapterRecord:
         facts: all that is stored of the training: options, history, figures, costs.
         versions: of Python and the libraries that wrote it.
         canary: what it answered to a seeded picture when it was saved; None: not known.
+        tasks: what the outputs answer, in order, where that is not one label: several, or a number.
     """
 
     method: MethodConfig
@@ -52,7 +57,7 @@ class AdapterRecord:
     own: tuple[str, ...]
     data_config: Facts
     classes: tuple[str, ...]
-    task: Literal["one_class", "several_classes"]
+    task: Literal["one_class", "several_classes", "several_tasks"]
     precision: str
     background: str | None
     split: Split | None
@@ -61,6 +66,13 @@ class AdapterRecord:
     facts: Facts = field(default_factory=dict)
     versions: Facts = field(default_factory=dict)
     canary: Canary | None = None
+    tasks: tuple[LabelTask, ...] = ()
+
+    def answers(self, logits: Tensor) -> Tensor:
+        """Return what outputs [..., outputs] say: probabilities, and, with several tasks, numbers in their units."""
+        if self.tasks:
+            return task_answers(logits, self.tasks)
+        return logits.sigmoid() if self.multi_label else logits.softmax(-1)
 
     @property
     def multi_label(self) -> bool:
@@ -87,7 +99,7 @@ class AdapterRecord:
         told = {"digest_precision": self.digest_precision} if self.digest_precision != "float32" else {}
         told |= {"own": list(self.own)} if self.own else {}  # type: ignore[dict-item]
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": TASKS_VERSION if self.tasks else FORMAT_VERSION,
             "method": self.method.method,
             "method_config": self.method.to_dict(),
             "backbone": {**self.backbone.to_dict(), "num_classes": self.outputs, "digest": self.digest, **told},
@@ -137,15 +149,19 @@ class AdapterRecord:
             kept = {each.name for each in dataclasses.fields(Split)}
             told = {name: value for name, value in data.items() if name in kept}
             split = Split(**told) if told else None
+        with _damage(file, "record.data.tasks"):
+            tasks = tuple(LabelTask.from_json(task) for task in data.get("tasks", ()))
+            if tasks and outputs_of(tasks) != tuple(config["classes"]):
+                raise ValueError("the tasks do not have the outputs that the classes name")
         with _damage(file, "data_config"):
             check_facts(config["data_config"])
         with _damage(file, "canary"):
             canary = Canary.from_json(config["canary"]) if config.get("canary") is not None else None
         return cls(
             method, backbone, outputs, digest, precision, own, config["data_config"], tuple(config["classes"]),
-            "several_classes" if data.get("multi_label") else "one_class", facts.get("precision", "fp32"),
-            data.get("background"), split, data.get("fingerprint"), config.get("parameters", {}), facts,
-            config.get("versions", {}), canary,
+            "several_tasks" if tasks else "several_classes" if data.get("multi_label") else "one_class",
+            facts.get("precision", "fp32"), data.get("background"), split, data.get("fingerprint"),
+            config.get("parameters", {}), facts, config.get("versions", {}), canary, tasks,
         )  # fmt: skip
 
     def located(self, path: Path, weights: str | None = None) -> Backbone:
@@ -197,9 +213,9 @@ def _want(value: Any, kind: Any, file: Path, part: str) -> None:
 def _check_structure(config: Any, file: Path) -> None:
     """Raise an AdapterError where a config is no dictionary of this format with all its parts."""
     version = config.get("format_version") if isinstance(config, dict) else None
-    if version != FORMAT_VERSION:
+    if version not in (FORMAT_VERSION, TASKS_VERSION):
         raise AdapterError(
-            f"{file} has format version {version}, but this visgraft reads {FORMAT_VERSION}; update visgraft"
+            f"{file} has format version {version}, but this visgraft reads up to {TASKS_VERSION}; update visgraft"
         )
     kinds: dict[str, type] = {
         "method": str, "method_config": dict, "backbone": dict, "data_config": dict, "classes": list, "record": dict

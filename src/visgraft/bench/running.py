@@ -196,7 +196,7 @@ def measure(answers: Answers, classes: int) -> Measured:
         kept[:, present] = logits[:, present]
         logits = kept
     found = score(logits.softmax(-1), answers.labels, answers.seconds)
-    assert found.top1 is not None and found.top1_ci95 is not None
+    assert found.top1 is not None and found.top1_ci95 is not None and found.macro_f1 is not None
     return Measured(
         images=len(answers.labels),
         top1=found.top1,

@@ -7,6 +7,7 @@ from scipy.stats import binomtest
 
 from visgraft.check.findings import DatasetImage, FigureTable, Finding, class_counts, counted, readable, varied
 from visgraft.data.dataset import PARTS, Dataset, listed
+from visgraft.data.tasks import output_slices
 
 IMBALANCE = 5  # times as many images in the largest class as in the smallest
 FEW_IN_CLASS = 10
@@ -20,15 +21,28 @@ def class_table(dataset: Dataset) -> FigureTable:
     """Return the images of each class in each part, the largest class first."""
     parts = [class_counts(dataset, getattr(dataset, part)) for part in PARTS]
     totals = [sum(counts) for counts in zip(*parts, strict=True)]
-    order = sorted(range(len(totals)), key=lambda i: -totals[i])
+    order = sorted((i for own in class_outputs(dataset) for i in own), key=lambda i: -totals[i])
     rows = ((readable(dataset.classes[i]), *(counts[i] for counts in parts), totals[i]) for i in order)
     return FigureTable("Classes", ("class", *PARTS, "all"), tuple(rows))
 
 
 def class_findings(dataset: Dataset) -> list[Finding]:
-    """Find classes that are rare, alone or beside others, among the training images."""
-    counts = class_counts(dataset, dataset.train)
-    names = [readable(name) for name in dataset.classes]
+    """Find classes that are rare, alone or beside others of the same task, among the training images."""
+    return [finding for own in class_outputs(dataset) for finding in _findings_among(dataset, own)]
+
+
+def class_outputs(dataset: Dataset) -> list[range]:
+    """Return the numbers of the outputs of each task that asks for classes; without tasks, of all outputs."""
+    if not dataset.tasks:
+        return [range(len(dataset.classes))]
+    slices = zip(dataset.tasks, output_slices(dataset.tasks), strict=True)
+    return [range(own.start, own.stop) for task, own in slices if task.kind != "number"]
+
+
+def _findings_among(dataset: Dataset, own: range) -> list[Finding]:
+    """Find rare classes among the outputs `own`."""
+    counts = class_counts(dataset, dataset.train)[own.start : own.stop]
+    names = [readable(dataset.classes[number]) for number in own]
     findings = []
     largest, smallest = counts.index(max(counts)), counts.index(min(counts))
     ratio = counts[largest] / max(counts[smallest], 1)
@@ -55,7 +69,8 @@ def class_findings(dataset: Dataset) -> list[Finding]:
         )
     for part in ("val", "test"):
         examples = getattr(dataset, part)
-        absent = [name for name, count in zip(names, class_counts(dataset, examples), strict=True) if not count]
+        there = class_counts(dataset, examples)[own.start : own.stop]
+        absent = [name for name, count in zip(names, there, strict=True) if not count]
         if examples and absent:
             findings.append(
                 Finding(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from visgraft.data.dataset import PARTS, Dataset, Example
-from visgraft.data.examples import counts_by_class
+from visgraft.data.examples import classes_of, counts_by_class
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
@@ -113,8 +113,7 @@ def pictures(dataset: Dataset) -> list[DatasetImage]:
 
 def label_text(dataset: Dataset, example: Example) -> str:
     """Return the name of an image's class, or of all its classes."""
-    labels = example.label if isinstance(example.label, tuple) else (example.label,)
-    return ", ".join(dataset.classes[label] for label in labels) or "no class"
+    return ", ".join(dataset.classes[label] for label in classes_of(example.label)) or "no class"
 
 
 def class_counts(dataset: Dataset, examples: Iterable[Example]) -> list[int]:

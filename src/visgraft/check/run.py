@@ -70,7 +70,7 @@ def _shortcuts(
     on_progress: OnStage | None,
 ) -> tuple[list[Finding], FigureTable | None]:
     """Return the findings and figures of the probes, or a note where there can be none."""
-    if dataset.multi_label:
+    if dataset.multi_label or dataset.tasks:
         title = "shortcuts were not looked for: images may have several classes"
         return [Finding("not_probed", "note", title, "compare the classes' images yourself")], None
     probes = probe_shortcuts(shown, facts, _units(shown, copies), on_progress=on_progress)

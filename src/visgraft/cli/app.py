@@ -22,6 +22,7 @@ from visgraft.cli.arguments import (
     Part,
     Quiet,
     SkipBroken,
+    TaskFolders,
     Weights,
     source,
 )
@@ -70,6 +71,7 @@ def eval_(
     adapter: AdapterFolder,
     data: Data = None,
     csv: Csv = None,
+    task: TaskFolders = None,
     weights: Weights = None,
     split: Part = "test",
     cache: Cache = "auto",
@@ -87,7 +89,7 @@ def eval_(
     if split not in ("test", "val", "train", "all"):
         raise VisgraftError(f"--split is {split!r}, but must be test, val, train or all")
     loading = Loading(cache, skip_broken, background)
-    figures = eval_adapter(adapter, source(data, csv), weights=weights, part=split, loading=loading)
+    figures = eval_adapter(adapter, source(data, csv, task), weights=weights, part=split, loading=loading)
     if figures["classes_missing"]:
         names = listed(figures["classes_missing"])
         which = "" if split == "all" else f"{split} "

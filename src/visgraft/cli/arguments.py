@@ -1,5 +1,6 @@
 """Arguments and options that several verbs share."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,15 @@ Data = Annotated[
 Csv = Annotated[
     Path | None,
     typer.Option(help="table with the columns image_path, label[, split][, group]; DATA is then the images' folder"),
+]
+TaskFolders = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--task",
+        help="NAME=PLACE, again for each task: images of several places, each labelled for its own task",
+        rich_help_panel="Labels",
+        show_default=False,
+    ),
 ]
 SkipBroken = Annotated[bool, typer.Option("--skip-broken", help="leave out images that do not decode; list them")]
 Background = Annotated[
@@ -87,18 +97,22 @@ Quiet = Annotated[
 ]
 
 
-def source(data: str | None, csv: Path | None) -> Any:
+def source(data: str | None, csv: Path | None, tasks: Sequence[str] | None = None, labels: Any = None) -> Any:
     """Return what `read_data` reads.
 
     Raises:
-        DataError: neither is given.
+        DataError: nothing is named, or a task is not written as NAME=PLACE.
     """
     from visgraft.data.read import Source
     from visgraft.errors import DataError
 
-    if data is None and csv is None:
+    if data is None and csv is None and not tasks:
         raise DataError("there are no images to read; give a folder, a .csv file or hf:NAME_OR_PATH, or --csv FILE")
-    return Source(data, csv)
+    pairs = [(name.strip(), place) for name, _, place in (text.partition("=") for text in tasks or ())]
+    wrong = next((text for text, pair in zip(tasks or (), pairs, strict=True) if not all(pair)), None)
+    if wrong is not None:
+        raise DataError(f"--task {wrong} says no name and place; write --task NAME=FOLDER")
+    return Source(data, csv, labels, tuple(pairs))
 
 
 def given_executor(on: str | None, workers: int | None, cpus: int | None, gpus: float | None, module: str) -> Any:

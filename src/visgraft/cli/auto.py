@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from visgraft.cli.arguments import source
+from visgraft.cli.labels import TypedImages
 from visgraft.errors import VisgraftError
 from visgraft.options import AUTO, MethodConfig, TrainConfig, flag_of
 
@@ -60,12 +60,11 @@ class Chosen(NamedTuple):
     command: str
 
 
-def choose(data: str | None, csv: Path | None, out: Path, whole: Mapping[str, Any], asked: Asked, json: bool) -> Chosen:
+def choose(images: TypedImages, out: Path, whole: Mapping[str, Any], asked: Asked, json: bool) -> Chosen:
     """Compare methods and return the most accurate one as it is to be trained.
 
     Args:
-        data: the images, as typed.
-        csv: a table of them.
+        images: as typed.
         out: where the adapter will lie.
         whole: the backbone, and how images are divided and loaded, as `train_folder` takes them.
         asked: what else was given.
@@ -86,7 +85,7 @@ def choose(data: str | None, csv: Path | None, out: Path, whole: Mapping[str, An
     limited = asked.budget or asked.trials is None
     with loading_progress() as show_loading, comparison_progress() as show:
         found = compare(
-            source(data, csv), (AUTO,), backbone=whole["backbone"],
+            images.source(), (AUTO,), backbone=whole["backbone"],
             budget_seconds=parse_budget(asked.budget or BUDGET) if limited else None,
             spent_seconds=time.monotonic() - asked.begin, trials=asked.trials,
             epochs=epochs, seed=given.seed, precision=given.precision,
@@ -102,7 +101,7 @@ def choose(data: str | None, csv: Path | None, out: Path, whole: Mapping[str, An
     recipe = replace(recipe, precision=given.precision)
     progress_console.print(f"training {found.recommended} for {recipe.epochs} epochs into {out}")
     more = {"epochs": None if method.head_only else epochs, "precision": asked.values.get("precision")}
-    command = train_command(found, data, csv, whole["backbone"].weights, **options, out=out, **more)
+    command = train_command(found, images, whole["backbone"].weights, **options, out=out, **more)
     return Chosen(method, recipe, {"chosen": _kept(found)}, command)
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from visgraft.cli.arguments import Csv, Data, Json
+from visgraft.cli.arguments import Json
+from visgraft.cli.labels import TypedImages, with_labels
 
 if TYPE_CHECKING:
     from visgraft.check import Finding, Report
@@ -17,9 +18,10 @@ SETS, PICTURES = 3, 4  # shown of each finding
 CLASSES = 20
 
 
+@with_labels
 def check(
-    data: Data = None,
-    csv: Csv = None,
+    images: TypedImages,
+    *,
     html: Annotated[Path | None, typer.Option(help="write a page with pictures to this file")] = None,
     json: Json = False,
 ) -> None:
@@ -31,14 +33,14 @@ def check(
     from visgraft.check.page import write_page
     from visgraft.cli.show import emit
     from visgraft.data.dataset import Split
-    from visgraft.data.read import Source, read_data
+    from visgraft.data.read import read_data
     from visgraft.errors import CannotDivide
 
     report_target(html)
     try:
-        dataset = read_data(Source(data, csv))
+        dataset = read_data(images.source())
     except CannotDivide:  # what is there can be looked at all the same
-        dataset = read_data(Source(data, csv), Split(0.0, 0.0))
+        dataset = read_data(images.source(), Split(0.0, 0.0))
     with _progress() as show:
         report = check_data(dataset, on_progress=show)
     if html:

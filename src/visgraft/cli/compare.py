@@ -16,8 +16,6 @@ from visgraft.cli.arguments import (
     Cache,
     CpusPerTrial,
     CropMode,
-    Csv,
-    Data,
     GpusPerTrial,
     Json,
     On,
@@ -26,8 +24,8 @@ from visgraft.cli.arguments import (
     SkipBroken,
     Workers,
     given_executor,
-    source,
 )  # fmt: skip
+from visgraft.cli.labels import TypedImages, with_labels
 
 if TYPE_CHECKING:
     from visgraft.search import Comparison, Progress
@@ -60,10 +58,10 @@ TrainBest = Annotated[
 ]
 
 
+@with_labels
 def compare(
-    data: Data = None,
+    images: TypedImages,
     *,
-    csv: Csv = None,
     methods: Methods = "linear,sct,alore,lora",
     budget: Budget = None,
     trials: Trials = None,
@@ -100,6 +98,7 @@ def compare(
 
     place = given_executor(on, workers, cpus_per_trial, gpus_per_trial, "visgraft.search.spread")
     _check_targets(out, train_best)
+    labelled = images.source()
     origin = Backbone(backbone, weights, image_size, seed, crop_mode=crop_mode)
     origin = origin if pool is None else with_pool(origin, pool)
     if weights == "none":
@@ -108,22 +107,22 @@ def compare(
     options: dict[str, Any] = {"backbone": origin, "split": split, "loading": loading}
     with loading_progress() as show_loading, comparison_progress() as show:
         found = compare_methods(
-            source(data, csv), [name.strip() for name in methods.split(",") if name.strip()],
+            labelled, [name.strip() for name in methods.split(",") if name.strip()],
             budget_seconds=parse_budget(budget or "30m") if budget or trials is None else None,
             spent_seconds=time.monotonic() - begin,
             trials=trials, epochs=epochs, seed=seed, precision=precision, executor=place,
             on_progress=show, on_loading=show_loading, **options,
         )  # fmt: skip
     result = found.to_dict() | {
-        "data": str(source(data, csv)),
-        "command": train_command(found, data, csv, weights, split, loading, train_best),
+        "data": str(labelled),
+        "command": train_command(found, images, weights, split, loading, train_best),
     }
     if out is not None:
         _write(out, result)
     print_skipped(result["skipped"])
     if not json:
         print_comparison(found, None if train_best else result["command"])
-    trained = _train(found, source(data, csv), train_best, result["command"], **options) if train_best else None
+    trained = _train(found, labelled, train_best, result["command"], **options) if train_best else None
     emit(result | {"adapter": trained}, json, lambda: None)
 
 
@@ -138,19 +137,18 @@ def _check_targets(out: Path | None, train_best: Path | None) -> None:
 
 
 def train_command(
-    found: "Comparison", data: str | None, csv: Path | None, weights: str, split: Any, loading: Any, out: Path | None,
+    found: "Comparison", images: TypedImages, weights: str, split: Any, loading: Any, out: Path | None,
     **more: Any,
 ) -> str:  # fmt: skip
     """Return the command that trains the recommended setting with all epochs of its recipe, on the same parts.
 
     `more` are further options, as `written` takes them.
     """
-    from visgraft.cli.text import command_line, path_argument
+    from visgraft.cli.text import command_line
     from visgraft.search.verdict import typed, written
 
     backbone = found.backbone
-    words: list[object] = ["visgraft", "train", *([path_argument(data)] if data else [])]
-    words += ["--csv", csv] if csv else []
+    words: list[object] = ["visgraft", "train", *images.words()]
     words += ["--method", found.recommended, *typed(found.recommended, found.best.setting)]
     words += ["--backbone", backbone["name"], "--weights", weights]
     words += ["--image-size", backbone["image_size"]] if backbone["image_size"] else []

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from visgraft.cli.arguments import Background, Cache, Csv, Json, Quiet, SkipBroken, Weights, source
+from visgraft.cli.arguments import Background, Cache, Csv, Json, Quiet, SkipBroken, TaskFolders, Weights, source
 
 
 def report(
@@ -15,6 +15,7 @@ def report(
         str | None, typer.Option(help="data to measure on; none: only what the adapters themselves hold")
     ] = None,
     csv: Csv = None,
+    task: TaskFolders = None,
     weights: Weights = None,
     split: Annotated[str, typer.Option(help="val, test for a last look, or all where it learned none")] = "val",
     cache: Cache = "auto",
@@ -29,7 +30,7 @@ def report(
     from visgraft.report.page import check_page, gather, render, write_page
 
     check_page(out)
-    images = source(data, csv) if data or csv else None
+    images = source(data, csv, task) if data or csv or task else None
     found = gather(
         runs,
         images,

@@ -45,14 +45,19 @@ def emit(value: Any, as_json: bool, text: Callable[[], None]) -> None:
 def describe(epoch: Epoch, epochs: int) -> str:
     """One line on an epoch."""
     train = "" if epoch.top1 is None else f" train {epoch.top1:6.1%}"
-    val = (
-        "" if epoch.val_figure is None else f" {'val' if epoch.val_map is None else 'val mAP'} {epoch.val_figure:6.1%}"
-    )
+    val = "" if epoch.val_figure is None else f" {_figure_name(epoch)} {epoch.val_figure:6.1%}"
     left = f"{epoch.seconds_left / 60:.0f} min" if epoch.seconds_left >= 90 else f"{epoch.seconds_left:.0f} s"
     return (
         f"epoch {epoch.epoch:>{len(str(epochs))}}/{epochs} loss {epoch.loss:6.3f}{train}{val} "
         f"{epoch.images_per_second:4.0f} images/s {left} left"
     )
+
+
+def _figure_name(epoch: Epoch) -> str:
+    """What the validation figure of an epoch is called."""
+    if epoch.val_mean is not None:
+        return "val mean"
+    return "val" if epoch.val_map is None else "val mAP"
 
 
 @contextmanager
@@ -84,7 +89,7 @@ def training_progress(epochs: int, title: str = "") -> Iterator[Callable[[Epoch]
             last = epoch if epoch.complete else last
             bar.update(task, completed=epoch.epoch if epoch.complete else epoch.epoch - 1)
             if last:  # its validation figures stay in sight during the next epoch
-                epoch = replace(epoch, val_top1=last.val_top1, val_map=last.val_map)
+                epoch = replace(epoch, val_top1=last.val_top1, val_map=last.val_map, val_mean=last.val_mean)
             bar.update(task, description=f"{title}{describe(epoch, epochs)}")
 
         yield show
@@ -153,6 +158,8 @@ def print_figures(figures: Mapping[str, Any]) -> None:
     within = f"  (95 % interval {percent(interval[0])} to {percent(interval[1])})" if interval else ""
     several = figures["mean_average_precision"] is not None
     main, value = ("mean average precision", "mean_average_precision") if several else ("top-1", "top1")
+    if "tasks" in figures:
+        main, value = "mean of the tasks", "mean"
     rows = {
         "method": f"{figures['method']} on {figures['backbone']}",
         f"{main}, {figures['split'] or 'no validation images'}": f"{percent(figures[value])} %{within}",
@@ -173,7 +180,32 @@ def print_figures(figures: Mapping[str, Any]) -> None:
             f"{crossed['folds']} folds, {crossed['repeats']} times"
         )
     print_pairs({name: text for name, text in rows.items() if text != "–"})
+    print_tasks(figures.get("tasks", {}))
     print_skipped(figures["skipped"])
+
+
+def print_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print the figures of each task; of numbers in their unit, with 95 % intervals and a constant answer's error."""
+    for name, found in tasks.items():
+        told = []
+        if "mae" in found:
+            told.append(f"mean absolute error {found['mae']:.4g}{_limits(found, 'mae')}, a constant answer's")
+            told[-1] += f" {found['constant_mae']:.4g}"
+            told.append(f"RMSE {found['rmse']:.4g}{_limits(found, 'rmse')}")
+            for key, word in (("r2", "R²"), ("spearman", "Spearman")):
+                if found[key] is not None:
+                    told.append(f"{word} {found[key]:.3f}{_limits(found, key)}")
+        else:
+            several = "mean_average_precision" in found
+            rate = found["mean_average_precision" if several else "top1"]
+            told.append(f"{'mean average precision' if several else 'top-1'} {percent(rate)} %")
+            told.append(f"macro-F1 {percent(found['macro_f1'])}")
+        result_console.print(f"  {name}: {', '.join(told)}, on {found['images']:,} images")
+
+
+def _limits(found: Mapping[str, Any], name: str) -> str:
+    limits = found.get(f"{name}_ci95")
+    return f" ({limits[0]:.3g} to {limits[1]:.3g})" if limits else ""
 
 
 def print_forecast(forecast: Mapping[str, Any]) -> None:

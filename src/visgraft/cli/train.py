@@ -16,8 +16,6 @@ from visgraft.cli.arguments import (
     Cache,
     CpusPerTrial,
     CropMode,
-    Csv,
-    Data,
     GpusPerTrial,
     Json,
     On,
@@ -26,9 +24,9 @@ from visgraft.cli.arguments import (
     SkipBroken,
     Workers,
     given_executor,
-    source,
 )  # fmt: skip
 from visgraft.cli.auto import Asked, check_asked, choose
+from visgraft.cli.labels import TypedImages, with_labels
 from visgraft.cli.launched import refuse_launched
 from visgraft.errors import VisgraftError
 from visgraft.options import AUTO
@@ -66,11 +64,11 @@ TimeToChoose = Annotated[
 ]
 
 
+@with_labels
 def train(
-    data: Data = None,
+    images: TypedImages,
     *,
     out: Annotated[Path, typer.Option(help="folder for the adapter", show_default=False)],
-    csv: Csv = None,
     method: MethodName = None,
     backbone: BackboneName = None,
     weights: WeightsSource = None,
@@ -116,22 +114,22 @@ def train(
     recipe = train_config(config.method, values)
     origin = dataclasses.replace(_seen_as_asked(origin, crop_mode, pool, init_from), seed=recipe.seed)  # the head's
     _check_start(origin, init_from, folds)
-    images, split = source(data, csv), Split(val_fraction, test_fraction, recipe.seed)
+    labelled, split = images.source(), Split(val_fraction, test_fraction, recipe.seed)
     loading = Loading(cache, skip_broken, background)
     whole = {"backbone": origin, "method_config": config, "train_config": recipe, "loading": loading}
     whole |= {"split": split, "init_from": init_from}
     if dry_run:
-        _forecast(images, out, whole, json)
+        _forecast(labelled, out, whole, json)
         return
-    _check_before(out, images, split, folds, repeats)
+    _check_before(out, labelled, split, folds, repeats)
     kept, again = dict[str, Any](), None
     if automatic:
-        chosen = choose(data, csv, out, whole, Asked(values, budget, trials, begin), json)
+        chosen = choose(images, out, whole, Asked(values, budget, trials, begin), json)
         kept, again = chosen.record, f"to train on: {chosen.command} --resume"
         whole |= {"method_config": chosen.method, "train_config": chosen.recipe, "record": kept}
-    figures = {**_train(images, out, whole, resume, log, again), **kept}
+    figures = {**_train(labelled, out, whole, resume, log, again), **kept}
     if folds:
-        figures["cross_validation"] = _cross_validate(images, whole, folds, repeats, place)
+        figures["cross_validation"] = _cross_validate(labelled, whole, folds, repeats, place)
     _tell(figures, out, json)
 
 

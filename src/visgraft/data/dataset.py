@@ -18,6 +18,8 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from visgraft.data.examples import Coded, Example, Label, chosen, counts_by_class, groups_of, joined, labels_of
 from visgraft.data.mirror import Mirror
+from visgraft.data.stratify import draw_marked, joint_strata
+from visgraft.data.tasks import LabelTask, TaskLabels
 from visgraft.errors import CannotDivide, DataError, UnknownClasses, nearest
 
 PARTS = ("train", "val", "test")
@@ -52,7 +54,8 @@ class Dataset:
     `root` is the folder, table or data set they come from. `layout` is "split" where the source says which image is in
     which part, "flat" where the parts were drawn; `split` says how parts were drawn, None where none was.
     `fingerprint` is a SHA-256 of the images' names and sizes, and of the labels where a table holds them. With
-    `multi_label`, an image may have several classes or none. `notes` say in one line each what was passed over, and
+    `multi_label`, an image may have several classes or none; with `tasks`, it has a label for each of these, or for
+    some, and `classes` are the names of all outputs. `notes` say in one line each what was passed over, and
     `unlabelled` are folders of images without classes that lie beside the parts. `mirror` says of
     which folder at an address `root` is this machine's copy.
     """
@@ -66,6 +69,7 @@ class Dataset:
     fingerprint: str
     split: Split | None
     multi_label: bool = False
+    tasks: tuple[LabelTask, ...] = ()
     notes: tuple[str, ...] = ()
     unlabelled: tuple[Path, ...] = ()
     mirror: Mirror | None = None
@@ -104,13 +108,21 @@ def divide(
     Raises:
         DataError: too few images of a class, or too few groups, for every part whose fraction is above zero.
     """
-    labels = labels_of(examples)
-    strata = np.array([stratum(label) for label in labels.values], np.int64)[labels.codes]
-    groups = groups_of(examples)
-    if groups is None:
+    labels, groups = labels_of(examples), groups_of(examples)
+    several_tasks = isinstance(next(iter(labels.values), None), TaskLabels)
+    strata = (
+        joint_strata(labels)
+        if several_tasks
+        else np.array([stratum(label) for label in labels.values], np.int64)[labels.codes]
+    )
+    if several_tasks and groups is None:
+        if len(examples) < (1 + (split.val_fraction > 0) + (split.test_fraction > 0)):
+            raise CannotDivide(f"{where} has too few images to divide ({len(examples)}); add some")
+        parts = draw_marked(labels, split.val_fraction, split.test_fraction, split.seed)
+    elif groups is None:
         parts = _draw_images(strata, classes, split, where)
     else:
-        parts = _draw_groups(strata, groups, classes, split, where)
+        parts = _draw_groups(strata, groups, () if several_tasks else classes, split, where)
     return {part: chosen(examples, np.sort(numbers)) for part, numbers in parts.items()}
 
 
@@ -197,7 +209,7 @@ def _draw_groups(
             rest, taken = min(cuts, key=lambda cut: abs(len(cut[1]) - wanted))
             parts[part], left = left[taken], left[rest]
     parts["train"] = left
-    missing = listed(classes[i] for i in set(labels.tolist()) - set(labels[left].tolist()))
+    missing = listed(classes[i] for i in set(labels.tolist()) - set(labels[left].tolist()) if classes)
     if missing:
         raise CannotDivide(
             f"{where}: drawing whole groups left no training image of {missing}; add groups, or take another seed"

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple, overload
 
 import numpy as np
 
-Label = int | tuple[int, ...]
+from visgraft.data.tasks import TaskLabels
+
+Label = int | tuple[int, ...] | TaskLabels
 AT_A_TIME = 8192  # rows that are turned into Python objects before the next are
 
 
@@ -20,7 +22,8 @@ class Example(NamedTuple):
     """One image and what is known of it.
 
     `path` is its file, or, where `content` reads its bytes from inside a data set, a name that tells which it is.
-    `label` is the index of its class; in a multi-label data set, the indices of all classes it has, in order.
+    `label` is the index of its class; in a multi-label data set, the indices of all classes it has, in order; with
+    several tasks, what is known for each.
     `group` names what it shares with others that must stay in one part.
     """
 
@@ -252,10 +255,17 @@ def names_of(examples: Iterable[Example]) -> Iterator[str]:
     return examples.names() if isinstance(examples, Examples) else (str(example.path) for example in examples)
 
 
+def classes_of(label: Label) -> tuple[int, ...]:
+    """Return the numbers of an image's classes, or, with several tasks, of the outputs of its classes."""
+    if isinstance(label, TaskLabels):
+        return tuple(label.known_outputs())
+    return label if isinstance(label, tuple) else (label,)
+
+
 def counts_by_class(examples: Iterable[Example], classes: int) -> list[int]:
-    """Return how many of the images have each class."""
+    """Return how many of the images have each class, or, with several tasks, that of each output; of numbers none."""
     labels, found = labels_of(examples), Counter[int]()
     for code, count in enumerate(np.bincount(labels.codes, minlength=len(labels.values)).tolist()):
         label = labels.values[code]
-        found.update(dict.fromkeys(label if isinstance(label, tuple) else (label,), count))
+        found.update(dict.fromkeys(classes_of(label), count))
     return [found[number] for number in range(classes)]

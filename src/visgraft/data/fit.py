@@ -30,7 +30,10 @@ def check_fit(model: nn.Module, images: Images, what: str = "images") -> None:
     model = unwrapped(model)
     if not isinstance(images, Images):
         raise DataError(f"{what} are a {type(images).__name__}; pass what visgraft.load_images returns")
-    _check_labels(images.labels, what)
+    if images.tasks:
+        _check_task_labels(images, what)
+    else:
+        _check_labels(images.labels, what)
     if not len(images.labels):
         raise DataError(f"there are no {what}; pass at least one")
     _check_pixels(images, what)
@@ -42,6 +45,14 @@ def check_fit(model: nn.Module, images: Images, what: str = "images") -> None:
 
 def check_classes_fit(images: Images, outputs: int, what: str = "images") -> None:
     """Raise a DataError where a head of so many outputs cannot answer what the images' labels say."""
+    if images.tasks:
+        answered = sum(task.outputs for task in images.tasks)
+        if answered != outputs:
+            raise DataError(
+                f"{what} have {len(images.tasks)} tasks with {answered} outputs in all, but the model's head has "
+                f"{outputs}; create the model with num_classes={answered}, or call model.reset_classifier before attach"
+            )
+        return
     highest = images.labels.shape[1] if images.multi_label else int(images.labels.max()) + 1
     classes = images.outputs or highest
     remedy = f"create the model with num_classes={max(classes, highest)}, or call model.reset_classifier before attach"
@@ -52,6 +63,16 @@ def check_classes_fit(images: Images, outputs: int, what: str = "images") -> Non
         raise DataError(f"{what} {found}, but the model's head has {outputs} outputs; {remedy}")
     if outputs != classes and (images.multi_label or images.outputs):
         raise DataError(f"{what} have {classes} classes, but the model's head has {outputs} outputs; {remedy}")
+
+
+def _check_task_labels(images: Images, what: str) -> None:
+    """Raise a DataError unless labels are float32 [N, columns] for the tasks."""
+    columns, labels = sum(task.columns for task in images.tasks), images.labels
+    if labels.dtype != torch.float32 or labels.ndim != 2 or labels.shape[1] != columns:
+        raise DataError(
+            f"the labels of {what} are {_short(labels)} of shape {_shape(labels)}; for these {len(images.tasks)} tasks "
+            f"pass float32 [N, {columns}], NaN where a label is not known"
+        )
 
 
 def _check_labels(labels: Any, what: str) -> None:

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from visgraft.data.parquet import open_parquet, parquet_texts
-from visgraft.data.table import PATH, read_lines
+from visgraft.data.parquet import parquet_texts
+from visgraft.data.table import PATH
+from visgraft.data.table_lines import column_names, read_lines
 from visgraft.data.urls import from_folder
 from visgraft.errors import DataError, nearest
 
@@ -33,7 +34,7 @@ class ImageTable:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        header = self._header()
+        header = column_names(self.path) or []
         found = [name for name in IMAGE if name in header]
         if not found:
             named = f"its columns are {', '.join(header) or 'none'}{nearest(IMAGE[0], header, 1)}"
@@ -64,10 +65,6 @@ class ImageTable:
                 if value == "":
                     raise DataError(f"{where} names no {name}; fill it in, or remove the line")
             yield TableImage(where, from_folder(self.path.parent, fields[self.images].strip()), adapter)
-
-    def _header(self) -> list[str]:
-        names = next(self._lines(), (0, []))[1] if self._is_text else open_parquet(self.path).schema_arrow.names
-        return [name.strip().casefold() for name in names]
 
     @property
     def _is_text(self) -> bool:

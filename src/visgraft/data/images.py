@@ -14,7 +14,8 @@ from visgraft.backbones.creation import image_transform
 from visgraft.data.cache import Decode, Pixels, choose_cache, hold_pixels, is_on_disk
 from visgraft.data.dataset import Example
 from visgraft.data.decode import open_image
-from visgraft.data.examples import Examples, chosen, groups_of, paths_of
+from visgraft.data.examples import Examples, chosen, groups_of, labels_of, paths_of
+from visgraft.data.tasks import LabelTask, TaskLabels, label_row, membership
 from visgraft.errors import DataError
 
 
@@ -42,9 +43,10 @@ class Images:
     """A set of images, ready to be normalised.
 
     `pixels` uint8 [N, 3, H, W], indexed like a tensor by number, slice or int64 [B]; `labels` int64 [N], or, where an
-    image may have several classes, float32 [N, classes] of 0 and 1; `mean` and `std` [3] of the normalisation; `paths`
-    of the files, `groups` as the examples have them, and `skipped` what was left out. `outputs` is the number of
-    classes, 0 where it is not known.
+    image may have several classes, float32 [N, classes] of 0 and 1, or, with several `tasks`, float32 [N, columns] as
+    `visgraft.data.tasks.label_row` has them, NaN where a label is not known; `mean` and `std` [3] of the normalisation;
+    `paths` of the files, `groups` as the examples have them, and `skipped` what was left out. `outputs` is the number
+    of classes, 0 where it is not known.
 
     It is a data set for torch's DataLoader as well, with (image float32 [3, H, W], label) by number, in processes of
     its own too.
@@ -58,6 +60,7 @@ class Images:
     groups: tuple[str | None, ...] = ()
     skipped: tuple[Skipped, ...] = ()
     outputs: int = 0
+    tasks: tuple[LabelTask, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -69,7 +72,7 @@ class Images:
     @property
     def multi_label(self) -> bool:
         """Whether an image may have several classes, or none."""
-        return self.labels.ndim == 2
+        return self.labels.ndim == 2 and not self.tasks
 
     @property
     def distinct(self) -> int:
@@ -83,10 +86,14 @@ class Images:
         return x.sub_(mean).div_(std)
 
     def batches(self, size: int = 32) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (images [B, 3, H, W] float32, labels [B]) in order, without augmentation."""
+        """Yield (images [B, 3, H, W] float32, labels [B]) in order, without augmentation.
+
+        With several tasks, labels are float32 [B, classes] of 0 and 1, fifths of a number counting as classes.
+        """
+        labels = membership(self.labels, self.tasks) if self.tasks else self.labels
         for start in range(0, len(self), size):
             chosen = slice(start, start + size)
-            yield self.normalised(self.pixels[chosen]), self.labels[chosen]
+            yield self.normalised(self.pixels[chosen]), labels[chosen]
 
 
 def load_images(
@@ -131,7 +138,14 @@ def load_images(
         _groups(kept),
         tuple(Skipped(examples[number].path, reason) for number, reason in sorted(broken.items())),
         outputs,
+        tasks_of(kept),
     )
+
+
+def tasks_of(examples: Sequence[Example]) -> tuple[LabelTask, ...]:
+    """Return what several labels of each image answer; nothing where an image has one label."""
+    label = examples[0].label if len(examples) else None
+    return label.tasks if isinstance(label, TaskLabels) else ()
 
 
 def _check_colour(data_config: Mapping[str, Any]) -> None:
@@ -186,11 +200,14 @@ def find_cache(
 
 
 def make_labels(examples: Sequence[Example], outputs: int = 0) -> Tensor:
-    """Return the labels of examples as `Images` holds them: int64 [N], or float32 [N, outputs] of 0 and 1.
+    """Return the labels of examples as `Images` holds them.
 
     Raises:
         DataError: a label is no number of a class, or the number of classes is needed and not given.
     """
+    if tasks_of(examples):
+        coded = labels_of(examples)
+        return torch.tensor([label_row(label) for label in coded.values])[torch.from_numpy(coded.codes).long()]
     several = isinstance(examples[0].label, tuple | list)
     if several and not outputs:
         raise DataError("images with several labels need the number of classes; pass outputs=len(classes)")

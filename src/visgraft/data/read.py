@@ -8,11 +8,15 @@ from pathlib import Path
 from visgraft.data.dataset import Dataset, Split
 from visgraft.data.folders import read_folder
 from visgraft.data.hub import read_hub
+from visgraft.data.label_columns import LabelColumns
 from visgraft.data.mirror import mirrored
 from visgraft.data.shards import read_shards
-from visgraft.data.table import read_table
+from visgraft.data.table import read_table, table_header
+from visgraft.data.task_folders import joined_tasks
+from visgraft.data.task_table import read_task_table, with_tasks
+from visgraft.data.tasks import LabelTask
 from visgraft.data.urls import is_url
-from visgraft.errors import DataError
+from visgraft.errors import DataError, nearest
 from visgraft.files import HUB_PREFIX, WDS_PREFIX
 
 TABLE_EXTENSIONS = (".csv", ".tsv", ".parquet")
@@ -24,14 +28,30 @@ class Source:
     `hf:NAME_OR_PATH` or `wds:PATTERN`.
 
     With `table`, a file of these kinds, `location` is the folder that its relative paths start from; None: the table's
-    own.
+    own. `labels` names the columns of a table that are to be learned, in place of label or labels. With `tasks`, pairs
+    of a task's name and a location, images of several places are learned together, each for its own task.
+
+    Raises:
+        DataError: options that do not go together.
     """
 
     location: str | Path | None = None
     table: Path | None = None
+    labels: LabelColumns | None = None
+    tasks: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.tasks and (self.location or self.table or self.labels):
+            raise DataError(
+                "--task names all images, so that no DATA, no --csv and no label columns go with it; leave those out"
+            )
+        names = [name for name, _ in self.tasks]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise DataError(f"--task {twice} is given twice; give each task a name of its own")
 
     def __str__(self) -> str:
-        return str(self.table or self.location)
+        return " ".join(f"{name}={place}" for name, place in self.tasks) or str(self.table or self.location)
 
 
 AnySource = Source | str | Path
@@ -39,7 +59,12 @@ _DEFAULT_SPLIT = Split()
 LOG = logging.getLogger(__name__)
 
 
-def read_data(source: AnySource, split: Split = _DEFAULT_SPLIT, known: Sequence[str] | None = None) -> Dataset:
+def read_data(
+    source: AnySource,
+    split: Split = _DEFAULT_SPLIT,
+    known: Sequence[str] | None = None,
+    tasks: Sequence[LabelTask] = (),
+) -> Dataset:
     """Read a folder (see `read_folder`), a table (`read_table`), a Hugging Face data set or shards.
 
     The latter two are read by `read_hub` and `read_shards`.
@@ -47,19 +72,72 @@ def read_data(source: AnySource, split: Split = _DEFAULT_SPLIT, known: Sequence[
     A folder may be at an address that fsspec opens, e.g. s3://BUCKET/FOLDER: it is copied into the cache folder once.
 
     With the classes that a model is `known` to have, images to measure it on are read: their labels are numbered as
-    its outputs, by name, and they may be of one class or of some. What is passed over is logged.
+    its outputs, by name, and they may be of one class or of some; with the `tasks` of a model, labels of some of these
+    suffice. What is passed over is logged.
 
     Raises:
         DataError: it cannot be used, or nothing was given.
     """
-    dataset = _read(source, split, known)
-    for note in dataset.notes:
+    source = source if isinstance(source, Source) else Source(source)
+    labelled = source.tasks or source.labels or tasks
+    dataset = _read_tasks(source, split, tasks) if labelled else _read(source, split, known)
+    for note in (*dataset.notes, *(() if tasks else map(str, dataset.tasks))):
         LOG.info("%s: %s", dataset.root, note)
     return dataset
 
 
-def _read(source: AnySource, split: Split, known: Sequence[str] | None) -> Dataset:
-    source = source if isinstance(source, Source) else Source(source)
+def _read_tasks(source: Source, split: Split, known: Sequence[LabelTask]) -> Dataset:
+    """Read images with labels for several tasks, perhaps those of a model."""
+    if not source.tasks:
+        columns = source.labels or _columns_of(source, known)
+        table, folder = _table_of(source, columns)
+        return with_tasks(read_task_table(table, folder, split, columns, known), known)
+    strange = next((name for name, _ in source.tasks if known and name not in {task.name for task in known}), None)
+    if strange is not None:
+        names = [task.name for task in known]
+        raise DataError(f"the adapter has no task {strange}, only {', '.join(names)}{nearest(strange, names, 1)}")
+    classes = {task.name: task.classes for task in known}
+    found = {}
+    for name, place in source.tasks:
+        if is_url(place):
+            raise DataError(f"--task {name}: {place} is an address; copy the folder to this machine first")
+        found[name] = _read(Source(place), split, classes.get(name))
+    return joined_tasks(found, known)
+
+
+def _columns_of(source: Source, known: Sequence[LabelTask]) -> LabelColumns:
+    """Return the columns of a table that answer a model's tasks, those that it has.
+
+    Raises:
+        DataError: it has none of them.
+    """
+    table, _ = _table_of(source, LabelColumns.of(known))
+    header = table_header(table)
+    there = [task for task in known if task.name.casefold() in header]
+    if not there:
+        names = ", ".join(task.name for task in known)
+        raise DataError(f"{table} has none of the adapter's label columns {names}; its columns are {', '.join(header)}")
+    return LabelColumns.of(there)
+
+
+def _table_of(source: Source, columns: LabelColumns) -> tuple[Path, str | None]:
+    """Return the table of a source whose label columns are named, and the folder that its paths start from.
+
+    Raises:
+        DataError: it is no table.
+    """
+    location = str(source.location or "")
+    if source.table is not None:
+        return source.table, location or None
+    if Path(location).suffix.lower() in TABLE_EXTENSIONS and not Path(location).is_dir():
+        return Path(location), None
+    raise DataError(
+        f"{location or 'nothing'} is no table, and the labels {', '.join(columns.names)} are columns of one; give a "
+        ".csv, .tsv or .parquet file, or --csv FILE"
+    )
+
+
+def _read(source: Source, split: Split, known: Sequence[str] | None) -> Dataset:
     location = str(source.location or "")
     if source.table is not None:
         if location.startswith((HUB_PREFIX, WDS_PREFIX)):
@@ -69,7 +147,7 @@ def _read(source: AnySource, split: Split, known: Sequence[str] | None) -> Datas
         raise DataError("no data was given; give a folder of class folders, a .csv table or hf:NAME_OR_PATH")
     if is_url(location):
         root, mirror = mirrored(location)
-        return replace(_read(root, split, known), mirror=mirror)
+        return replace(_read(Source(root), split, known), mirror=mirror)
     if location.startswith(HUB_PREFIX):
         return read_hub(location, split, known)
     if location.startswith(WDS_PREFIX):

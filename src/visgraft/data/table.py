@@ -1,6 +1,5 @@
 """Tables (.csv, .tsv or .parquet) that name images with their labels, and optionally their parts and groups."""
 
-import csv
 import difflib
 import os
 import re
@@ -27,15 +26,21 @@ from visgraft.data.dataset import (
     known_names,
     match_classes,
 )
-from visgraft.data.examples import AT_A_TIME, Coded, Columns, Examples, Texts
+from visgraft.data.examples import AT_A_TIME, Coded, Columns, Example, Examples, Texts
 from visgraft.data.folders import check_folder, inside
-from visgraft.data.parquet import open_parquet, parquet_texts
+from visgraft.data.table_lines import at_line, column_names, is_parquet, records
 from visgraft.errors import DataError, nearest
 
 PATH, LABEL, LABELS, SPLIT, GROUP = "image_path", "label", "labels", "split", "group"
 COLUMNS = (PATH, LABEL, LABELS, SPLIT, GROUP)
-DELIMITERS = ",;\t"
 _DEFAULT_SPLIT = Split()
+
+
+class LabelColumn(NamedTuple):
+    """The column that holds the classes: its name, and whether an image may have several."""
+
+    name: str
+    several: bool
 
 
 class TableRow(NamedTuple):
@@ -87,6 +92,7 @@ def read_table(
     folder: str | Path | None = None,
     split: Split = _DEFAULT_SPLIT,
     known: Sequence[str] | None = None,
+    label: LabelColumn | None = None,
 ) -> Dataset:
     """Read images from a table with the columns image_path and label, and optionally split and group.
 
@@ -96,40 +102,31 @@ def read_table(
     accents is found however Unicode writes them. With a column split, a missing validation part is drawn from the
     training images and a missing test part stays empty; without one, all parts are drawn. Images of one group stay in
     one part. Classes are ordered by name; where a model is measured, they are the `known` ones, in its order, and the
-    images may be of one of them or of some.
+    images may be of one of them or of some. `label` names the column in place of label or labels.
 
     Raises:
         DataError: the table cannot be used; the message names the line.
     """
     table = Path(table)
-    base = table.parent if folder is None else Path(folder)
-    if folder is not None:
-        check_folder(base, "the images")
-    header = _header(table)
+    header = _renamed(table_header(table), label)
+    _check_header(table, header, known is not None)
     spell, multi_label = known_names(known), LABELS in header
-    rows = _rows(table, base, header)
+    rows = table_rows(table, folder, header)
     labels = [tuple(map(spell, names)) for names in rows.labels.values]
     used = {name for names in labels for name in names}
     classes = (
         _classes(table, used, multi_label) if known is None else match_classes(used, known, str(table), multi_label)
     )
-    by_name = np.array(sorted(range(len(rows.names)), key=list(rows.names).__getitem__))
+    by_name = rows_by_name(rows)
     examples = _examples(rows, labels, classes, by_name, multi_label)
-    flat = None in rows.parts.values
-    if not flat and "train" not in rows.parts.values and known is None:
-        raise DataError(f"{table} has no row whose {SPLIT} is train; mark the images to learn from")
-    given = {"train": examples} if flat else {
-        part: examples.take(np.flatnonzero(rows.parts.codes[examples.rows] == code))
-        for code, part in enumerate(rows.parts.values)
-    }  # fmt: skip
-    where = str(table) if flat else f"the train part of {table}"
+    given, flat, where = given_parts(table, rows, examples, known is not None)
     if known is None:
         check_train(given["train"], classes, str(table))
     found, drawn_by = fill_parts(given, classes, split, flat, where)
     if known is None:
         check_train(found["train"], classes, str(table))
     layout: Literal["split", "flat"] = "flat" if flat else "split"
-    mark = _fingerprint(rows, labels, by_name)
+    mark = table_fingerprint(rows, labels, by_name)
     return Dataset(table, classes, found["train"], found["val"], found["test"], layout, mark, drawn_by, multi_label)
 
 
@@ -148,73 +145,73 @@ def _examples(
     return Examples(columns, by_name[np.argsort(codes[by_name], kind="stable")])
 
 
-def read_lines(table: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line, fields) of each row that is not empty, the header first; the header tells the delimiter.
+def rows_by_name(rows: TableColumns) -> np.ndarray:
+    """Return the numbers of the rows, int64 [N], in the order of their images' names."""
+    return np.array(sorted(range(len(rows.names)), key=list(rows.names).__getitem__))
+
+
+def given_parts(
+    table: Path, rows: TableColumns, examples: Examples, measured: bool
+) -> tuple[dict[str, Sequence[Example]], bool, str]:
+    """Return the examples of each part that the table names, whether it names none, and how errors call the rest.
 
     Raises:
-        DataError: the table cannot be read; the message names the line.
+        DataError: it names no training image, though nothing is only `measured` on it.
     """
-    try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            first = file.readline()
-            file.seek(0)
-            reader = csv.reader(file, delimiter=max(DELIMITERS, key=first.count), strict=True)
-            try:
-                yield from ((reader.line_num, fields) for fields in reader if any(field.strip() for field in fields))
-            except csv.Error as error:
-                raise DataError(f"{table}, line {reader.line_num}: {error}; repair the quotes there") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{table} is not UTF-8 text; save it as CSV UTF-8") from error
-    except FileNotFoundError as error:
-        beside = [path.name for path in table.parent.iterdir()] if table.parent.is_dir() else []
-        raise DataError(f"{table} does not exist; give the path of a .csv file{nearest(table.name, beside)}") from error
-    except OSError as error:
-        raise DataError(f"{table} cannot be read ({error.strerror}); give the path of a .csv file") from error
+    flat = None in rows.parts.values
+    if not flat and "train" not in rows.parts.values and not measured:
+        raise DataError(f"{table} has no row whose {SPLIT} is train; mark the images to learn from")
+    given: dict[str, Sequence[Example]] = {"train": examples} if flat else {
+        part: examples.take(np.flatnonzero(rows.parts.codes[examples.rows] == code))
+        for code, part in enumerate(rows.parts.values)
+    }  # fmt: skip
+    return given, flat, str(table) if flat else f"the train part of {table}"
 
 
-def _is_parquet(table: Path) -> bool:
-    return table.suffix.lower() == ".parquet"
+def table_header(table: Path) -> list[str]:
+    """Return the column names in lower case.
 
-
-def _at(table: Path, line: int) -> str:
-    return f"{table}, {'row' if _is_parquet(table) else 'line'} {line}"
-
-
-def _header(table: Path) -> list[str]:
-    """Return the checked column names in lower case."""
-    names = open_parquet(table).schema_arrow.names if _is_parquet(table) else next(read_lines(table), (0, None))[1]
-    if names is None:
+    Raises:
+        DataError: there are none, or none of image paths, or one that is read is there twice.
+    """
+    header = column_names(table)
+    if header is None:
         raise DataError(f"{table} is empty; its first line must name the columns {PATH} and {LABEL}")
-    header = [name.strip().casefold() for name in names]
-    _check_header(table, header)
+    if PATH not in header:
+        others = [name for name in header if name not in COLUMNS]
+        raise DataError(f"{table} has no column {PATH}; {_named(header)}{nearest(PATH, others, 1)}")
+    twice = [name for name, count in Counter(header).items() if count > 1 and name in COLUMNS]
+    if twice:
+        raise DataError(f"{table} has two columns {twice[0]}; {_named(header)}; remove one")
     return header
 
 
-def _records(table: Path, header: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line, fields) of each row that is not empty; of a .parquet file (row, fields), those read alone filled."""
-    if not _is_parquet(table):
-        yield from islice(read_lines(table), 1, None)
-        return
-    places = [place for place, name in enumerate(header) if name in COLUMNS]
-    for row, values in enumerate(parquet_texts(table, places), 1):
-        fields = [""] * len(header)
-        for place, value in zip(places, values, strict=True):
-            fields[place] = value or ""
-        yield row, fields
+def _named(header: Sequence[str]) -> str:
+    return f"its first line names {', '.join(name or '(nothing)' for name in header)}"
 
 
-def _check_header(table: Path, header: Sequence[str]) -> None:
-    found = f"its first line names {', '.join(name or '(nothing)' for name in header)}"
-    for wanted, names in ((PATH, (PATH,)), (f"{LABEL} (or {LABELS})", (LABEL, LABELS))):
-        if not set(names) & set(header):
-            others = [name for name in header if name not in COLUMNS]
-            raise DataError(f"{table} has no column {wanted}; {found}{nearest(names[0], others, 1)}")
-    twice = [name for name, count in Counter(header).items() if count > 1 and name in COLUMNS]
-    if twice:
-        raise DataError(f"{table} has two columns {twice[0]}; {found}; remove one")
+def _renamed(header: list[str], label: LabelColumn | None) -> list[str]:
+    """Return the columns with the one that holds the labels called label or labels, and no other."""
+    if label is None:
+        return header
+    own = {label.name.casefold(): LABELS if label.several else LABEL}
+    return [own.get(name, f"other {name}" if name in (LABEL, LABELS) else name) for name in header]
+
+
+def _check_header(table: Path, header: Sequence[str], measured: bool) -> None:
+    if not {LABEL, LABELS} & set(header):
+        others = [name for name in header if name not in COLUMNS]
+        asked = f"; name what to learn with --label {others[0]}" if others and not measured else ""
+        remedy = nearest(LABEL, others, 1) or asked
+        raise DataError(f"{table} has no column {LABEL} (or {LABELS}); {_named(header)}{remedy}")
     if LABEL in header and LABELS in header:
         raise DataError(f"{table} has both columns {LABEL} and {LABELS}; keep {LABEL} where an image has one class")
-    for name in set(header) - set(COLUMNS):  # a misspelt split would otherwise be passed over, and the parts drawn
+
+
+def _check_misspelt(table: Path, header: Sequence[str], labels: Sequence[str]) -> None:
+    for name in (
+        set(header) - set(COLUMNS) - set(labels)
+    ):  # a misspelt split would otherwise be passed over, and the parts drawn
         meant = difflib.get_close_matches(name, (SPLIT, GROUP), 1, cutoff=0.8)
         if meant:
             raise DataError(
@@ -222,10 +219,20 @@ def _check_header(table: Path, header: Sequence[str]) -> None:
             )
 
 
-def _rows(table: Path, base: Path, header: Sequence[str]) -> TableColumns:
-    """Read and check all rows."""
+def table_rows(
+    table: Path, folder: str | Path | None, header: Sequence[str], labels: Sequence[str] = ()
+) -> TableColumns:
+    """Read and check all rows; the labels of each are its cells in the columns `labels`, or the classes in its one.
+
+    Raises:
+        DataError: a row cannot be used; the message names the line.
+    """
+    base = table.parent if folder is None else Path(folder)
+    if folder is not None:
+        check_folder(base, "the images")
+    _check_misspelt(table, header, labels)
     missing = list[tuple[int, str]]()
-    rows = TableColumns.of(_parsed(table, base, header, missing))
+    rows = TableColumns.of(_parsed(table, base, header, labels, missing))
     count = len(rows.lines)
     if not count:
         raise DataError(f"{table} has no rows below its header; add one for each image")
@@ -234,30 +241,33 @@ def _rows(table: Path, base: Path, header: Sequence[str]) -> TableColumns:
         _refuse_missing(table, missing, count)
     if None in rows.parts.values and len(rows.parts.values) > 1:
         line = rows.lines[np.argmax(rows.parts.codes == rows.parts.values.index(None))]
-        raise DataError(f"{_at(table, line)} has no {SPLIT}, but others have; give all rows one, or none")
+        raise DataError(f"{at_line(table, line)} has no {SPLIT}, but others have; give all rows one, or none")
     _check_groups(table, rows)
-    if LABEL in header:
+    if LABEL in header and not labels:
         _ask_about_several(table, rows)
     return rows
 
 
-def _parsed(table: Path, base: Path, header: Sequence[str], missing: list[tuple[int, str]]) -> Iterator[TableRow]:
+def _parsed(
+    table: Path, base: Path, header: Sequence[str], columns: Sequence[str], missing: list[tuple[int, str]]
+) -> Iterator[TableRow]:
     """Yield the rows; what is not there goes to `missing`."""
     separator, folders, start = _separator(table, header), dict[str, dict[str, str]](), inside(base, "")
-    for line, fields in _records(table, header):
+    for line, fields in records(table, header, (*COLUMNS, *columns)):
         if len(fields) != len(header):
             remedy = "quote fields that contain the delimiter"
-            raise DataError(f"{_at(table, line)} has {len(fields)} fields, but the header {len(header)}; {remedy}")
+            raise DataError(f"{at_line(table, line)} has {len(fields)} fields, but the header {len(header)}; {remedy}")
         values = {name: field.strip() for name, field in zip(header, fields, strict=True)}
         if not values[PATH]:
-            raise DataError(f"{_at(table, line)} has no {PATH}; fill it in, or remove the line")
+            raise DataError(f"{at_line(table, line)} has no {PATH}; fill it in, or remove the line")
         name = os.path.normpath(values[PATH])
         path = _as_stored(name if os.path.isabs(name) else start + name, folders)
         size = _size(path, table, line)
         if size is None:
             missing.append((line, path))
         part = _part(table, line, values.get(SPLIT))
-        labels = _labels(table, line, values, separator)
+        cells = tuple(values[name] for name in columns)
+        labels = cells or _labels(table, line, values, separator)
         yield TableRow(line, name.replace(os.sep, "/"), path, size or 0, labels, part, values.get(GROUP) or None)
 
 
@@ -267,8 +277,8 @@ def _check_twice(table: Path, header: Sequence[str], rows: TableColumns) -> None
     alike = np.flatnonzero(np.diff(rows.hashes[order]) == 0)
     for later, earlier in sorted((int(order[place + 1]), int(order[place])) for place in alike):
         if rows.paths[later] == rows.paths[earlier]:
-            lines = f"{'rows' if _is_parquet(table) else 'lines'} {rows.lines[earlier]} and {rows.lines[later]}"
-            written = next(fields for line, fields in _records(table, header) if line == rows.lines[later])
+            lines = f"{'rows' if is_parquet(table) else 'lines'} {rows.lines[earlier]} and {rows.lines[later]}"
+            written = next(fields for line, fields in records(table, header, COLUMNS) if line == rows.lines[later])
             name = written[header.index(PATH)].strip()
             raise DataError(f"{table} names {name} twice, in {lines}; remove one")
 
@@ -299,7 +309,7 @@ def _ask_about_several(table: Path, rows: TableColumns) -> None:
         if len(pieces) > 1 and known:
             line = rows.lines[np.argmax(rows.labels.codes == code)]
             raise DataError(
-                f"{_at(table, line)} has the {LABEL} {label}, and {known[0]} is one by itself; call the "
+                f"{at_line(table, line)} has the {LABEL} {label}, and {known[0]} is one by itself; call the "
                 f"column {LABELS} if an image may have several classes, or rename this one"
             )
 
@@ -309,7 +319,7 @@ def _separator(table: Path, header: Sequence[str]) -> str:
     if LABELS not in header:
         return ";"
     column, bars = header.index(LABELS), False
-    for _, fields in _records(table, header):
+    for _, fields in records(table, header, COLUMNS):
         cell = fields[column] if column < len(fields) else ""
         if ";" in cell:
             return ";"
@@ -326,10 +336,10 @@ def _size(path: str, table: Path, line: int) -> int | None:
     except (OSError, ValueError) as error:  # a name that no file can have is a ValueError
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise DataError(
-            f"{_at(table, line)}: {path!r} cannot be read ({reason}); repair the path or the file"
+            f"{at_line(table, line)}: {path!r} cannot be read ({reason}); repair the path or the file"
         ) from error
     if not stat.S_ISREG(facts.st_mode):
-        raise DataError(f"{_at(table, line)}: {path} is no file; give the path of an image")
+        raise DataError(f"{at_line(table, line)}: {path} is no file; give the path of an image")
     return facts.st_size
 
 
@@ -338,7 +348,7 @@ def _refuse_missing(table: Path, missing: Sequence[tuple[int, str]], count: int)
     some = f"{len(missing)} of {count} images do not exist, the first being" if len(missing) > 1 else "there is no"
     remedy = "repair the paths" if len(missing) < count else "relative paths start at the table's folder, or at DATA"
     slashes = ", and are written with / between folders" if "\\" in os.path.basename(path) else ""
-    raise DataError(f"{_at(table, line)}: {some} {path}; {remedy}{slashes}")
+    raise DataError(f"{at_line(table, line)}: {some} {path}; {remedy}{slashes}")
 
 
 def _part(table: Path, line: int, value: str | None) -> str | None:
@@ -346,7 +356,7 @@ def _part(table: Path, line: int, value: str | None) -> str | None:
         return None
     if value.casefold() not in SPLIT_NAMES:
         wanted = f"use {', '.join(PARTS)}{nearest(value.casefold(), PARTS, 1)}"
-        raise DataError(f"{_at(table, line)}: {SPLIT} is {value!r}; {wanted}")
+        raise DataError(f"{at_line(table, line)}: {SPLIT} is {value!r}; {wanted}")
     return SPLIT_NAMES[value.casefold()]
 
 
@@ -355,7 +365,7 @@ def _labels(table: Path, line: int, values: dict[str, str], separator: str) -> t
     if LABELS in values:
         return tuple(sorted({name.strip() for name in values[LABELS].split(separator)} - {""}))
     if not values[LABEL]:
-        raise DataError(f"{_at(table, line)} has no {LABEL}; fill it in, or remove the line")
+        raise DataError(f"{at_line(table, line)} has no {LABEL}; fill it in, or remove the line")
     return (values[LABEL],)
 
 
@@ -368,7 +378,7 @@ def _check_groups(table: Path, rows: TableColumns) -> None:
     if len(wrong):
         here, there = int(wrong[0]), int(first[groups.codes[wrong[0]]])
         both = " and ".join(
-            f"{parts.values[parts.codes[row]]} ({_at(table, rows.lines[row]).rpartition(', ')[2]})"
+            f"{parts.values[parts.codes[row]]} ({at_line(table, rows.lines[row]).rpartition(', ')[2]})"
             for row in (there, here)
         )
         raise DataError(f"{table}: group {groups.values[groups.codes[here]]} is in {both}; keep each group in one part")
@@ -384,7 +394,8 @@ def _classes(table: Path, used: Iterable[str], multi_label: bool) -> tuple[str, 
     return classes
 
 
-def _fingerprint(rows: TableColumns, labels: Sequence[tuple[str, ...]], by_name: np.ndarray) -> str:
+def table_fingerprint(rows: TableColumns, labels: Sequence[tuple[str, ...]], by_name: np.ndarray) -> str:
+    """Return the fingerprint of a table's images; `labels` are what stands for each of `rows.labels.values`."""
     parts, groups = rows.parts, rows.groups
     names = ((rows.names[row], size) for row, size in zip(by_name.tolist(), rows.sizes[by_name].tolist(), strict=True))
     codes = (column.codes[by_name].tolist() for column in (rows.labels, parts, groups))

@@ -3,7 +3,8 @@
 import re
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from torch import Tensor, nn
 from visgraft.core.tensors import eval_mode
 from visgraft.data.fit import check_classes_fit, check_fit
 from visgraft.data.images import Images
+from visgraft.data.tasks import LabelTask, column_slices, known, output_slices, task_answers
 from visgraft.errors import DataError
 from visgraft.executors.distributed import in_shares
+from visgraft.measure.intervals import RESAMPLES, clusters
+from visgraft.measure.numbers import NumberFigures, number_figures
 from visgraft.measure.precision import Compute, make_compute
 
 
@@ -34,21 +38,30 @@ class Evaluation:
     Where an image may have several classes, `probabilities` are those of each class alone, `labels` float32
     [N, classes] of 0 and 1, `macro_f1` takes a class as answered from 0.5 on, and `mean_average_precision` (over the
     classes that occur) stands in place of `top1`, `top1_ci95` and `balanced_accuracy`, which are None.
+
+    With several tasks, `by_task` holds the figures of each on the images that have its label, `probabilities` are what
+    `task_answers` makes of the outputs, and all rates are None.
     """
 
     top1: float | None
     top1_ci95: tuple[float, float] | None
-    macro_f1: float
+    macro_f1: float | None
     balanced_accuracy: float | None
     mean_average_precision: float | None
     images: int
     seconds: float
     probabilities: Tensor
     labels: Tensor
+    by_task: "Mapping[str, Evaluation | NumberFigures]" = field(default_factory=dict)
 
     @property
     def figure(self) -> float:
-        """What settings are chosen by: mean average precision where images have several classes, otherwise top-1."""
+        """What settings are chosen by: mean average precision where images have several classes, otherwise top-1.
+
+        With several tasks, the mean of their figures: these, or R² where it is above 0.
+        """
+        if self.by_task:
+            return float(np.mean([one.figure for one in self.by_task.values()]))
         figure = self.top1 if self.mean_average_precision is None else self.mean_average_precision
         assert figure is not None
         return figure
@@ -86,8 +99,52 @@ def evaluate(model: nn.Module, images: Images, precision: str = "auto") -> Evalu
     start = time.perf_counter()
     logits = logits_of(model, images, make_compute(precision))
     check_classes_fit(images, logits.shape[1])  # again, as not every model says how many outputs it has
-    probabilities = probabilities_of(logits, images.multi_label)
-    return score(probabilities, images.labels, time.perf_counter() - start)
+    return score_images(answers_of(logits, images.tasks, images.multi_label), images, time.perf_counter() - start)
+
+
+def answers_of(logits: Tensor, tasks: Sequence[LabelTask], multi_label: bool) -> Tensor:
+    """Return what outputs [N, outputs] say: probabilities, and, with several tasks, numbers in their units."""
+    return task_answers(logits, tasks) if tasks else probabilities_of(logits, multi_label)
+
+
+def score_images(answers: Tensor, images: Images, seconds: float = 0.0) -> Evaluation:
+    """Return the figures of answers [N, outputs] against the labels of images."""
+    if images.tasks:
+        return score_tasks(answers, images.labels, images.tasks, seconds, clusters(images.groups, len(images)))
+    return score(answers, images.labels, seconds)
+
+
+def score_tasks(
+    answers: Tensor,
+    labels: Tensor,
+    tasks: Sequence[LabelTask],
+    seconds: float = 0.0,
+    members: np.ndarray | None = None,
+    *,
+    resamples: int = RESAMPLES,
+) -> Evaluation:
+    """Return the figures of several tasks, each on the images whose label [N, columns] is known.
+
+    `members` are the images' clusters, which the intervals of numbers draw anew `resamples` times, or not at all. A
+    task without a known label is left out.
+
+    Raises:
+        DataError: no label is known.
+    """
+    found: dict[str, Evaluation | NumberFigures] = {}
+    for task, outputs, columns in zip(tasks, output_slices(tasks), column_slices(tasks), strict=True):
+        there, own = known(labels, task, columns)
+        if not len(own) or (task.kind == "several_classes" and not bool(own.any())):
+            continue
+        said = answers[there][:, outputs]
+        if task.kind == "number":
+            alike = clusters((), len(labels)) if members is None else members
+            found[task.name] = number_figures(said[:, 0], own, task.mean, alike[there.numpy()], resamples)
+        else:
+            found[task.name] = score(said, own, seconds)
+    if not found:
+        raise DataError("none of the images has a label of these tasks; fill in some")
+    return Evaluation(None, None, None, None, None, len(labels), seconds, answers, labels, found)
 
 
 def score(probabilities: Tensor, labels: Tensor, seconds: float = 0.0) -> Evaluation:

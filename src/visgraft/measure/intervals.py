@@ -69,12 +69,17 @@ def _cluster_variance(residuals: np.ndarray, members: np.ndarray) -> float:
     return float(groups / max(groups - 1, 1) * (sums**2).sum() / len(residuals) ** 2)
 
 
-def bootstrap(figure: Callable[[np.ndarray], float], members: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Return `figure` of resampled images [RESAMPLES]; whole clusters are drawn, with replacement."""
+def bootstrap(
+    figure: Callable[[np.ndarray], float | np.ndarray], members: np.ndarray, seed: int = 0, resamples: int = RESAMPLES
+) -> np.ndarray:
+    """Return `figure` of resampled images [resamples]; whole clusters are drawn, with replacement.
+
+    Where it returns several figures in an array, so many columns.
+    """
     order = np.argsort(members, kind="stable")
     groups: list[Any] = np.split(order, np.cumsum(np.bincount(members))[:-1])
     generator = np.random.default_rng(seed)
-    draws = (generator.integers(len(groups), size=len(groups)) for _ in range(RESAMPLES))
+    draws = (generator.integers(len(groups), size=len(groups)) for _ in range(resamples))
     return np.array([figure(np.concatenate([groups[i] for i in draw])) for draw in draws])
 
 

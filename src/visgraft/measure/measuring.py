@@ -12,10 +12,12 @@ from visgraft.adapters.hub import FILES, on_hub, resolve, settled
 from visgraft.adapters.record import AdapterRecord
 from visgraft.core.attach import count_parameters
 from visgraft.data.dataset import PARTS, Dataset, Example, Split
-from visgraft.data.images import Images, Loading, load_images
-from visgraft.data.read import AnySource, read_data
+from visgraft.data.examples import classes_of, labels_of
+from visgraft.data.images import Images, Loading, load_images, tasks_of
+from visgraft.data.read import AnySource, Source, read_data
 from visgraft.errors import AdapterError, DataError, UnknownClasses
 from visgraft.measure.evaluation import Evaluation, evaluate, peak_memory_bytes
+from visgraft.measure.numbers import NumberFigures
 
 _DEFAULT_LOADING = Loading()
 UNDIVIDED = Split(0.0, 0.0)
@@ -32,11 +34,21 @@ def figures_of(evaluation: Evaluation | None) -> dict[str, Any]:
     names = ("top1", "top1_ci95", "macro_f1", "balanced_accuracy", "mean_average_precision")
     values = {name: None if evaluation is None else getattr(evaluation, name) for name in names}
     interval = values["top1_ci95"]
+    tasks = {} if evaluation is None else {name: task_figures(one) for name, one in evaluation.by_task.items()}
+    told = {"mean": None if evaluation is None else evaluation.figure, "tasks": tasks} if tasks else {}
     return {
         **values,
         "top1_ci95": None if interval is None else list(interval),
         "images": 0 if evaluation is None else evaluation.images,
+        **told,
     }
+
+
+def task_figures(one: Evaluation | NumberFigures) -> dict[str, Any]:
+    """Return the figures of one task of several as plain JSON values, without those that its kind has not."""
+    if isinstance(one, NumberFigures):
+        return one.to_json()
+    return {name: value for name, value in figures_of(one).items() if value is not None}
 
 
 def sizes_of(model: nn.Module, adapter: Path) -> dict[str, int]:
@@ -66,6 +78,12 @@ def adapter_data(adapter: Path, data: AnySource) -> tuple[Dataset, bool]:
     record = read_record(adapter)
     if not record.classes:
         raise AdapterError(f"{adapter} does not name its classes; save it with classes=, in the order of its outputs")
+    if record.tasks:
+        dataset = read_data(data, UNDIVIDED, tasks=record.tasks)
+        same = record.fingerprint == dataset.fingerprint
+        return (read_data(data, record.split, tasks=record.tasks) if same and record.split else dataset), same
+    if isinstance(data, Source) and (data.tasks or data.labels):
+        raise AdapterError(f"{adapter} answers one question, with classes; leave --task out")
     try:
         dataset = read_data(data, UNDIVIDED, record.classes)
     except UnknownClasses as error:
@@ -85,9 +103,10 @@ def _other_kind(data: AnySource, adapter: Path, multi_label: bool) -> AdapterErr
 
 def classes_without(examples: Sequence[Example], classes: Sequence[str]) -> list[str]:
     """Return the classes of which there is no image."""
-    labels = (example.label if isinstance(example.label, tuple) else (example.label,) for example in examples)
-    there = {label for several in labels for label in several}
-    return [name for number, name in enumerate(classes) if number not in there]
+    coded = labels_of(examples)
+    there = {label for code in set(coded.codes.tolist()) for label in classes_of(coded.values[code])}
+    numbers = {task.name for task in tasks_of(examples) if task.kind == "number"}
+    return [name for number, name in enumerate(classes) if number not in there and name not in numbers]
 
 
 def _examples(dataset: Dataset, same: bool, part: str, adapter: Path) -> Sequence[Example]:

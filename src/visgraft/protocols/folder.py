@@ -95,6 +95,8 @@ def _drawn(data: Dataset, shots: int, seed: int) -> tuple[Sequence[Example], Seq
 
 def _read(source: Path, split: Split) -> Dataset:
     data = read_data(source, split)
+    if data.tasks:
+        raise DataError(f"{source} has several labels per image; benchmarks need a column label with one class")
     if data.multi_label:
         raise DataError(f"{source} has several classes per image; benchmarks need a column label with one")
     return data

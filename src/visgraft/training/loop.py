@@ -19,10 +19,11 @@ from visgraft.core.attached import get_attached
 from visgraft.core.draws import check_divisible
 from visgraft.data.fit import check_fit
 from visgraft.data.images import Images
+from visgraft.data.tasks import task_answers
 from visgraft.errors import DataError, TrainingDiverged, VisgraftError, warn_user
 from visgraft.executors import distributed
 from visgraft.executors.distributed import in_shares
-from visgraft.measure.evaluation import peak_memory_bytes, probabilities_of, score
+from visgraft.measure.evaluation import peak_memory_bytes, probabilities_of, score, score_tasks
 from visgraft.measure.precision import Compute, frozen_weights_in_bf16, make_compute, unfused_attention
 from visgraft.options import TrainConfig
 from visgraft.training.allocation import freed_memory_kept
@@ -285,6 +286,10 @@ def _validate(model: nn.Module, task: Objective, compute: Compute, batch_size: i
     everything, seen = torch.arange(len(task.val_labels)), task.val_inputs
     with torch.no_grad(), compute.autocast():
         logits = in_shares(len(everything), batch_size, lambda part: task.network(seen(everything[part])).float())
+    if task.tasks:
+        answers = task_answers(logits, task.tasks).cpu()
+        found = score_tasks(answers, task.val_labels.cpu(), task.tasks, resamples=0)
+        return {"val_loss": float(task.loss(logits, task.val_labels)), "val_mean": found.figure}
     several = task.val_labels.ndim == 2
     plain_loss = F.binary_cross_entropy_with_logits if several else F.cross_entropy
     found = score(probabilities_of(logits, several).cpu(), task.val_labels.cpu())
@@ -321,6 +326,8 @@ def _check(model: nn.Module, images: Images, config: TrainConfig, val: Images | 
                 "of training and validation images only one kind may have several classes per image; give both labels "
                 "int64 [N], or both float32 [N, classes]"
             )
+        if val.tasks != images.tasks:
+            raise DataError("training and validation images have labels for other tasks; read both from one data set")
     if config.select == "val" and val is None:
         raise VisgraftError("select='val' needs validation images; add a val folder, or raise --val-fraction")
     has_drop_path = any(isinstance(m, DropPath) and (m.drop_prob or 0) > 0 for m in model.modules())

@@ -15,11 +15,14 @@ from visgraft.backbones.heads import head_outputs
 from visgraft.core.attached import get_attached
 from visgraft.data.augment import View, augmentation
 from visgraft.data.images import Images
+from visgraft.data.tasks import LabelTask
 from visgraft.errors import VisgraftError, warn_user
 from visgraft.executors.distributed import in_shares
 from visgraft.measure.precision import Compute
 from visgraft.options import TrainConfig
 from visgraft.training.prefix import Prefix, run_prefix
+from visgraft.training.task_loss import TaskLoss
+from visgraft.training.weighting import class_weights
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Features = dict[str, Tensor]
@@ -29,6 +32,8 @@ Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 @dataclass(frozen=True)
 class Objective:
     """The network that trains, its inputs (images, or what a frozen part makes of them once), its labels and its loss.
+
+    With several tasks, `tasks` are what the labels answer.
 
     `inputs` takes (indices [B], epoch), `val_inputs` indices [B]; `loss` takes logits [B, classes] and labels.
     `kept_bytes` is the memory that inputs computed once take. `mix` mixes a batch's images with each other and their
@@ -45,9 +50,12 @@ class Objective:
     kept_bytes: int = 0
     mix: Mix | None = None
     weights: Tensor | None = None
+    tasks: tuple[LabelTask, ...] = ()
 
     def share_of_loss(self, target: Tensor, labels: Tensor) -> Tensor | float:
         """Return by what the loss of some images (`target`) counts in that of their batch (`labels`)."""
+        if isinstance(self.loss, TaskLoss):
+            return self.loss.known_labels(target) / self.loss.known_labels(labels).clamp_min(1)
         if self.weights is None or target.ndim == 2:  # with shares of classes, torch divides by the images
             return len(target) / len(labels)
         return self.weights[target].sum() / self.weights[labels].sum()
@@ -81,9 +89,17 @@ def make_objective(
         facts = (tuple(images.pixels.shape), images.distinct)
         views = tuple(replace(images, pixels=View(augment, *facts, epoch)) for epoch in range(1, turns + 1))
     labels, val_labels = images.labels.to(device), None if val is None else val.labels.to(device)
-    weights = class_weights(images.labels, head_outputs(model) or 0, config.class_weights)
-    weights = None if weights is None else weights.to(device)
-    loss = make_loss(images.labels, head_outputs(model) or 0, config, device)
+    if config.task_weights and not images.tasks:
+        raise VisgraftError("task_weights is for images with several labels, and these have one; leave it out")
+    outputs = head_outputs(model) or 0
+    loss: Loss
+    if images.tasks:
+        _check_for_tasks(config)
+        weights, loss = None, TaskLoss(images.tasks, images.labels, config)
+    else:
+        weights = class_weights(images.labels, outputs, config.class_weights)
+        weights = None if weights is None else weights.to(device)
+        loss = make_loss(images.labels, outputs, config, device)
     if sees_features(model, config):
         kept = {} if features is None else features
         for name, parts in (("train", views), ("val", () if val is None else (val,))):
@@ -91,13 +107,14 @@ def make_objective(
                 kept[name] = torch.cat([features_of(model, part, compute) for part in parts])
         train = kept["train"].split(len(images))
         head: Any = model.get_classifier()  # type: ignore[operator]
-        return replace(_on_kept(head, train, kept.get("val"), labels, val_labels, loss, device), weights=weights)
+        task = _on_kept(head, train, kept.get("val"), labels, val_labels, loss, device)
+        return replace(task, weights=weights, tasks=images.tasks)
     asked = views if val is None else (*views, val)
     prefix = _prefix(model, asked, compute, config, on_warning)
     if prefix is not None:
         train, rest = prefix.entering[: len(views)], prefix.entering[len(views) :]
         task = _on_kept(prefix.tail, train, rest[0] if rest else None, labels, val_labels, loss, device)
-        return replace(task, weights=weights)
+        return replace(task, weights=weights, tasks=images.tasks)
 
     def inputs(indices: Tensor, epoch: int) -> Tensor:
         pixels = augment(indices, _turn(epoch, turns)) if augment else images.pixels[indices]
@@ -109,7 +126,7 @@ def make_objective(
 
     mix = mixing(config, images.labels, head_outputs(model) or 0)
     seen = None if val is None else val_inputs
-    return Objective(network, inputs, labels, loss, seen, val_labels, mix=mix, weights=weights)
+    return Objective(network, inputs, labels, loss, seen, val_labels, 0, mix, weights, images.tasks)
 
 
 def mixing(config: TrainConfig, labels: Tensor, classes: int) -> Mix | None:
@@ -235,21 +252,12 @@ def checkpointing(model: nn.Module, whole: bool, wanted: bool) -> Iterator[None]
         timms.set_grad_checkpointing(False)
 
 
-def class_weights(labels: Tensor, classes: int, kind: str) -> Tensor | None:
-    """Return a factor per class [classes] for the loss; None for `none`.
-
-    `balanced` is N / (classes × images of the class), as scikit-learn's; `sqrt` is its square root. Where an image may
-    have several classes (`labels` [N, classes]), the factor weighs a class's presence: images without ÷ with it.
-    """
-    if kind == "none":
-        return None
-    if labels.ndim == 2:
-        with_it = labels.sum(0)
-        weights = (len(labels) - with_it) / with_it.clamp_min(1)
-    else:
-        counts = torch.bincount(labels, minlength=classes)
-        weights = len(labels) / (int((counts > 0).sum()) * counts.clamp_min(1))
-    return weights if kind == "balanced" else weights.sqrt()
+def _check_for_tasks(config: TrainConfig) -> None:
+    """Raise a VisgraftError where an option needs one label per image."""
+    if config.sampler == "balanced":
+        raise VisgraftError("sampler 'balanced' needs one label per image; use class_weights='balanced' instead")
+    if config.mixed:
+        raise VisgraftError("mixup and cutmix need one class per image; leave them out")
 
 
 def make_loss(labels: Tensor, classes: int, config: TrainConfig, device: torch.device) -> Loss:

@@ -27,7 +27,8 @@ class Epoch:
     """Figures of one epoch; during it, those so far. Rates lie between 0 and 1.
 
     `top1` and `val_top1` are None where images may have several classes; `val_map` (mean average precision) and
-    `val_macro_f1` are measured at the end of an epoch on the validation images, where there are any.
+    `val_macro_f1` are measured at the end of an epoch on the validation images, where there are any; with several
+    tasks, `val_mean` alone, the mean of their figures.
     """
 
     epoch: int
@@ -41,10 +42,16 @@ class Epoch:
     val_top1: float | None = None
     val_macro_f1: float | None = None
     val_map: float | None = None
+    val_mean: float | None = None
 
     @property
     def val_figure(self) -> float | None:
-        """What epochs are chosen by: mean average precision where images have several classes, otherwise top-1."""
+        """What epochs are chosen by: mean average precision where images have several classes, otherwise top-1.
+
+        With several tasks, the mean of their figures.
+        """
+        if self.val_mean is not None:
+            return self.val_mean
         return self.val_top1 if self.val_map is None else self.val_map
 
 

@@ -244,6 +244,7 @@ def _record(dataset: Dataset, split: Split, config: TrainConfig, background: str
         "fingerprint": dataset.fingerprint,
         "layout": dataset.layout,
         "multi_label": dataset.multi_label,
+        **({"tasks": [task.to_json() for task in dataset.tasks]} if dataset.tasks else {}),
         "background": background,
         "images": {part: len(getattr(dataset, part)) for part in PARTS},
         "train_images_by_class": _images_by_class(dataset),
@@ -254,7 +255,8 @@ def _record(dataset: Dataset, split: Split, config: TrainConfig, background: str
 
 def _images_by_class(dataset: Dataset) -> dict[str, int]:
     """Return how many training images each class has."""
-    return dict(zip(dataset.classes, counts_by_class(dataset.train, len(dataset.classes)), strict=True))
+    counts = dict(zip(dataset.classes, counts_by_class(dataset.train, len(dataset.classes)), strict=True))
+    return {name: count for name, count in counts.items() if name not in {task.name for task in dataset.tasks}}
 
 
 def read_and_check(data: AnySource, split: Split, watch: Watch) -> Dataset:

@@ -1,0 +1,64 @@
+"""What the training images tell of a data set's tasks, once its parts are known: whether each can be learned."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from visgraft.data.dataset import listed
+from visgraft.data.examples import Coded, Example, Examples, labels_of
+from visgraft.data.tasks import LabelTask
+from visgraft.errors import DataError
+
+
+def bind(
+    parts: Mapping[str, Sequence[Example]], tasks: Sequence[LabelTask], where: str
+) -> tuple[dict[str, Sequence[Example]], tuple[LabelTask, ...]]:
+    """Return the parts with labels that know their tasks, whose numbers are described by the training images.
+
+    Raises:
+        DataError: a class has no training image, or a number does not vary among them.
+    """
+    labels = labels_of(parts["train"])
+    used = [labels.values[code] for code in labels.codes.tolist()]
+    made = tuple(
+        _described(task, [own.values[place] for own in used], where)
+        if task.kind == "number"
+        else _learnable(task, [own.values[place] for own in used], where)
+        for place, task in enumerate(tasks)
+    )
+    return {part: _bound(examples, made) for part, examples in parts.items()}, made
+
+
+def _bound(examples: Sequence[Example], tasks: tuple[LabelTask, ...]) -> Sequence[Example]:
+    if not isinstance(examples, Examples):
+        return examples  # an empty part
+    labels = examples.columns.labels
+    values = [replace(value, tasks=tasks) for value in labels.values]
+    return Examples(replace(examples.columns, labels=Coded(labels.codes, values)), examples.rows)
+
+
+def _described(task: LabelTask, values: Sequence[float | None], where: str) -> LabelTask:
+    numbers = np.array([value for value in values if value is not None], np.float64)
+    if len(np.unique(numbers)) < 2:
+        found = f"only the number {numbers[0]:g}" if len(numbers) else "no number"
+        raise DataError(
+            f"{where}: the training images have {found} in column {task.name}; at least two different ones are needed, "
+            "or leave the column out of --label"
+        )
+    return replace(
+        task, mean=float(numbers.mean()), std=float(numbers.std()), low=float(numbers.min()), high=float(numbers.max())
+    )
+
+
+def _learnable(task: LabelTask, values: Sequence[int | tuple[int, ...] | None], where: str) -> LabelTask:
+    seen = {
+        index for value in values if value is not None for index in (value if isinstance(value, tuple) else (value,))
+    }
+    absent = [name for index, name in enumerate(task.classes) if index not in seen]
+    if absent:
+        raise DataError(
+            f"{where}: classes of {task.name} have no train image: {listed(absent)}; add or move images, or change the "
+            "seed"
+        )
+    return task

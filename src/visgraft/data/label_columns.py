@@ -1,0 +1,131 @@
+"""Which columns of a table are labels, and what each holds: a class, several classes, or a number."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from visgraft.data.tasks import Kind, LabelTask
+from visgraft.errors import DataError, nearest
+
+MOST_CLASSES = 20
+"""A column of whole numbers with more different ones than this holds numbers, with fewer classes."""
+MOSTLY = 0.8
+SEPARATORS = ";|"
+
+
+@dataclass(frozen=True)
+class LabelColumns:
+    """The columns to learn, by name; what those hold that are in `numbers` (with units), `several` or `one_class`.
+
+    Raises:
+        DataError: a column is named twice, or is to hold two kinds at once.
+    """
+
+    names: tuple[str, ...]
+    numbers: Mapping[str, str]
+    several: tuple[str, ...] = ()
+    one_class: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for what, names in (("a label", self.names), ("a kind", (*self.numbers, *self.several, *self.one_class))):
+            folded = [name.casefold() for name in names]
+            twice = next((name for name in names if folded.count(name.casefold()) > 1), None)
+            if twice is not None:
+                raise DataError(f"column {twice} is given {what} twice; name it once")
+
+    @classmethod
+    def parsed(cls, label: str | None, number: str | None, several: str | None, one_class: str | None) -> Self | None:
+        """Return what options say: names joined by commas, a number's unit after "="; None where nothing is named.
+
+        A column that has a kind is a label without being named as one.
+        """
+        numbers = {name: unit for name, _, unit in (text.partition("=") for text in _names(number))}
+        kinds = (*numbers, *_names(several), *_names(one_class))
+        labels = _names(label)
+        folded = {name.casefold() for name in labels}
+        names = (*labels, *(name for name in kinds if name.casefold() not in folded))
+        return cls(names, numbers, _names(several), _names(one_class)) if names else None
+
+    @classmethod
+    def of(cls, tasks: Sequence[LabelTask]) -> Self:
+        """Return the columns that answer the tasks of a model."""
+        by_kind = {
+            kind: tuple(task.name for task in tasks if task.kind == kind) for kind in ("several_classes", "one_class")
+        }
+        numbers = {task.name: task.unit for task in tasks if task.kind == "number"}
+        return cls(tuple(task.name for task in tasks), numbers, by_kind["several_classes"], by_kind["one_class"])
+
+    def given_kind(self, name: str) -> Kind | None:
+        """Return what a column is said to hold; None where nobody said."""
+        kinds: tuple[tuple[Kind, Iterable[str]], ...] = (
+            ("number", self.numbers), ("several_classes", self.several), ("one_class", self.one_class)
+        )  # fmt: skip
+        return next((kind for kind, names in kinds if name.casefold() in {n.casefold() for n in names}), None)
+
+    def unit(self, name: str) -> str:
+        """Return the unit of a number's column, empty where none is given."""
+        return next((unit for given, unit in self.numbers.items() if given.casefold() == name.casefold()), "")
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
+
+
+def as_number(cell: str) -> float | None:
+    """Return the finite number that a cell holds, or None."""
+    try:
+        value = float(cell)
+    except ValueError:
+        return None
+    return value if abs(value) < float("inf") else None
+
+
+def found_kind(name: str, cells: Iterable[str], where: str) -> Kind:
+    """Return what a column holds by its different cells.
+
+    Numbers with decimals, or of more than 20 different values, are numbers; names joined by "|" or ";" that also stand
+    alone are several classes; anything else is one class.
+
+    Raises:
+        DataError: most cells are numbers but some are not.
+    """
+    known = {cell for cell in cells if cell}
+    numbers = {cell: as_number(cell) for cell in known}
+    right = [value for value in numbers.values() if value is not None]
+    measured = any(not value.is_integer() for value in right) or len(right) > MOST_CLASSES
+    if len(right) == len(known):
+        return "number" if measured else "one_class"
+    if measured and len(right) > MOST_CLASSES and len(right) >= MOSTLY * len(known):
+        odd = min(cell for cell, value in numbers.items() if value is None)
+        raise DataError(
+            f"{where}: most of column {name} are numbers, but {odd!r} is none; correct it, leave the cell blank, or "
+            f"say --one-class {name}"
+        )
+    pieces = [split_names(cell) for cell in known if re.search(f"[{SEPARATORS}]", cell)]
+    return "several_classes" if any(piece in known for some in pieces for piece in some) else "one_class"
+
+
+def split_names(cell: str, separators: str = SEPARATORS) -> list[str]:
+    """Return the names in a cell of several."""
+    return [name.strip() for name in re.split(f"[{re.escape(separators)}]", cell) if name.strip()]
+
+
+def separator_of(cells: Iterable[str]) -> str:
+    """Return what separates names in a column of several: ";" where any cell has one, otherwise "|"."""
+    return ";" if any(";" in cell for cell in cells) else "|"
+
+
+def check_columns(names: Sequence[str], header: Sequence[str], taken: Sequence[str], where: str) -> None:
+    """Raise a DataError unless each column is there once and is no other's; `header` is in lower case."""
+    for name in names:
+        count = header.count(name.casefold())
+        if count != 1:
+            others = [other for other in header if other not in taken]
+            found = "two columns" if count else "no column"
+            raise DataError(
+                f"{where} has {found} {name}; its columns are {', '.join(other or '(nothing)' for other in header)}"
+                f"{nearest(name.casefold(), others, 1) if not count else ''}"
+            )
+        if name.casefold() in taken:
+            raise DataError(f"{where}: column {name} is no label; name one of {', '.join(set(header) - set(taken))}")

@@ -1,0 +1,189 @@
+"""Several questions about one image: what each asks, the labels that are known, and which outputs answer it.
+
+The outputs of all tasks lie side by side in one head, so that a model with several tasks is a model like any other: a
+class task has an output per class, a number one. Only what is made of the outputs differs.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import Any, Literal, Self, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Kind = Literal["one_class", "several_classes", "number"]
+BINS = 5  # into which numbers are sorted where images are drawn or channels are scored by their labels
+
+
+@dataclass(frozen=True)
+class LabelTask:
+    """What is asked of an image: one class, several, or a number.
+
+    Attributes:
+        name: of the label column or of the folder's task.
+        kind: what an answer is.
+        classes: names of the classes, in order; empty for a number.
+        unit: of a number, as the user wrote it.
+        mean: of the training images' numbers, in that unit; what a constant answer would say.
+        std: their standard deviation; the model answers (number - mean) / std.
+        low: their least.
+        high: their greatest.
+
+    Raises:
+        ValueError: the kind is none of these, or a number is not finite or does not vary.
+    """
+
+    name: str
+    kind: Kind
+    classes: tuple[str, ...] = ()
+    unit: str = ""
+    mean: float = 0.0
+    std: float = 1.0
+    low: float = 0.0
+    high: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"task {self.name!r} is a {self.kind!r}, not one of {', '.join(get_args(Kind))}")
+        if not all(map(math.isfinite, (self.mean, self.std, self.low, self.high))) or self.std <= 0:
+            raise ValueError(f"task {self.name!r} has the mean {self.mean} and the standard deviation {self.std}")
+        if bool(self.classes) == (self.kind == "number"):
+            raise ValueError(f"task {self.name!r} is a {self.kind} with {len(self.classes)} classes")
+
+    @property
+    def outputs(self) -> int:
+        """How many outputs of the head answer it."""
+        return len(self.classes) or 1
+
+    @property
+    def columns(self) -> int:
+        """How many columns of `Images.labels` hold its labels."""
+        return len(self.classes) if self.kind == "several_classes" else 1
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """What its outputs are called among those of all tasks."""
+        return tuple(f"{self.name}={name}" for name in self.classes) or (self.name,)
+
+    def __str__(self) -> str:
+        if self.kind == "number":
+            return f"{self.name}: a number from {self.low:g} to {self.high:g}{f' {self.unit}' if self.unit else ''}"
+        return f"{self.name}: {'one' if self.kind == 'one_class' else 'any number'} of {len(self.classes)} classes"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain JSON values."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Return what `to_json` wrote.
+
+        Raises:
+            TypeError: a value is of the wrong type or unknown.
+            ValueError: see the class.
+        """
+        found = cls(**{**values, "classes": tuple(values.get("classes", ()))})
+        texts = (found.name, found.unit, *found.classes)
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"task {found.name!r} has names that are no text")
+        return found
+
+
+@dataclass(frozen=True)
+class TaskLabels:
+    """What is known of one image: for each task the index of its class, the indices of its classes, a number, or None.
+
+    `tasks` are what the values answer, the same for all images of a data set.
+    """
+
+    values: tuple[int | tuple[int, ...] | float | None, ...]
+    tasks: tuple[LabelTask, ...] = field(compare=False, repr=False)
+
+    def known_outputs(self) -> Iterator[int]:
+        """Yield the numbers of the outputs, among those of all tasks, of the classes that the image has."""
+        for value, place in zip(self.values, output_slices(self.tasks), strict=True):
+            if isinstance(value, tuple):
+                yield from (place.start + index for index in value)
+            elif isinstance(value, int):
+                yield place.start + value
+
+
+def output_slices(tasks: Sequence[LabelTask]) -> list[slice]:
+    """Return which outputs answer each task."""
+    return _slices([task.outputs for task in tasks])
+
+
+def column_slices(tasks: Sequence[LabelTask]) -> list[slice]:
+    """Return which columns of `Images.labels` hold each task's labels."""
+    return _slices([task.columns for task in tasks])
+
+
+def _slices(widths: Sequence[int]) -> list[slice]:
+    ends = np.cumsum([0, *widths]).tolist()
+    return [slice(start, stop) for start, stop in pairwise(ends)]
+
+
+def outputs_of(tasks: Sequence[LabelTask]) -> tuple[str, ...]:
+    """Return the names of the outputs of all tasks."""
+    return tuple(name for task in tasks for name in task.output_names)
+
+
+def label_row(labels: TaskLabels) -> list[float]:
+    """Return an image's row of `Images.labels`: a class's index, 0 or 1 for each of several, a number; NaN: unknown."""
+    row: list[float] = []
+    for value, task in zip(labels.values, labels.tasks, strict=True):
+        if value is None:
+            row += [math.nan] * task.columns
+        elif isinstance(value, tuple):
+            row += [float(index in value) for index in range(task.columns)]
+        else:
+            row.append(float(value))
+    return row
+
+
+def known(labels: Tensor, task: LabelTask, columns: slice) -> tuple[Tensor, Tensor]:
+    """Return which images have a label of a task, bool [N], and those labels.
+
+    The labels are int64 [K], float32 [K, classes] of 0 and 1, or float32 [K] in the unit of the number, of the K images
+    that have one; `labels` [N, columns] are those of all tasks.
+    """
+    own = labels[:, columns]
+    there = ~own[:, 0].isnan()
+    own = own[there]
+    if task.kind == "one_class":
+        return there, own[:, 0].long()
+    return there, own if task.kind == "several_classes" else own[:, 0]
+
+
+def task_answers(logits: Tensor, tasks: Sequence[LabelTask]) -> Tensor:
+    """Return what outputs [..., outputs] say: probabilities of classes, numbers in their unit."""
+    parts = []
+    for task, place in zip(tasks, output_slices(tasks), strict=True):
+        own = logits[..., place]
+        if task.kind == "number":
+            parts.append(own * task.std + task.mean)
+        else:
+            parts.append(own.softmax(-1) if task.kind == "one_class" else own.sigmoid())
+    return torch.cat(parts, -1)
+
+
+def membership(labels: Tensor, tasks: Sequence[LabelTask]) -> Tensor:
+    """Return what images have, float32 [N, outputs or bins] of 0 and 1: classes, and bins for numbers.
+
+    The bins hold equal shares of a normal distribution with the task's mean and deviation. An image is in none of a
+    task whose label is unknown.
+    """
+    edges = torch.distributions.Normal(0.0, 1.0).icdf(torch.arange(1, BINS) / BINS)
+    parts = []
+    for task, columns in zip(tasks, column_slices(tasks), strict=True):
+        there, own = known(labels, task, columns)
+        width = BINS if task.kind == "number" else task.outputs
+        found = torch.zeros(len(labels), width)
+        if task.kind == "number":
+            own = torch.bucketize(((own - task.mean) / task.std).contiguous(), edges)
+        found[there] = own if task.kind == "several_classes" else torch.nn.functional.one_hot(own, width).float()
+        parts.append(found)
+    return torch.cat(parts, 1)
