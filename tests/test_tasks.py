@@ -18,7 +18,7 @@ from visgraft.data.dataset import Dataset, Split
 from visgraft.data.examples import Coded
 from visgraft.data.images import Images, load_images, make_labels
 from visgraft.data.label_columns import LabelColumns, found_kind
-from visgraft.data.read import Source, read_data
+from visgraft.data.read import Source, read_data, with_column
 from visgraft.data.stratify import draw_marked
 from visgraft.data.tasks import LabelTask, TaskLabels, column_slices, known, membership, outputs_of, task_answers
 from visgraft.errors import DataError, VisgraftError
@@ -106,6 +106,15 @@ def test_a_kind_can_be_set_and_one_column_of_classes_is_an_ordinary_data_set(tmp
     found = read(number="size=mm").tasks
     assert [(task.name, task.kind, task.unit) for task in found] == [("size", "number", "mm")]
     assert [task.kind for task in read(label="code,size", number="Size").tasks] == ["one_class", "number"]
+
+
+def test_a_model_is_measured_by_the_column_that_it_learned(tmp_path: Path) -> None:
+    table = write(tmp_path, "label,code,notes", [f"x,{'ab'[n % 2]},{n}" for n in range(40)])
+    found = read_data(Source(table, labels=LabelColumns.parsed("code", None, None, None)))
+    assert found.label_column == "code" and found.classes == ("a", "b")
+    again = read_data(with_column(table, "code", False), known=("a", "b"))
+    assert again.label_column == "code" and [e.path for e in again.test] == [e.path for e in found.test]
+    assert with_column(tmp_path, "code", False) == Source(tmp_path) and with_column(table, "kind", False).labels is None
 
 
 def test_blank_cells_are_unknown_and_a_row_without_a_label_is_left_out(tmp_path: Path) -> None:

@@ -57,7 +57,8 @@ class Dataset:
     `multi_label`, an image may have several classes or none; with `tasks`, it has a label for each of these, or for
     some, and `classes` are the names of all outputs. `notes` say in one line each what was passed over, and
     `unlabelled` are folders of images without classes that lie beside the parts. `mirror` says of
-    which folder at an address `root` is this machine's copy.
+    which folder at an address `root` is this machine's copy. `label_column` is the column of a table that was named as
+    that of the classes.
     """
 
     root: Path
@@ -73,6 +74,7 @@ class Dataset:
     notes: tuple[str, ...] = ()
     unlabelled: tuple[Path, ...] = ()
     mirror: Mirror | None = None
+    label_column: str = ""
 
     @property
     def all(self) -> Sequence[Example]:

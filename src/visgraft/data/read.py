@@ -12,6 +12,7 @@ from visgraft.data.label_columns import LabelColumns
 from visgraft.data.mirror import mirrored
 from visgraft.data.shards import read_shards
 from visgraft.data.table import read_table, table_header
+from visgraft.data.table_lines import column_names
 from visgraft.data.task_folders import joined_tasks
 from visgraft.data.task_table import read_task_table, with_tasks
 from visgraft.data.tasks import LabelTask
@@ -80,18 +81,20 @@ def read_data(
     """
     source = source if isinstance(source, Source) else Source(source)
     labelled = source.tasks or source.labels or tasks
-    dataset = _read_tasks(source, split, tasks) if labelled else _read(source, split, known)
+    dataset = _read_tasks(source, split, tasks, known) if labelled else _read(source, split, known)
     for note in (*dataset.notes, *(() if tasks else map(str, dataset.tasks))):
         LOG.info("%s: %s", dataset.root, note)
     return dataset
 
 
-def _read_tasks(source: Source, split: Split, known: Sequence[LabelTask]) -> Dataset:
-    """Read images with labels for several tasks, perhaps those of a model."""
+def _read_tasks(
+    source: Source, split: Split, known: Sequence[LabelTask], known_classes: Sequence[str] | None
+) -> Dataset:
+    """Read images with labels for several tasks, perhaps those of a model, or with one column of classes."""
     if not source.tasks:
         columns = source.labels or _columns_of(source, known)
         table, folder = _table_of(source, columns)
-        return with_tasks(read_task_table(table, folder, split, columns, known), known)
+        return with_tasks(read_task_table(table, folder, split, columns, known, known_classes), known)
     strange = next((name for name, _ in source.tasks if known and name not in {task.name for task in known}), None)
     if strange is not None:
         names = [task.name for task in known]
@@ -103,6 +106,17 @@ def _read_tasks(source: Source, split: Split, known: Sequence[LabelTask]) -> Dat
             raise DataError(f"--task {name}: {place} is an address; copy the folder to this machine first")
         found[name] = _read(Source(place), split, classes.get(name))
     return joined_tasks(found, known)
+
+
+def with_column(source: AnySource, name: str, several: bool) -> Source:
+    """Return a source whose classes are in the column of this name, if it is a table that has it; else as it is."""
+    source = source if isinstance(source, Source) else Source(source)
+    columns = LabelColumns((name,), {}, (name,) if several else (), () if several else (name,))
+    try:
+        table, _ = _table_of(source, columns)
+    except DataError:
+        return source
+    return replace(source, labels=columns) if name.casefold() in (column_names(table) or ()) else source
 
 
 def _columns_of(source: Source, known: Sequence[LabelTask]) -> LabelColumns:

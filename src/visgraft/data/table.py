@@ -127,7 +127,10 @@ def read_table(
         check_train(found["train"], classes, str(table))
     layout: Literal["split", "flat"] = "flat" if flat else "split"
     mark = table_fingerprint(rows, labels, by_name)
-    return Dataset(table, classes, found["train"], found["val"], found["test"], layout, mark, drawn_by, multi_label)
+    return Dataset(
+        table, classes, found["train"], found["val"], found["test"], layout, mark, drawn_by, multi_label,
+        label_column="" if label is None else label.name,
+    )  # fmt: skip
 
 
 def _examples(

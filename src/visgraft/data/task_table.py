@@ -46,6 +46,7 @@ def read_task_table(
     split: Split,
     columns: LabelColumns,
     known: Sequence[LabelTask] = (),
+    classes: Sequence[str] | None = None,
 ) -> Dataset:
     """Read images from a table whose label columns are named: one task for each.
 
@@ -65,7 +66,8 @@ def read_task_table(
         cells = {fields[place].strip() for _, fields in records(table, header, names) if len(fields) > place}
         kind = columns.given_kind(names[0]) or found_kind(columns.names[0], cells, str(table))
         if kind != "number":
-            return read_table(table, folder, split, None, LabelColumn(columns.names[0], kind == "several_classes"))
+            label = LabelColumn(columns.names[0], kind == "several_classes")
+            return read_table(table, folder, split, classes, label)
     rows = table_rows(table, folder, header, names)
     return _Reading(table, rows, columns, known).dataset(split)
 
@@ -92,7 +94,8 @@ class _Reading:
         found, drawn_by = fill_parts(given, outputs_of(tasks), split, flat, where)
         if not self.known:
             found, tasks = bind(found, tasks, str(self.table))
-        marks = [tuple(f"{n}={c}" for n, c in zip(self.columns.names, own, strict=True)) for own in self._cells()]
+        kinds = [f"{task.name} ({task.kind})" for task in tasks]
+        marks = [tuple(f"{n}={c}" for n, c in zip(kinds, own, strict=True)) for own in self._cells()]
         left_out = int((~labelled).sum())
         notes = (f"left out {left_out:,} images without any label",) if left_out else ()
         layout: Literal["split", "flat"] = "flat" if flat else "split"

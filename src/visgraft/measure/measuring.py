@@ -14,7 +14,7 @@ from visgraft.core.attach import count_parameters
 from visgraft.data.dataset import PARTS, Dataset, Example, Split
 from visgraft.data.examples import classes_of, labels_of
 from visgraft.data.images import Images, Loading, load_images, tasks_of
-from visgraft.data.read import AnySource, Source, read_data
+from visgraft.data.read import AnySource, Source, read_data, with_column
 from visgraft.errors import AdapterError, DataError, UnknownClasses
 from visgraft.measure.evaluation import Evaluation, evaluate, peak_memory_bytes
 from visgraft.measure.numbers import NumberFigures
@@ -84,6 +84,8 @@ def adapter_data(adapter: Path, data: AnySource) -> tuple[Dataset, bool]:
         return (read_data(data, record.split, tasks=record.tasks) if same and record.split else dataset), same
     if isinstance(data, Source) and (data.tasks or data.labels):
         raise AdapterError(f"{adapter} answers one question, with classes; leave --task out")
+    if column := record.facts.get("data", {}).get("label_column"):
+        data = with_column(data, column, record.multi_label)
     try:
         dataset = read_data(data, UNDIVIDED, record.classes)
     except UnknownClasses as error:

@@ -245,6 +245,7 @@ def _record(dataset: Dataset, split: Split, config: TrainConfig, background: str
         "fingerprint": dataset.fingerprint,
         "layout": dataset.layout,
         "multi_label": dataset.multi_label,
+        **({"label_column": dataset.label_column} if dataset.label_column else {}),
         **({"tasks": [task.to_json() for task in dataset.tasks]} if dataset.tasks else {}),
         "background": background,
         "images": {part: len(getattr(dataset, part)) for part in PARTS},
