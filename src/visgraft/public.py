@@ -17,7 +17,9 @@ from visgraft.core.attach import ParameterCount, attach, count_parameters, detac
 from visgraft.data.dataset import Dataset, Example, Split
 from visgraft.data.folders import read_folder
 from visgraft.data.images import Images, Loading, load_images
+from visgraft.data.label_columns import LabelColumns
 from visgraft.data.read import Source, read_data
+from visgraft.data.tasks import LabelTask
 from visgraft.errors import DataError, VisgraftError
 from visgraft.export.certificate import Certificate
 from visgraft.export.merge import merge
@@ -26,6 +28,7 @@ from visgraft.export.proof import ExportCertificate
 from visgraft.export.run import export_adapter, export_model, list_formats
 from visgraft.measure.evaluation import Evaluation, evaluate
 from visgraft.measure.measuring import eval_adapter
+from visgraft.measure.numbers import NumberFigures
 from visgraft.methods import *  # noqa: F403  (the options of every method, so that adding one touches no list)
 from visgraft.methods import list_methods
 from visgraft.methods.salience import salient_channels

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 from visgraft.data.tasks import Kind, LabelTask
@@ -18,16 +18,21 @@ SEPARATORS = ";|"
 class LabelColumns:
     """The columns to learn, by name; what those hold that are in `numbers` (with units), `several` or `one_class`.
 
+    A column that is in one of these need not be named before.
+
     Raises:
         DataError: a column is named twice, or is to hold two kinds at once.
     """
 
     names: tuple[str, ...]
-    numbers: Mapping[str, str]
+    numbers: Mapping[str, str] = field(default_factory=dict)
     several: tuple[str, ...] = ()
     one_class: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        kinds = (*self.numbers, *self.several, *self.one_class)
+        named = {name.casefold() for name in self.names}
+        object.__setattr__(self, "names", (*self.names, *(n for n in kinds if n.casefold() not in named)))
         for what, names in (("a label", self.names), ("a kind", (*self.numbers, *self.several, *self.one_class))):
             folded = [name.casefold() for name in names]
             twice = next((name for name in names if folded.count(name.casefold()) > 1), None)
@@ -36,16 +41,10 @@ class LabelColumns:
 
     @classmethod
     def parsed(cls, label: str | None, number: str | None, several: str | None, one_class: str | None) -> Self | None:
-        """Return what options say: names joined by commas, a number's unit after "="; None where nothing is named.
-
-        A column that has a kind is a label without being named as one.
-        """
+        """Return what options say: names joined by commas, a number's unit after "="; None where nothing is named."""
         numbers = {name: unit for name, _, unit in (text.partition("=") for text in _names(number))}
-        kinds = (*numbers, *_names(several), *_names(one_class))
-        labels = _names(label)
-        folded = {name.casefold() for name in labels}
-        names = (*labels, *(name for name in kinds if name.casefold() not in folded))
-        return cls(names, numbers, _names(several), _names(one_class)) if names else None
+        columns = cls(_names(label), numbers, _names(several), _names(one_class))
+        return columns if columns.names else None
 
     @classmethod
     def of(cls, tasks: Sequence[LabelTask]) -> Self:
