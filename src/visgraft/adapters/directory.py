@@ -15,6 +15,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from visgraft.adapters.calibrated import Calibrated
 from visgraft.adapters.canary import canary_difference, is_drawn_alike, measure_canary
 from visgraft.adapters.card import make_card
 from visgraft.adapters.hub import CARD, CONFIG, TENSORS, remedy, resolve, settled
@@ -81,6 +82,7 @@ def save(
     classes: Sequence[str] = (),
     data_config: Mapping[str, Any] | None = None,
     record: Mapping[str, Any] | None = None,
+    calibrated: Calibrated | None = None,
 ) -> Path:
     """Write the adapter of a model to a directory, atomically; an earlier adapter there is replaced.
 
@@ -90,6 +92,7 @@ def save(
         classes: names of the head's outputs, in order: a list, a tuple, a NumPy array of text.
         data_config: timm's preprocessing facts; what it does not say of size, mean and std, and None: the model's own.
         record: further facts to keep, e.g. how it was trained and what was measured (plain JSON values).
+        calibrated: how sure this very model is, by `visgraft.measure.conformal.calibrate`; None: not known.
 
     Raises:
         AdapterError: the names are no texts that differ, or not as many as the head's outputs; or `data_config` makes
@@ -98,7 +101,8 @@ def save(
     """
     tensors = adapter_tensors(model)
     record_ = make_record(model, classes=classes, data_config=data_config, facts=record)
-    record_ = dataclasses.replace(record_, canary=measure_canary(model, record_.data_config))
+    canary = measure_canary(model, record_.data_config)
+    record_ = dataclasses.replace(record_, canary=canary, calibrated=calibrated)
     path = Path(path)
     with new_directory(path, CONFIG) as folder:
         safetensors.torch.save_file(tensors, folder / TENSORS)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from visgraft.adapters.calibrated import Calibrated
 from visgraft.adapters.canary import Canary, check_facts
 from visgraft.backbones.creation import KINDS, Backbone
 from visgraft.data.dataset import Split
@@ -42,6 +43,8 @@ class AdapterRecord:
         facts: all that is stored of the training: options, history, figures, costs.
         versions: of Python and the libraries that wrote it.
         canary: what it answered to a seeded picture when it was saved; None: not known.
+        calibrated: how sure it is of these very tensors' answers, so that no copy of the facts carries it on; None: not
+            measured.
     """
 
     method: MethodConfig
@@ -61,6 +64,7 @@ class AdapterRecord:
     facts: Facts = field(default_factory=dict)
     versions: Facts = field(default_factory=dict)
     canary: Canary | None = None
+    calibrated: Calibrated | None = None
 
     @property
     def multi_label(self) -> bool:
@@ -97,6 +101,7 @@ class AdapterRecord:
             "record": dict(self.facts),
             "versions": dict(self.versions),
             **({"canary": self.canary.to_json()} if self.canary else {}),
+            **({"calibration": self.calibrated.to_json()} if self.calibrated else {}),
         }
 
     @classmethod
@@ -141,11 +146,14 @@ class AdapterRecord:
             check_facts(config["data_config"])
         with _damage(file, "canary"):
             canary = Canary.from_json(config["canary"]) if config.get("canary") is not None else None
+        with _damage(file, "calibration"):
+            stored = config.get("calibration")
+            calibrated = None if stored is None else Calibrated.from_json(stored)
         return cls(
             method, backbone, outputs, digest, precision, own, config["data_config"], tuple(config["classes"]),
             "several_classes" if data.get("multi_label") else "one_class", facts.get("precision", "fp32"),
             data.get("background"), split, data.get("fingerprint"), config.get("parameters", {}), facts,
-            config.get("versions", {}), canary,
+            config.get("versions", {}), canary, calibrated,
         )  # fmt: skip
 
     def located(self, path: Path, weights: str | None = None) -> Backbone:

@@ -53,6 +53,13 @@ def predict(
             help="least probability, where images may have several classes; none: 0.5", min=0, max=1, show_default=False
         ),
     ] = None,
+    coverage: Annotated[
+        float | None,
+        typer.Option(
+            help="name a set of classes that holds the truth with this probability, e.g. 0.95; none: the most probable",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="table to write: .csv or .parquet; or a folder, for .parquet in parts", show_default=False),
@@ -91,14 +98,15 @@ def predict(
     named, told = (work.adapters, work.rows) if work else (named, None)
     if by_folder and out:
         asked = {"top": top, "threshold": threshold, "background": background, "batch_size": batch_size}
-        asked |= {"weights": weights, "ensemble": ensemble, "skip_broken": skip_broken}
+        asked |= {"coverage": coverage, "weights": weights, "ensemble": ensemble, "skip_broken": skip_broken}
         predict_in_parts(out, named, images, work, asked, in_parts, json)
         return
     paths, total = (iter(()), told) if work else find_images(images)
     broken = list[Broken]()
     streamed = skip_broken and not json and out is None  # no image can stop it, so lines need not wait for the end
     progress = StreamProgress(total, hidden=streamed and sys.stdout.isatty())
-    options: Any = {"top": top, "threshold": threshold, "batch_size": batch_size, "background": background}
+    options: Any = {"top": top, "threshold": threshold, "coverage": coverage, "batch_size": batch_size}
+    options["background"] = background
     options["on_broken"] = (lambda *why: broken.append(why)) if skip_broken else None
     options["on_progress"] = progress.show
     table = None if out is None else choose_table(out, images)
@@ -109,7 +117,7 @@ def predict(
         partial(predict_rows, bank, work.pairs()) if work else partial(predict_stream, bank, paths, ensemble=ensemble)
     )
     answering = ["ensemble of " + " and ".join(named)] if ensemble else list(named)
-    width = most_columns(map(bank.record, bank.names), top)
+    width = most_columns(map(bank.record, bank.names), top, coverage)
     sink = table(out, width) if out and table else printed(len(answering), json, streamed)
     rows = _write_all(each(**options), sink, progress, broken)
     _report(out, answering, rows if work else rows // len(answering), progress, broken, json, bool(work))

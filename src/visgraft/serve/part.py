@@ -53,6 +53,7 @@ class Question:
     weights: str | None = None
     top: int | None = None
     threshold: float | None = None
+    coverage: float | None = None
     background: str | None = None
     batch_size: int = BATCH_SIZE
     ensemble: bool = False
@@ -74,12 +75,13 @@ def make_question(adapters: Mapping[str, str], **options: Any) -> Question:
         VisgraftError: an option is out of range.
     """
     records = {name: read_record(path) for name, path in adapters.items()}
-    checked: Any = {name: options[name] for name in ("threshold", "background", "ensemble", "mixed") if name in options}
+    asked = ("top", "threshold", "coverage", "background", "ensemble", "mixed")
+    checked: Any = {name: options[name] for name in asked if name in options}
     check_question(records, **checked)
     pinned = tuple(PinnedAdapter(name, _pinned(path), _digest(path)) for name, path in adapters.items())
     if (weights := options.get("weights")) not in (None, *KINDS):
         options["weights"] = os.path.abspath(str(weights))
-    return Question(pinned, most_columns(records.values(), options.get("top")), **options)
+    return Question(pinned, most_columns(records.values(), options.get("top"), options.get("coverage")), **options)
 
 
 def answer_part(question: Question, images: Sequence[Named], folder: str, out: str, note: Note) -> None:
@@ -118,6 +120,7 @@ def _answered(
     options: dict[str, Any] = {
         "top": question.top,
         "threshold": question.threshold,
+        "coverage": question.coverage,
         "background": question.background,
         "batch_size": question.batch_size,
         "on_broken": (lambda path, reason: broken.append((path, reason))) if question.skip_broken else None,

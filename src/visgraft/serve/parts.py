@@ -59,7 +59,7 @@ def open_parts(out: Path, question: Question, images: ImageList) -> None:
             write_json(out / MARKER, {"visgraft": __version__, **facts})
             return
     try:
-        there = json.loads((out / MARKER).read_text(encoding="utf-8"))
+        there = {"coverage": None} | json.loads((out / MARKER).read_text(encoding="utf-8"))  # earlier ones knew none
         differing = next((what for what, value in facts.items() if there[what] != value), None)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise VisgraftError(f"{out / MARKER} is damaged ({error}); choose another --out") from error
@@ -155,7 +155,7 @@ def _part(number: int) -> str:
 
 def _facts(question: Question, images: ImageList) -> dict[str, Any]:
     """Return what decides the answers, and how they lie in parts."""
-    options = ("weights", "top", "threshold", "background", "ensemble")
+    options = ("weights", "top", "threshold", "coverage", "background", "ensemble")
     return {
         "adapters": {one.name: one.digest for one in question.adapters},
         **{name: getattr(question, name) for name in options},

@@ -21,6 +21,7 @@ from visgraft.data.decode import colour_of
 from visgraft.errors import AdapterError, DataError, VisgraftError
 from visgraft.measure.evaluation import probabilities_of
 from visgraft.measure.precision import Compute, resolve_precision
+from visgraft.serve.covering import check_covering, name_sets
 from visgraft.serve.decoding import AnyPath, batches, decoded, path_of, prepared, readable, stacked
 
 BATCH_SIZE = 64  # that of `evaluate`, so that both see the same rounding
@@ -30,6 +31,10 @@ ENSEMBLE = "ensemble"
 
 Classes = list[tuple[str, float]]
 """Names of classes with their probabilities, most probable first."""
+
+
+Naming = Callable[[AdapterRecord, Tensor], list[Classes]]
+"""Of an adapter's probabilities [B, classes] on the CPU."""
 
 
 class Prediction(NamedTuple):
@@ -56,15 +61,20 @@ class _Ready(NamedTuple):
         return self.record.background or "white"
 
 
-def predict(adapted: Adapted, paths: Sequence[str | Path], top: int = 1) -> list[Classes]:
-    """Return per image the `top` most probable classes with their probabilities, most probable first.
+def predict(
+    adapted: Adapted, paths: Sequence[str | Path], top: int | None = None, *, coverage: float | None = None
+) -> list[Classes]:
+    """Return per image the `top` most probable classes (None: one) with their probabilities, most probable first.
+
+    With `coverage`, return the set of classes that holds the truth so often instead (see `predict_stream`).
 
     Raises:
-        AdapterError: the transform makes other images than the model takes.
+        AdapterError: the transform makes other images than the model takes, or the adapter is not calibrated.
         DataError: a file is no image.
         VisgraftError: `paths` is one path and no list.
     """
-    return [found.classes for found in predict_stream([adapted], paths, top=top)]
+    top = 1 if top is None and coverage is None else top
+    return [found.classes for found in predict_stream([adapted], paths, top=top, coverage=coverage)]
 
 
 @settled()
@@ -75,6 +85,7 @@ def predict_stream(
     weights: str | None = None,
     top: int | None = None,
     threshold: float | None = None,
+    coverage: float | None = None,
     batch_size: int = BATCH_SIZE,
     background: str | None = None,
     ensemble: bool = False,
@@ -94,6 +105,8 @@ def predict_stream(
         weights: where the backbone's weights come from, in place of what the adapters say.
         top: how many classes to name at most; None: one, or, where images may have several classes, no limit.
         threshold: least probability of a class to be named, of adapters trained on images with several classes; 0.5.
+        coverage: name, in place of the most probable classes, a set that holds the truth with this probability, such as
+            0.95, of adapters that were calibrated when they were trained; probabilities are then calibrated ones.
         batch_size: images per forward.
         background: the colour behind transparent places, by name or as #rrggbb; None: as in training.
         ensemble: answer once for all adapters, by the mean of their probabilities.
@@ -102,17 +115,20 @@ def predict_stream(
 
     Raises:
         AdapterError: an adapter is damaged, or not of the same backbone as the first one, or prepares images of another
-            size than its model takes.
+            size than its model takes, or is not calibrated and `coverage` is given.
         DataError: a file is no image.
-        VisgraftError: an option is out of range, no adapter is given, or `images` is one path and no list.
+        VisgraftError: an option is out of range, or `coverage` cannot be promised or goes with another option; no adapter
+            is given, or `images` is one path and no list.
     """
     _check_options(adapters, images, top, threshold, batch_size)
     bank, ready = _prepare(adapters, weights)
     _check_threshold(threshold, (one.record for one in ready))
+    answering = [(one.name, one.record) for one in ready]
+    check_covering(coverage, answering, top=top, threshold=threshold, ensemble=ensemble)
     transform, colour = _transform(ready), background or _background(ready)
     read = partial(prepared, transform=transform, colour=colour)
     found = decoded(map(path_of, images), read, 2 * batch_size)
-    named = partial(name_classes, top=top, threshold=THRESHOLD if threshold is None else threshold)
+    named = _naming(top, threshold, coverage)
     if ensemble:
         _check_ensemble(ready)
     return _run(bank, ready, batches(found, batch_size), ensemble, named, on_broken, on_progress)
@@ -124,6 +140,7 @@ def predict_rows(
     *,
     top: int | None = None,
     threshold: float | None = None,
+    coverage: float | None = None,
     batch_size: int = BATCH_SIZE,
     background: str | None = None,
     on_broken: Callable[[AnyPath, str], None] | None = None,
@@ -138,6 +155,7 @@ def predict_rows(
         rows: may be an endless stream.
         top: as in `predict_stream`, like all that follows.
         threshold: least probability of a class.
+        coverage: name sets of classes.
         batch_size: images per forward.
         background: the colour behind transparent places.
         on_broken: called for each file that is no image.
@@ -149,7 +167,9 @@ def predict_rows(
     """
     _check_options(bank, rows, top, threshold, batch_size)
     _check_threshold(threshold, map(bank.record, bank.names))
-    least = THRESHOLD if threshold is None else threshold
+    answering = ((name, bank.record(name)) for name in bank.names)
+    check_covering(coverage, answering, top=top, threshold=threshold)
+    named = _naming(top, threshold, coverage)
     pairs = ((path_of(path), name) for path, name in rows)
 
     def prepare(row: tuple[AnyPath, str]) -> tuple[Tensor, str]:
@@ -164,7 +184,7 @@ def predict_rows(
             answers = bank([x for _, (x, _) in good], [name for _, (_, name) in good])
             for (path, _), answer in zip(good, answers, strict=True):
                 record, found = bank.record(answer.adapter), answer.probabilities.cpu()
-                yield Prediction(path, answer.adapter, name_classes(record, found[None], top, least)[0])
+                yield Prediction(path, answer.adapter, named(record, found[None])[0])
             done += len(batch)
             if on_progress is not None:
                 on_progress(done)
@@ -190,7 +210,9 @@ def _check_options(
 def check_question(
     records: Mapping[str, AdapterRecord],
     *,
+    top: int | None = None,
     threshold: float | None = None,
+    coverage: float | None = None,
     background: str | None = None,
     ensemble: bool = False,
     mixed: bool = False,
@@ -198,12 +220,13 @@ def check_question(
     """Raise what `predict_stream` or, if `mixed`, `predict_rows` would raise, before anything is loaded.
 
     Raises:
-        AdapterError: the adapters, by name, cannot answer together.
+        AdapterError: the adapters, by name, cannot answer together, or one not with this coverage.
         DataError: there is no such colour.
-        VisgraftError: the threshold would have no effect.
+        VisgraftError: the threshold would have no effect, or the coverage cannot be promised.
     """
     ready = [_Ready(name, record) for name, record in records.items()]
     _check_threshold(threshold, records.values())
+    check_covering(coverage, records.items(), top=top, threshold=threshold, ensemble=ensemble)
     if background is not None:
         colour_of(background)
     if mixed:
@@ -225,7 +248,7 @@ def _run(
     ready: Sequence[_Ready],
     read: Iterator[list[tuple[AnyPath, Tensor | DataError]]],
     ensemble: bool,
-    named: Callable[[AdapterRecord, Tensor], list[Classes]],
+    named: Naming,
     on_broken: Callable[[AnyPath, str], None] | None,
     on_progress: Callable[[int], None] | None,
 ) -> Iterator[Prediction]:
@@ -299,13 +322,21 @@ def name_classes(record: AdapterRecord, probabilities: Tensor, top: int | None, 
     ]
 
 
+def _naming(top: int | None, threshold: float | None, coverage: float | None) -> Naming:
+    if coverage is not None:
+        return partial(name_sets, coverage=coverage)
+    return partial(name_classes, top=top, threshold=THRESHOLD if threshold is None else threshold)
+
+
 def most_named(outputs: int, multi_label: bool, top: int | None) -> int:
     """Return how many classes of `outputs` are named at most."""
     return min(top or (outputs if multi_label else 1), outputs)
 
 
-def most_columns(records: Iterable[AdapterRecord], top: int | None) -> int:
+def most_columns(records: Iterable[AdapterRecord], top: int | None, coverage: float | None = None) -> int:
     """Return how many classes any of these adapters names at most."""
+    if coverage is not None:
+        return max(record.outputs for record in records)
     return max(most_named(record.outputs, record.multi_label, top) for record in records)
 
 

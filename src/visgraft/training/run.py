@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from visgraft.adapters.calibrated import Calibrated
 from visgraft.adapters.directory import CONFIG, save
 from visgraft.adapters.warm_start import start_from
 from visgraft.backbones.creation import Backbone, create_backbone, model_data_config
@@ -33,6 +34,7 @@ from visgraft.errors import Interrupted, TrainingDiverged, VisgraftError
 from visgraft.executors import distributed
 from visgraft.executors.distributed import ProcessLost
 from visgraft.files import check_target
+from visgraft.measure.conformal import calibrate
 from visgraft.measure.evaluation import evaluate
 from visgraft.measure.measuring import figures_of, sizes_of, skipped_of
 from visgraft.measure.precision import resolve_precision
@@ -120,9 +122,9 @@ def train_folder(
 
     kept = {**_record(dataset, split, train_config, loading.background or "white"), **(record or {})}
 
-    def write(**more: Any) -> None:
+    def write(calibrated: Calibrated | None = None, **more: Any) -> None:
         if distributed.is_first():
-            save(model, out, classes=dataset.classes, record=kept | more)
+            save(model, out, classes=dataset.classes, record=kept | more, calibrated=calibrated)
 
     show = _watched(watch, lambda: faster_options(model, backbone, method_config, train_config, init_from is None))
 
@@ -147,9 +149,10 @@ def _conclude(
     """Measure the trained model on the validation images and write it; returns figures and costs."""
     assert fitted.training is not None
     costs = {**dataclasses.asdict(fitted.training), "seconds": fitted.seconds}
-    figures = figures_of(None if val is None else evaluate(model, val, precision))
+    found = None if val is None else evaluate(model, val, precision)
+    figures, calibrated = figures_of(found), None if found is None else calibrate(found)
     metrics = {f"val_{name}": value for name, value in figures.items()}
-    _finish(out, watch.again, partial(write, metrics=metrics, **costs))
+    _finish(out, watch.again, partial(write, calibrated=calibrated, metrics=metrics, **costs))
     return figures, costs
 
 
