@@ -127,6 +127,7 @@ def blended(
         parameters=dataclasses.asdict(count_parameters(model)),
         canary=None,
         calibrated=None,
+        unlike=None,
     )
     return Adapted(model.eval(), record)
 

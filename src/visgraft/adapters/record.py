@@ -45,6 +45,7 @@ class AdapterRecord:
         canary: what it answered to a seeded picture when it was saved; None: not known.
         calibrated: how sure it is of these very tensors' answers, so that no copy of the facts carries it on; None: not
             measured.
+        unlike: sha256 of the file by which it tells unlike pictures; None: there is none.
     """
 
     method: MethodConfig
@@ -65,6 +66,7 @@ class AdapterRecord:
     versions: Facts = field(default_factory=dict)
     canary: Canary | None = None
     calibrated: Calibrated | None = None
+    unlike: str | None = None
 
     @property
     def multi_label(self) -> bool:
@@ -102,6 +104,7 @@ class AdapterRecord:
             "versions": dict(self.versions),
             **({"canary": self.canary.to_json()} if self.canary else {}),
             **({"calibration": self.calibrated.to_json()} if self.calibrated else {}),
+            **({"unlike": self.unlike} if self.unlike else {}),
         }
 
     @classmethod
@@ -132,6 +135,7 @@ class AdapterRecord:
             ("record.blend", blend := facts.get("blend", {}), dict),
             ("record.blend.adapters", blend.get("adapters", []) if isinstance(blend, dict) else [], list | tuple),
             ("record.chosen", facts.get("chosen", {}), dict),
+            ("unlike", config.get("unlike"), str | None),
             ("record.precision", facts.get("precision", "fp32"), str),
             ("record.data.background", None if not isinstance(data, dict) else data.get("background"), str | None),
         ):  # fmt: skip
@@ -153,7 +157,7 @@ class AdapterRecord:
             method, backbone, outputs, digest, precision, own, config["data_config"], tuple(config["classes"]),
             "several_classes" if data.get("multi_label") else "one_class", facts.get("precision", "fp32"),
             data.get("background"), split, data.get("fingerprint"), config.get("parameters", {}), facts,
-            config.get("versions", {}), canary, calibrated,
+            config.get("versions", {}), canary, calibrated, config.get("unlike"),
         )  # fmt: skip
 
     def located(self, path: Path, weights: str | None = None) -> Backbone:

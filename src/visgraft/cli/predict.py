@@ -60,6 +60,13 @@ def predict(
             show_default=False,
         ),
     ] = None,
+    unlike: Annotated[
+        float | None,
+        typer.Option(
+            help="also mark pictures unlike the training's, wrongly so this share of those like them, e.g. 0.05",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="table to write: .csv or .parquet; or a folder, for .parquet in parts", show_default=False),
@@ -98,7 +105,13 @@ def predict(
     named, told = (work.adapters, work.rows) if work else (named, None)
     if by_folder and out:
         asked = {"top": top, "threshold": threshold, "background": background, "batch_size": batch_size}
-        asked |= {"coverage": coverage, "weights": weights, "ensemble": ensemble, "skip_broken": skip_broken}
+        asked |= {
+            "coverage": coverage,
+            "unlike": unlike,
+            "weights": weights,
+            "ensemble": ensemble,
+            "skip_broken": skip_broken,
+        }
         predict_in_parts(out, named, images, work, asked, in_parts, json)
         return
     paths, total = (iter(()), told) if work else find_images(images)
@@ -106,7 +119,7 @@ def predict(
     streamed = skip_broken and not json and out is None  # no image can stop it, so lines need not wait for the end
     progress = StreamProgress(total, hidden=streamed and sys.stdout.isatty())
     options: Any = {"top": top, "threshold": threshold, "coverage": coverage, "batch_size": batch_size}
-    options["background"] = background
+    options |= {"background": background, "unlike": unlike}
     options["on_broken"] = (lambda *why: broken.append(why)) if skip_broken else None
     options["on_progress"] = progress.show
     table = None if out is None else choose_table(out, images)
@@ -118,7 +131,7 @@ def predict(
     )
     answering = ["ensemble of " + " and ".join(named)] if ensemble else list(named)
     width = most_columns(map(bank.record, bank.names), top, coverage)
-    sink = table(out, width) if out and table else printed(len(answering), json, streamed)
+    sink = table(out, width, unlike is not None) if out and table else printed(len(answering), json, streamed)
     rows = _write_all(each(**options), sink, progress, broken)
     _report(out, answering, rows if work else rows // len(answering), progress, broken, json, bool(work))
 

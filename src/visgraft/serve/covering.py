@@ -65,6 +65,4 @@ def name_sets(record: AdapterRecord, probabilities: Tensor, coverage: float) -> 
     logs = recalibrated(probabilities, record.calibrated.temperature, record.multi_label)
     inside, order = class_sets(logs, highest, record.multi_label), logs.argsort(dim=-1, descending=True)
     names, sure = record.classes or tuple(map(str, range(logs.shape[-1]))), logs.exp().tolist()
-    return [
-        [(names[i], sure[row][i]) for i in best if inside[row, i]] for row, best in enumerate(order.tolist())
-    ]
+    return [[(names[i], sure[row][i]) for i in best if inside[row, i]] for row, best in enumerate(order.tolist())]

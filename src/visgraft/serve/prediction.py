@@ -12,10 +12,8 @@ from torch import Tensor
 from visgraft.adapters.directory import Adapted
 from visgraft.adapters.hub import settled
 from visgraft.adapters.record import AdapterRecord
-from visgraft.backbones.creation import image_transform, shape_from
 from visgraft.bank.bank import Bank
 from visgraft.bank.opening import check_same_backbone, load_bank
-from visgraft.core.fitting import check_shape
 from visgraft.core.tensors import eval_mode
 from visgraft.data.decode import colour_of
 from visgraft.errors import AdapterError, DataError, VisgraftError
@@ -23,6 +21,8 @@ from visgraft.measure.evaluation import probabilities_of
 from visgraft.measure.precision import Compute, resolve_precision
 from visgraft.serve.covering import check_covering, name_sets
 from visgraft.serve.decoding import AnyPath, batches, decoded, path_of, prepared, readable, stacked
+from visgraft.serve.ready import Ready, background_of, check_prepared, transform_of
+from visgraft.serve.unlike import Distances, apart, no_distances
 
 BATCH_SIZE = 64  # that of `evaluate`, so that both see the same rounding
 THRESHOLD = 0.5
@@ -40,25 +40,15 @@ Naming = Callable[[AdapterRecord, Tensor], list[Classes]]
 class Prediction(NamedTuple):
     """What one adapter says of one image; `adapter` is its path or name as given, or an `Adapted`'s number, from 1.
 
-    `image` is its path, or, as text, its URL.
+    `image` is its path, or, as text, its URL. Where it was asked, `as_far` is the share of validation images that
+    lie at least as far from the training's, and `unlike` whether that is no more than the level asked for.
     """
 
     image: AnyPath
     adapter: str
     classes: Classes
-
-
-class _Ready(NamedTuple):
-    """An adapter that answers: one loaded, or, where there is none, that of this name in the bank."""
-
-    name: str
-    record: AdapterRecord
-    adapted: Adapted | None = None
-
-    @property
-    def background(self) -> str:
-        """The colour behind transparent places."""
-        return self.record.background or "white"
+    as_far: float | None = None
+    unlike: bool | None = None
 
 
 def predict(
@@ -86,6 +76,7 @@ def predict_stream(
     top: int | None = None,
     threshold: float | None = None,
     coverage: float | None = None,
+    unlike: float | None = None,
     batch_size: int = BATCH_SIZE,
     background: str | None = None,
     ensemble: bool = False,
@@ -107,6 +98,7 @@ def predict_stream(
         threshold: least probability of a class to be named, of adapters trained on images with several classes; 0.5.
         coverage: name, in place of the most probable classes, a set that holds the truth with this probability, such as
             0.95, of adapters that were calibrated when they were trained; probabilities are then calibrated ones.
+        unlike: also tell pictures unlike those of the training, of which so few like them are taken for such, as 0.05.
         batch_size: images per forward.
         background: the colour behind transparent places, by name or as #rrggbb; None: as in training.
         ensemble: answer once for all adapters, by the mean of their probabilities.
@@ -117,21 +109,22 @@ def predict_stream(
         AdapterError: an adapter is damaged, or not of the same backbone as the first one, or prepares images of another
             size than its model takes, or is not calibrated and `coverage` is given.
         DataError: a file is no image.
-        VisgraftError: an option is out of range, or `coverage` cannot be promised or goes with another option; no adapter
-            is given, or `images` is one path and no list.
+        VisgraftError: an option is out of range, cannot be promised or does not go with another, no adapter is given,
+            or `images` is one path and no list.
     """
     _check_options(adapters, images, top, threshold, batch_size)
     bank, ready = _prepare(adapters, weights)
     _check_threshold(threshold, (one.record for one in ready))
     answering = [(one.name, one.record) for one in ready]
     check_covering(coverage, answering, top=top, threshold=threshold, ensemble=ensemble)
-    transform, colour = _transform(ready), background or _background(ready)
+    transform, colour = transform_of(ready), background or background_of(ready)
     read = partial(prepared, transform=transform, colour=colour)
     found = decoded(map(path_of, images), read, 2 * batch_size)
     named = _naming(top, threshold, coverage)
     if ensemble:
-        _check_ensemble(ready)
-    return _run(bank, ready, batches(found, batch_size), ensemble, named, on_broken, on_progress)
+        _check_ensemble(ready, unlike)
+    distances = None if unlike is None else Distances(bank, [one.name for one in ready], unlike)
+    return _run(bank, ready, batches(found, batch_size), ensemble, named, distances, on_broken, on_progress)
 
 
 def predict_rows(
@@ -141,6 +134,7 @@ def predict_rows(
     top: int | None = None,
     threshold: float | None = None,
     coverage: float | None = None,
+    unlike: float | None = None,
     batch_size: int = BATCH_SIZE,
     background: str | None = None,
     on_broken: Callable[[AnyPath, str], None] | None = None,
@@ -156,6 +150,7 @@ def predict_rows(
         top: as in `predict_stream`, like all that follows.
         threshold: least probability of a class.
         coverage: name sets of classes.
+        unlike: also tell unlike pictures.
         batch_size: images per forward.
         background: the colour behind transparent places.
         on_broken: called for each file that is no image.
@@ -177,17 +172,21 @@ def predict_rows(
 
     read = ((path, found) for (path, _), found in decoded(pairs, prepare, 2 * batch_size))
 
+    distances = None if unlike is None else Distances(bank, bank.names, unlike)
+
     def run() -> Iterator[Prediction]:
         done = 0
-        for batch in batches(read, batch_size):
-            good = readable(batch, on_broken)
-            answers = bank([x for _, (x, _) in good], [name for _, (_, name) in good])
-            for (path, _), answer in zip(good, answers, strict=True):
-                record, found = bank.record(answer.adapter), answer.probabilities.cpu()
-                yield Prediction(path, answer.adapter, named(record, found[None])[0])
-            done += len(batch)
-            if on_progress is not None:
-                on_progress(done)
+        with distances.looking() if distances else no_distances() as look:
+            for batch in batches(read, batch_size):
+                good = readable(batch, on_broken)
+                answers = bank([x for _, (x, _) in good], [name for _, (_, name) in good])
+                fars = apart(look, [x for _, (x, _) in good], [name for _, (_, name) in good])
+                for (path, _), answer, far in zip(good, answers, fars, strict=True):
+                    record, found = bank.record(answer.adapter), answer.probabilities.cpu()
+                    yield Prediction(path, answer.adapter, named(record, found[None])[0], *far)
+                done += len(batch)
+                if on_progress is not None:
+                    on_progress(done)
 
     return run()
 
@@ -224,16 +223,16 @@ def check_question(
         DataError: there is no such colour.
         VisgraftError: the threshold would have no effect, or the coverage cannot be promised.
     """
-    ready = [_Ready(name, record) for name, record in records.items()]
+    ready = [Ready(name, record) for name, record in records.items()]
     _check_threshold(threshold, records.values())
     check_covering(coverage, records.items(), top=top, threshold=threshold, ensemble=ensemble)
     if background is not None:
         colour_of(background)
     if mixed:
         return
-    _transform(ready)
+    transform_of(ready)
     if background is None:
-        _background(ready)
+        background_of(ready)
     if ensemble:
         _check_ensemble(ready)
 
@@ -245,10 +244,11 @@ def _check_threshold(threshold: float | None, records: Iterable[AdapterRecord]) 
 
 def _run(
     bank: Bank | None,
-    ready: Sequence[_Ready],
+    ready: Sequence[Ready],
     read: Iterator[list[tuple[AnyPath, Tensor | DataError]]],
     ensemble: bool,
     named: Naming,
+    distances: Distances | None,
     on_broken: Callable[[AnyPath, str], None] | None,
     on_progress: Callable[[int], None] | None,
 ) -> Iterator[Prediction]:
@@ -257,23 +257,26 @@ def _run(
         for one in ready:
             if one.adapted is not None:
                 stack.enter_context(eval_mode(one.adapted.model))
+        look = stack.enter_context(distances.looking() if distances else no_distances())
         for batch in read:
             good = readable(batch, on_broken)
             if good:
                 x = stacked(good)
                 if x.shape[1:] not in fitting:
-                    _check_prepared(ready, x.shape[1], x.shape[2:])
+                    check_prepared(ready, x.shape[1], x.shape[2:])
                     fitting.add(x.shape[1:])
                 columns = [(name, named(record, p)) for name, record, p in _answers(bank, ready, x, ensemble)]
+                far = look(x, [name for name, _ in columns])
                 for row, (path, _) in enumerate(good):
-                    yield from (Prediction(path, name, answers[row]) for name, answers in columns)
+                    each = zip(columns, far[row], strict=True)
+                    yield from (Prediction(path, name, answers[row], *told) for (name, answers), told in each)
             done += len(batch)
             if on_progress is not None:
                 on_progress(done)
 
 
 def _answers(
-    bank: Bank | None, ready: Sequence[_Ready], x: Tensor, ensemble: bool
+    bank: Bank | None, ready: Sequence[Ready], x: Tensor, ensemble: bool
 ) -> list[tuple[str, AdapterRecord, Tensor]]:
     """Return who answers a batch: the name, the record that names the classes, and probabilities [B, classes]."""
     of_bank = [one.name for one in ready if one.adapted is None]
@@ -298,8 +301,10 @@ def _logits(adapted: Adapted, x: Tensor) -> Tensor:
     return found
 
 
-def _check_ensemble(ready: Sequence[_Ready]) -> None:
-    """Raise an AdapterError where there is one adapter only, or two answer other classes."""
+def _check_ensemble(ready: Sequence[Ready], unlike: float | None = None) -> None:
+    """Raise an AdapterError where there is one adapter only, two answer other classes, or each is asked for more."""
+    if unlike is not None:
+        raise AdapterError("unlike (--unlike) is told by each adapter alone; leave out ensemble (--ensemble)")
     if len(ready) < 2:
         raise AdapterError("an ensemble needs two adapters or more; name another, or leave out ensemble (--ensemble)")
     kinds = [(one.record.classes, one.record.outputs, one.record.multi_label) for one in ready]
@@ -340,55 +345,19 @@ def most_columns(records: Iterable[AdapterRecord], top: int | None, coverage: fl
     return max(most_named(record.outputs, record.multi_label, top) for record in records)
 
 
-def _prepare(adapters: Bank | Sequence[str | Path | Adapted], weights: str | None) -> tuple[Bank | None, list[_Ready]]:
+def _prepare(adapters: Bank | Sequence[str | Path | Adapted], weights: str | None) -> tuple[Bank | None, list[Ready]]:
     """Put what is given by path into a bank."""
     if isinstance(adapters, Bank):
         if weights is not None:
             raise VisgraftError("a bank has its weights already; leave out weights, or pass them to load_bank")
-        return adapters, [_Ready(name, adapters.record(name)) for name in adapters.names]
+        return adapters, [Ready(name, adapters.record(name)) for name in adapters.names]
     paths = [path for path in adapters if not isinstance(path, Adapted)]
     check_same_backbone(paths)
     bank = load_bank(paths, weights=weights) if paths else None
     ready = []
     for number, adapter in enumerate(adapters, 1):
         if isinstance(adapter, Adapted):
-            ready.append(_Ready(str(number), adapter.record, adapter))
+            ready.append(Ready(str(number), adapter.record, adapter))
         elif bank is not None:
-            ready.append(_Ready(str(adapter), bank.record(str(adapter))))
+            ready.append(Ready(str(adapter), bank.record(str(adapter))))
     return bank, ready
-
-
-def _transform(ready: Sequence[_Ready]) -> Any:
-    """Return what prepares an image for all adapters."""
-    first, facts = _own_transform(ready[0]), ready[0].record.data_config
-    for one in ready[1:]:
-        alike = one.adapted is None and ready[0].adapted is None and one.record.data_config == facts
-        if not alike and repr(_own_transform(one)) != repr(first):
-            raise AdapterError(f"adapters {ready[0].name} and {one.name} prepare images differently; run each apart")
-    if made := shape_from(first):
-        _check_prepared(ready, *made)
-    return first
-
-
-def _own_transform(one: _Ready) -> Any:
-    return image_transform(one.record.data_config) if one.adapted is None else one.adapted.transform
-
-
-def _check_prepared(ready: Sequence[_Ready], channels: int | None, size: Sequence[int]) -> None:
-    """Raise an AdapterError unless all loaded models take the images that the transform makes; a bank checks itself."""
-    remedy = "use the transform that visgraft.load returns"
-    for one in ready:
-        if one.adapted is not None:
-            what = f"images from the transform of adapter {one.name}"
-            check_shape(one.adapted.model, channels, size, what, kind=AdapterError, remedy=remedy)
-
-
-def _background(ready: Sequence[_Ready]) -> str:
-    """Return the colour behind transparent places with which all adapters were trained."""
-    for one in ready[1:]:
-        if one.background != ready[0].background:
-            raise AdapterError(
-                f"adapters {ready[0].name} and {one.name} were trained with the backgrounds {ready[0].background} and "
-                f"{one.background}; pass background (--background), or run each apart"
-            )
-    return ready[0].background

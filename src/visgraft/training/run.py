@@ -38,6 +38,7 @@ from visgraft.measure.conformal import calibrate
 from visgraft.measure.evaluation import evaluate
 from visgraft.measure.measuring import figures_of, sizes_of, skipped_of
 from visgraft.measure.precision import resolve_precision
+from visgraft.measure.unlike import make_reference
 from visgraft.options import MethodConfig, TrainConfig
 from visgraft.training.fit import Fitted, fit
 from visgraft.training.loop import restore
@@ -84,6 +85,7 @@ def train_folder(
     resume: bool = False,
     init_from: Path | None = None,
     record: Mapping[str, Any] | None = None,
+    unlike: bool = True,
     watch: Watch = Watch(),
 ) -> dict[str, Any]:
     """Train a method on labelled images and write the adapter to `out`; the test images are never read.
@@ -95,6 +97,7 @@ def train_folder(
         resume: go on from the state that an interrupted run with the same arguments left, to the very same weights.
         init_from: an adapter of the same backbone and method to start from; classes may have come or gone.
         record: further facts that the adapter is to keep, as JSON values.
+        unlike: also keep what unlike pictures are told by, which takes one look at training and validation images.
 
     Raises:
         Interrupted: after writing the state, on Ctrl-C.
@@ -113,6 +116,7 @@ def train_folder(
     counts = count_parameters(model)
     _warn_of_shapes(dataset, backbone, model, watch)
     images, val = _load(dataset, model, loading, watch)
+    reference = make_reference(model, images, val, train_config.precision) if unlike else None
 
     def start() -> None:
         if state is None:
@@ -124,7 +128,8 @@ def train_folder(
 
     def write(calibrated: Calibrated | None = None, **more: Any) -> None:
         if distributed.is_first():
-            save(model, out, classes=dataset.classes, record=kept | more, calibrated=calibrated)
+            facts = kept | more
+            save(model, out, classes=dataset.classes, record=facts, calibrated=calibrated, reference=reference)
 
     show = _watched(watch, lambda: faster_options(model, backbone, method_config, train_config, init_from is None))
 
