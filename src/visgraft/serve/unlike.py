@@ -92,13 +92,20 @@ def _nothing(x: Tensor | Sequence[Tensor], names: Sequence[str]) -> list[list[Fa
     return [[Far()] * len(names)] * len(x)
 
 
-def check_references(adapters: Mapping[str, str], level: float | None) -> None:
+def check_references(adapters: Mapping[str, str], level: float | None, ensemble: bool = False) -> None:
     """Raise what `Distances` would for adapters that are given by name and path, before anything is loaded."""
     if level is None:
         return
     check_share(level)
+    check_alone(ensemble)
     for name, path in adapters.items():
         check_level(level, name, len(read_reference(path, read_record(path)).distances))
+
+
+def check_alone(ensemble: bool) -> None:
+    """Raise a VisgraftError where one answer of several adapters would have to be marked."""
+    if ensemble:
+        raise VisgraftError("unlike (--unlike) is told by each adapter alone; leave out ensemble (--ensemble)")
 
 
 def check_share(level: float) -> None:
