@@ -74,7 +74,7 @@ def read_reference(path: str | Path, record: AdapterRecord) -> Reference:
     """
     if record.unlike is None:
         raise AdapterError(
-            f"{path} cannot tell unlike pictures: it was trained without validation images or with --no-unlike, by an "
+            f"{path} cannot tell unlike pictures: it was made without validation images, by train --no-unlike, by an "
             "earlier version, or changed since; train it anew with a validation part"
         )
     file, opened = Path(path) / UNLIKE, resolve(path) / UNLIKE

@@ -37,7 +37,7 @@ class LevelRow:
 
 
 @dataclass(frozen=True)
-class PartRow:
+class CoveredRow:
     """The images of a class or group: how many, how many sets hold the truth, with a 95 % interval, and mean size."""
 
     name: str
@@ -58,8 +58,8 @@ class Coverage:
     reliability: Picture
     levels: tuple[LevelRow, ...]
     detailed: float
-    classes: tuple[PartRow, ...]
-    groups: tuple[PartRow, ...]
+    classes: tuple[CoveredRow, ...]
+    groups: tuple[CoveredRow, ...]
 
 
 def measure_coverage(
@@ -112,7 +112,7 @@ def _held(inside: NDArray[np.bool_], evaluation: Evaluation) -> NDArray[np.bool_
     return np.asarray((inside | (labels < 0.5)).all(1))
 
 
-def _class_rows(inside: NDArray[np.bool_], evaluation: Evaluation, names: Sequence[str]) -> tuple[PartRow, ...]:
+def _class_rows(inside: NDArray[np.bool_], evaluation: Evaluation, names: Sequence[str]) -> tuple[CoveredRow, ...]:
     """Return how often sets hold a class where it is true, the lowest share first."""
     labels = evaluation.labels.numpy()
     rows = []
@@ -125,7 +125,7 @@ def _class_rows(inside: NDArray[np.bool_], evaluation: Evaluation, names: Sequen
 
 def _group_rows(
     inside: NDArray[np.bool_], hits: NDArray[np.bool_], groups: Sequence[str | None]
-) -> tuple[PartRow, ...]:
+) -> tuple[CoveredRow, ...]:
     """Return how often sets hold the truth in each group, the lowest share first."""
     if not any(group is not None for group in groups):
         return ()
@@ -133,10 +133,10 @@ def _group_rows(
     return _worst([_row(str(name), hits[named == name], inside[named == name]) for name in np.unique(named)])
 
 
-def _row(name: str, hits: NDArray[np.bool_], inside: NDArray[np.bool_]) -> PartRow:
+def _row(name: str, hits: NDArray[np.bool_], inside: NDArray[np.bool_]) -> CoveredRow:
     share = float(hits.mean())
-    return PartRow(name, len(hits), share, *wilson(share, len(hits)), float(inside.sum(1).mean()))
+    return CoveredRow(name, len(hits), share, *wilson(share, len(hits)), float(inside.sum(1).mean()))
 
 
-def _worst(rows: list[PartRow]) -> tuple[PartRow, ...]:
+def _worst(rows: list[CoveredRow]) -> tuple[CoveredRow, ...]:
     return tuple(sorted(rows, key=lambda row: (row.share, -row.images))[:MOST_ROWS])

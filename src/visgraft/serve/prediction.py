@@ -21,7 +21,7 @@ from visgraft.measure.evaluation import probabilities_of
 from visgraft.measure.precision import Compute, resolve_precision
 from visgraft.serve.covering import check_covering, name_sets
 from visgraft.serve.decoding import AnyPath, batches, decoded, path_of, prepared, readable, stacked
-from visgraft.serve.ready import Ready, background_of, check_prepared, transform_of
+from visgraft.serve.ready import ReadyAdapter, background_of, check_prepared, transform_of
 from visgraft.serve.unlike import Distances, apart, check_alone, no_distances
 
 BATCH_SIZE = 64  # that of `evaluate`, so that both see the same rounding
@@ -224,7 +224,7 @@ def check_question(
         DataError: there is no such colour.
         VisgraftError: the threshold would have no effect, or the coverage cannot be promised.
     """
-    ready = [Ready(name, record) for name, record in records.items()]
+    ready = [ReadyAdapter(name, record) for name, record in records.items()]
     _check_threshold(threshold, records.values())
     check_covering(coverage, records.items(), top=top, threshold=threshold, ensemble=ensemble)
     if background is not None:
@@ -245,7 +245,7 @@ def _check_threshold(threshold: float | None, records: Iterable[AdapterRecord]) 
 
 def _run(
     bank: Bank | None,
-    ready: Sequence[Ready],
+    ready: Sequence[ReadyAdapter],
     read: Iterator[list[tuple[AnyPath, Tensor | DataError]]],
     ensemble: bool,
     named: Naming,
@@ -277,7 +277,7 @@ def _run(
 
 
 def _answers(
-    bank: Bank | None, ready: Sequence[Ready], x: Tensor, ensemble: bool
+    bank: Bank | None, ready: Sequence[ReadyAdapter], x: Tensor, ensemble: bool
 ) -> list[tuple[str, AdapterRecord, Tensor]]:
     """Return who answers a batch: the name, the record that names the classes, and probabilities [B, classes]."""
     of_bank = [one.name for one in ready if one.adapted is None]
@@ -302,7 +302,7 @@ def _logits(adapted: Adapted, x: Tensor) -> Tensor:
     return found
 
 
-def _check_ensemble(ready: Sequence[Ready]) -> None:
+def _check_ensemble(ready: Sequence[ReadyAdapter]) -> None:
     """Raise an AdapterError where there is one adapter only, or two answer other classes."""
     if len(ready) < 2:
         raise AdapterError("an ensemble needs two adapters or more; name another, or leave out ensemble (--ensemble)")
@@ -344,19 +344,21 @@ def most_columns(records: Iterable[AdapterRecord], top: int | None, coverage: fl
     return max(most_named(record.outputs, record.multi_label, top) for record in records)
 
 
-def _prepare(adapters: Bank | Sequence[str | Path | Adapted], weights: str | None) -> tuple[Bank | None, list[Ready]]:
+def _prepare(
+    adapters: Bank | Sequence[str | Path | Adapted], weights: str | None
+) -> tuple[Bank | None, list[ReadyAdapter]]:
     """Put what is given by path into a bank."""
     if isinstance(adapters, Bank):
         if weights is not None:
             raise VisgraftError("a bank has its weights already; leave out weights, or pass them to load_bank")
-        return adapters, [Ready(name, adapters.record(name)) for name in adapters.names]
+        return adapters, [ReadyAdapter(name, adapters.record(name)) for name in adapters.names]
     paths = [path for path in adapters if not isinstance(path, Adapted)]
     check_same_backbone(paths)
     bank = load_bank(paths, weights=weights) if paths else None
     ready = []
     for number, adapter in enumerate(adapters, 1):
         if isinstance(adapter, Adapted):
-            ready.append(Ready(str(number), adapter.record, adapter))
+            ready.append(ReadyAdapter(str(number), adapter.record, adapter))
         elif bank is not None:
-            ready.append(Ready(str(adapter), bank.record(str(adapter))))
+            ready.append(ReadyAdapter(str(adapter), bank.record(str(adapter))))
     return bank, ready

@@ -10,7 +10,7 @@ from visgraft.core.fitting import check_shape
 from visgraft.errors import AdapterError
 
 
-class Ready(NamedTuple):
+class ReadyAdapter(NamedTuple):
     """An adapter that answers: one loaded, or, where there is none, that of this name in the bank."""
 
     name: str
@@ -23,7 +23,7 @@ class Ready(NamedTuple):
         return self.record.background or "white"
 
 
-def transform_of(ready: Sequence[Ready]) -> Any:
+def transform_of(ready: Sequence[ReadyAdapter]) -> Any:
     """Return what prepares an image for all adapters."""
     first, facts = _own_transform(ready[0]), ready[0].record.data_config
     for one in ready[1:]:
@@ -35,11 +35,11 @@ def transform_of(ready: Sequence[Ready]) -> Any:
     return first
 
 
-def _own_transform(one: Ready) -> Any:
+def _own_transform(one: ReadyAdapter) -> Any:
     return image_transform(one.record.data_config) if one.adapted is None else one.adapted.transform
 
 
-def check_prepared(ready: Sequence[Ready], channels: int | None, size: Sequence[int]) -> None:
+def check_prepared(ready: Sequence[ReadyAdapter], channels: int | None, size: Sequence[int]) -> None:
     """Raise an AdapterError unless all loaded models take the images that the transform makes; a bank checks itself."""
     remedy = "use the transform that visgraft.load returns"
     for one in ready:
@@ -48,7 +48,7 @@ def check_prepared(ready: Sequence[Ready], channels: int | None, size: Sequence[
             check_shape(one.adapted.model, channels, size, what, kind=AdapterError, remedy=remedy)
 
 
-def background_of(ready: Sequence[Ready]) -> str:
+def background_of(ready: Sequence[ReadyAdapter]) -> str:
     """Return the colour behind transparent places with which all adapters were trained."""
     for one in ready[1:]:
         if one.background != ready[0].background:
