@@ -89,8 +89,8 @@ def features(root: Path) -> dict[str, dict[str, np.ndarray]]:
     facts = model_data_config(model)
 
     def look(examples: list[Example], most: int) -> np.ndarray:
-        step = max(len(examples) // most, 1)
-        return features_of(model, load_images(examples[::step][:most], facts), "fp32")
+        chosen = np.unique(np.linspace(0, len(examples) - 1, most).round().astype(int))  # of every class
+        return features_of(model, load_images([examples[i] for i in chosen], facts), "fp32")
 
     with tempfile.TemporaryDirectory() as place:
         gauges = draw_gauges(Path(place) / "gauges", train=450, val=150, test=TESTED)

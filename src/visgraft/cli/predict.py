@@ -92,11 +92,14 @@ def predict(
     json: Json = False,
 ) -> None:
     """Name the class of each image, with one adapter or several of one backbone."""
+    from visgraft.adapters.directory import read_record
     from visgraft.adapters.hub import settled
     from visgraft.bank.opening import check_same_backbone, load_bank
     from visgraft.cli.predict_images import find_images, find_work, split_arguments
     from visgraft.cli.predict_parts import PartOptions, predict_in_parts
+    from visgraft.serve.covering import check_covering
     from visgraft.serve.prediction import most_columns, predict_rows, predict_stream
+    from visgraft.serve.unlike import check_references
 
     in_parts = PartOptions(part_size, shard, on, workers, cpus_per_worker, gpus_per_worker)
     by_folder = in_parts.for_folder(out)
@@ -125,6 +128,9 @@ def predict(
     table = None if out is None else choose_table(out, images)
     with settled():
         check_same_backbone(list(named.values()), prepared_alike=not work)
+        records = {name: read_record(path) for name, path in named.items()}
+        check_covering(coverage, records.items(), top=top, threshold=threshold, ensemble=ensemble)
+        check_references(named, unlike, ensemble)
         bank = load_bank(named, weights=weights)
     each = (
         partial(predict_rows, bank, work.pairs()) if work else partial(predict_stream, bank, paths, ensemble=ensemble)
