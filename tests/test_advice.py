@@ -22,6 +22,7 @@ REACHED = {
     "adapters/directory": MEASURING,
     "adapters/publish": ("push",),
     "adapters/record": MEASURING,
+    "adapters/reference": ("predict", "push"),
     "adapters/warm_start": ("train",),
     "backbones": (*TRAINING, *MEASURING),
     "bench/ledger": ("bench run",),

@@ -412,6 +412,8 @@ def test_every_verb_takes_a_name_on_the_hub(
     assert figures["adapter"] == name and figures["top1"] == succeed("eval", "mine", "photos")["top1"]
     rows = succeed("predict", name, "mine", "photos/red/0.png")
     assert [row["adapter"] for row in rows] == [name, "mine"] and rows[0]["classes"] == rows[1]["classes"]
+    rows = succeed("predict", name, "mine", "photos/red/0.png", "--coverage", 0.5, "--unlike", 0.3)
+    assert {**rows[0], "adapter": ""} == {**rows[1], "adapter": ""} and rows[0]["as_far"] is not None
     assert "merged" in succeed("merge", name, "--out", "merged")["open_with"]
     told = succeed("report", name, "mine", "--data", "photos", "--out", "r.html")
     assert {run["name"] for run in told["runs"]} == {name, "mine"}

@@ -104,7 +104,7 @@ def test_a_broken_picture_fails_alone(served: Running, expected: Any, pictures: 
         ("/predict?adapter=sst", 404, "there is no adapter 'sst'; did you mean sct?"),
         ("/predict", 400, "say which adapter"),
         ("/predict?adapter=sct&top=0", 422, "top: Input should be greater than or equal to 1"),
-        ("/predict?adapter=sct&coverage=0.9", 422, "no adapter here is calibrated"),
+        ("/predict?adapter=sct&coverage=0.9", 422, "sct is not calibrated"),
         ("/predikt", 404, "Not Found"),
         ("/adapters/sct", 405, "Method Not Allowed"),
     ],

@@ -126,6 +126,8 @@ def blended(
         facts={**facts, **({"data": data} if data else {}), "blend": told},
         parameters=dataclasses.asdict(count_parameters(model)),
         canary=None,
+        calibrated=None,
+        unlike=None,
     )
     return Adapted(model.eval(), record)
 

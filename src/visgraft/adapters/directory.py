@@ -15,11 +15,13 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from visgraft.adapters.calibrated import Calibrated
 from visgraft.adapters.canary import canary_difference, is_drawn_alike, measure_canary
 from visgraft.adapters.card import make_card
-from visgraft.adapters.hub import CARD, CONFIG, TENSORS, remedy, resolve, settled
+from visgraft.adapters.hub import CARD, CONFIG, TENSORS, UNLIKE, remedy, resolve, settled
 from visgraft.adapters.names import class_names
 from visgraft.adapters.record import FORMAT_VERSION, AdapterRecord
+from visgraft.adapters.reference import Reference, digest_of_reference
 from visgraft.backbones.creation import Backbone, create_backbone, image_transform, model_data_config, origin_of
 from visgraft.backbones.heads import head_outputs
 from visgraft.backbones.input_size import built_size, recorded_size, sides
@@ -81,6 +83,8 @@ def save(
     classes: Sequence[str] = (),
     data_config: Mapping[str, Any] | None = None,
     record: Mapping[str, Any] | None = None,
+    calibrated: Calibrated | None = None,
+    reference: Reference | None = None,
 ) -> Path:
     """Write the adapter of a model to a directory, atomically; an earlier adapter there is replaced.
 
@@ -90,6 +94,8 @@ def save(
         classes: names of the head's outputs, in order: a list, a tuple, a NumPy array of text.
         data_config: timm's preprocessing facts; what it does not say of size, mean and std, and None: the model's own.
         record: further facts to keep, e.g. how it was trained and what was measured (plain JSON values).
+        calibrated: how sure this very model is, by `visgraft.measure.conformal.calibrate`; None: not known.
+        reference: by which unlike pictures are told, by `visgraft.measure.unlike.fit_reference`; None: they are not.
 
     Raises:
         AdapterError: the names are no texts that differ, or not as many as the head's outputs; or `data_config` makes
@@ -98,10 +104,16 @@ def save(
     """
     tensors = adapter_tensors(model)
     record_ = make_record(model, classes=classes, data_config=data_config, facts=record)
-    record_ = dataclasses.replace(record_, canary=measure_canary(model, record_.data_config))
+    canary = measure_canary(model, record_.data_config)
+    unlike = None if reference is None else reference.to_bytes()
+    record_ = dataclasses.replace(
+        record_, canary=canary, calibrated=calibrated, unlike=None if unlike is None else digest_of_reference(unlike)
+    )
     path = Path(path)
     with new_directory(path, CONFIG) as folder:
         safetensors.torch.save_file(tensors, folder / TENSORS)
+        if unlike is not None:
+            (folder / UNLIKE).write_bytes(unlike)
         write_json(folder / CONFIG, record_.to_json())
         (folder / CARD).write_text(make_card(record_), encoding="utf-8")
     return path

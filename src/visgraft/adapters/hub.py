@@ -1,7 +1,7 @@
 """Adapters on the Hugging Face hub: `hf:USER/NAME` stands for a folder that the hub's own client keeps in its cache.
 
 The client decides where that cache lies, which server is asked, with which token, and whether it may be asked at all
-(HF_HOME, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE). Of a repository only the three files of an adapter are ever fetched.
+(HF_HOME, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE). Of a repository only the files of an adapter are ever fetched.
 """
 
 import contextlib
@@ -20,8 +20,9 @@ from visgraft.errors import AdapterError, VisgraftError, warn_user
 from visgraft.files import HUB_PREFIX
 
 CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
-FILES = (TENSORS, CARD, CONFIG)
-LIMITS = {CONFIG: 10 * 10**6, CARD: 10 * 10**6, TENSORS: 5 * 10**9}
+UNLIKE = "adapter_unlike.safetensors"
+FILES = (TENSORS, UNLIKE, CARD, CONFIG)
+LIMITS = {CONFIG: 10 * 10**6, CARD: 10 * 10**6, UNLIKE: 100 * 10**6, TENSORS: 5 * 10**9}
 """Most bytes of each file; an adapter of the method `full` is as large as its backbone."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _DIGEST = re.compile(r"[\w-]{1,128}", re.ASCII)

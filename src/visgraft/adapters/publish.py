@@ -12,6 +12,7 @@ from visgraft.adapters.hub import (
     CONFIG,
     LIMITS,
     TENSORS,
+    UNLIKE,
     HubPlace,
     ask,
     explained,
@@ -20,6 +21,7 @@ from visgraft.adapters.hub import (
     settled,
 )
 from visgraft.adapters.record import AdapterRecord
+from visgraft.adapters.reference import read_reference
 from visgraft.errors import AdapterError
 from visgraft.files import HUB_PREFIX
 
@@ -37,8 +39,8 @@ def push(
 ) -> str:
     """Publish an adapter as a repository of the Hugging Face hub, in one commit; `load("hf:USER/NAME")` reads it.
 
-    The folder's three files are uploaded, nothing else. A card that nobody has changed is written anew, so that it says
-    by which name the adapter loads.
+    The adapter's files are uploaded, nothing else. A card that nobody has changed is written anew, so that it says by
+    which name the adapter loads.
 
     Args:
         path: the adapter's directory.
@@ -57,6 +59,8 @@ def push(
     place = _target(repository, revision)
     path, record = Path(path), read_record(path)
     _check_tensors(path, record)
+    if record.unlike is not None:
+        read_reference(path, record)
     card = _card(path, record, place)
     from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 
@@ -65,7 +69,8 @@ def push(
             "nobody is logged in to the hub; run hf auth login, or set HF_TOKEN to a token that may write"
         )
     folder = resolve(path)
-    parts: list[tuple[str, Any]] = [(CONFIG, folder / CONFIG), (TENSORS, folder / TENSORS), (CARD, card)]
+    names = (CONFIG, TENSORS) if record.unlike is None else (CONFIG, TENSORS, UNLIKE)
+    parts: list[tuple[str, Any]] = [*((name, folder / name) for name in names), (CARD, card)]
     try:
         api = HfApi()
         _prepare(api, place, private)

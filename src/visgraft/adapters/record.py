@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from visgraft.adapters.calibrated import Calibrated
 from visgraft.adapters.canary import Canary, check_facts
 from visgraft.backbones.creation import KINDS, Backbone
 from visgraft.data.dataset import Split
@@ -47,6 +48,9 @@ class AdapterRecord:
         versions: of Python and the libraries that wrote it.
         canary: what it answered to a seeded picture when it was saved; None: not known.
         tasks: what the outputs answer, in order, where that is not one label: several, or a number.
+        calibrated: how sure it is of these very tensors' answers, so that no copy of the facts carries it on; None: not
+            measured.
+        unlike: sha256 of the file by which it tells unlike pictures; None: there is none.
     """
 
     method: MethodConfig
@@ -67,6 +71,8 @@ class AdapterRecord:
     versions: Facts = field(default_factory=dict)
     canary: Canary | None = None
     tasks: tuple[LabelTask, ...] = ()
+    calibrated: Calibrated | None = None
+    unlike: str | None = None
 
     def answers(self, logits: Tensor) -> Tensor:
         """Return what outputs [..., outputs] say: probabilities, and, with several tasks, numbers in their units."""
@@ -109,6 +115,8 @@ class AdapterRecord:
             "record": dict(self.facts),
             "versions": dict(self.versions),
             **({"canary": self.canary.to_json()} if self.canary else {}),
+            **({"calibration": self.calibrated.to_json()} if self.calibrated else {}),
+            **({"unlike": self.unlike} if self.unlike else {}),
         }
 
     @classmethod
@@ -139,6 +147,7 @@ class AdapterRecord:
             ("record.blend", blend := facts.get("blend", {}), dict),
             ("record.blend.adapters", blend.get("adapters", []) if isinstance(blend, dict) else [], list | tuple),
             ("record.chosen", facts.get("chosen", {}), dict),
+            ("unlike", config.get("unlike"), str | None),
             ("record.precision", facts.get("precision", "fp32"), str),
             ("record.data.background", None if not isinstance(data, dict) else data.get("background"), str | None),
         ):  # fmt: skip
@@ -157,11 +166,15 @@ class AdapterRecord:
             check_facts(config["data_config"])
         with _damage(file, "canary"):
             canary = Canary.from_json(config["canary"]) if config.get("canary") is not None else None
+        with _damage(file, "calibration"):
+            stored = config.get("calibration")
+            calibrated = None if stored is None else Calibrated.from_json(stored)
         return cls(
             method, backbone, outputs, digest, precision, own, config["data_config"], tuple(config["classes"]),
             "several_tasks" if tasks else "several_classes" if data.get("multi_label") else "one_class",
             facts.get("precision", "fp32"), data.get("background"), split, data.get("fingerprint"),
-            config.get("parameters", {}), facts, config.get("versions", {}), canary, tasks,
+            config.get("parameters", {}), facts, config.get("versions", {}), canary, tasks, calibrated,
+            config.get("unlike"),
         )  # fmt: skip
 
     def located(self, path: Path, weights: str | None = None) -> Backbone:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from visgraft.adapters.directory import Adapted, check_canary
+from visgraft.adapters.hub import resolve
 from visgraft.adapters.record import AdapterRecord
 from visgraft.backbones.creation import Backbone, create_backbone
 from visgraft.bank.configuration import Configuration, configuration_key
@@ -143,7 +144,8 @@ class Bank:
         rows = read.configuration.layout.flatten(read.tensors, self._ground.device)
         heads = head.layout.flatten(read.tensors, self._ground.device)
         precision = resolve_precision(read.record.precision)
-        return BankAdapter(name, read.record, read.configuration, head, precision, Held(rows, heads))
+        path = resolve(adapter).absolute() if isinstance(adapter, str | Path) else None
+        return BankAdapter(name, read.record, read.configuration, head, precision, Held(rows, heads), path)
 
     def put(self, adapter: BankAdapter, *, replace: bool = False, pinned: bool = False) -> None:
         """Hold an adapter that `open` returned, under its name, from now on.

@@ -24,7 +24,10 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class BankAdapter:
-    """An adapter in a bank; nothing of it changes, but that its tensors may be parked."""
+    """An adapter in a bank; nothing of it changes, but that its tensors may be parked.
+
+    `path` is its folder, where it comes from one.
+    """
 
     name: str
     record: AdapterRecord
@@ -32,6 +35,7 @@ class BankAdapter:
     head: HeadKind
     precision: str
     held: "Held"
+    path: Path | None = None
 
     @cached_property
     def transform(self) -> Any:

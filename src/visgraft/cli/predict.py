@@ -53,6 +53,20 @@ def predict(
             help="least probability, where images may have several classes; none: 0.5", min=0, max=1, show_default=False
         ),
     ] = None,
+    coverage: Annotated[
+        float | None,
+        typer.Option(
+            help="name a set of classes that holds the truth with this probability, e.g. 0.95; none: the most probable",
+            show_default=False,
+        ),
+    ] = None,
+    unlike: Annotated[
+        float | None,
+        typer.Option(
+            help="also mark pictures unlike the training's, wrongly so this share of those like them, e.g. 0.05",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="table to write: .csv or .parquet; or a folder, for .parquet in parts", show_default=False),
@@ -78,11 +92,14 @@ def predict(
     json: Json = False,
 ) -> None:
     """Name the class of each image, with one adapter or several of one backbone."""
+    from visgraft.adapters.directory import read_record
     from visgraft.adapters.hub import settled
     from visgraft.bank.opening import check_same_backbone, load_bank
     from visgraft.cli.predict_images import find_images, find_work, split_arguments
     from visgraft.cli.predict_parts import PartOptions, predict_in_parts
+    from visgraft.serve.covering import check_covering
     from visgraft.serve.prediction import most_columns, predict_rows, predict_stream
+    from visgraft.serve.unlike import check_references
 
     in_parts = PartOptions(part_size, shard, on, workers, cpus_per_worker, gpus_per_worker)
     by_folder = in_parts.for_folder(out)
@@ -91,26 +108,36 @@ def predict(
     named, told = (work.adapters, work.rows) if work else (named, None)
     if by_folder and out:
         asked = {"top": top, "threshold": threshold, "background": background, "batch_size": batch_size}
-        asked |= {"weights": weights, "ensemble": ensemble, "skip_broken": skip_broken}
+        asked |= {
+            "coverage": coverage,
+            "unlike": unlike,
+            "weights": weights,
+            "ensemble": ensemble,
+            "skip_broken": skip_broken,
+        }
         predict_in_parts(out, named, images, work, asked, in_parts, json)
         return
     paths, total = (iter(()), told) if work else find_images(images)
     broken = list[Broken]()
     streamed = skip_broken and not json and out is None  # no image can stop it, so lines need not wait for the end
     progress = StreamProgress(total, hidden=streamed and sys.stdout.isatty())
-    options: Any = {"top": top, "threshold": threshold, "batch_size": batch_size, "background": background}
+    options: Any = {"top": top, "threshold": threshold, "coverage": coverage, "batch_size": batch_size}
+    options |= {"background": background, "unlike": unlike}
     options["on_broken"] = (lambda *why: broken.append(why)) if skip_broken else None
     options["on_progress"] = progress.show
     table = None if out is None else choose_table(out, images)
     with settled():
         check_same_backbone(list(named.values()), prepared_alike=not work)
+        records = {name: read_record(path) for name, path in named.items()}
+        check_covering(coverage, records.items(), top=top, threshold=threshold, ensemble=ensemble)
+        check_references(named, unlike, ensemble)
         bank = load_bank(named, weights=weights)
     each = (
         partial(predict_rows, bank, work.pairs()) if work else partial(predict_stream, bank, paths, ensemble=ensemble)
     )
     answering = ["ensemble of " + " and ".join(named)] if ensemble else list(named)
-    width = most_columns(map(bank.record, bank.names), top)
-    sink = table(out, width) if out and table else printed(len(answering), json, streamed)
+    width = most_columns(map(bank.record, bank.names), top, coverage)
+    sink = table(out, width, unlike is not None) if out and table else printed(len(answering), json, streamed)
     rows = _write_all(each(**options), sink, progress, broken)
     _report(out, answering, rows if work else rows // len(answering), progress, broken, json, bool(work))
 

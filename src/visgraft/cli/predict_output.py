@@ -33,14 +33,16 @@ def printed(adapters: int, json: bool, streamed: bool) -> Iterator["Write"]:
         def write_json(found: "Prediction") -> None:
             nonlocal between
             classes = [{"class": name, "probability": p} for name, p in found.classes]
-            row = {"image": written(found.image), "adapter": found.adapter, "classes": classes}
+            row: dict[str, Any] = {"image": written(found.image), "adapter": found.adapter, "classes": classes}
+            row |= {} if found.unlike is None else {"as_far": found.as_far, "unlike": found.unlike}
             file.write(between + json_text(row))
             between = ", "
 
         def write_line(found: "Prediction") -> None:
             named = ", ".join(f"{name} {100 * p:.1f} %" for name, p in found.classes) or "–"
             prefix = f"{found.adapter}: " if adapters > 1 else ""
-            line = visible(f"{prefix}{written(found.image)}: {named}").replace("\n", "\\n")
+            far = f" (unlike: {100 * (found.as_far or 0):.1f} % as far)" if found.unlike else ""
+            line = visible(f"{prefix}{written(found.image)}: {named}{far}").replace("\n", "\\n")
             file.write(f"{line}\n")
 
         yield write_json if json else write_line

@@ -91,6 +91,9 @@ def train(
     cache: Cache = "auto",
     skip_broken: SkipBroken = False,
     background: Background = None,
+    unlike: Annotated[
+        bool, typer.Option(help="also keep what pictures unlike those of the training are told by")
+    ] = True,
     log: Annotated[str | None, typer.Option(help="tensorboard: write curves to OUT.tensorboard")] = None,
     quiet: Quiet = False,
     json: Json = False,
@@ -127,7 +130,7 @@ def train(
         chosen = choose(images, out, whole, Asked(values, budget, trials, begin), json)
         kept, again = chosen.record, f"to train on: {chosen.command} --resume"
         whole |= {"method_config": chosen.method, "train_config": chosen.recipe, "record": kept}
-    figures = {**_train(labelled, out, whole, resume, log, again), **kept}
+    figures = {**_train(labelled, out, whole | {"unlike": unlike}, resume, log, again), **kept}
     if folds:
         figures["cross_validation"] = _cross_validate(labelled, whole, folds, repeats, place)
     _tell(figures, out, json)

@@ -19,6 +19,7 @@ from visgraft.measure.measuring import adapter_data, load_as_trained, measure_ad
 from visgraft.pictures import Picture
 from visgraft.report import compare, figures, tables
 from visgraft.report.channels import ChannelMap, channel_map, channel_scores, choices, stored_choices
+from visgraft.report.coverage import Coverage, measure_coverage
 from visgraft.report.mistakes import Mistake, count_mistakes, find_mistakes
 from visgraft.report.parts import PartsShown, made_of_parts, show_parts
 
@@ -62,6 +63,7 @@ class MeasuredRun:
     pairs: list[tables.Pair]
     calibration: Calibration
     reliability: Picture
+    coverage: Coverage | None
     wrong: int
     decisions: int
     mistakes: list[Mistake]
@@ -117,7 +119,7 @@ def _measure(
     """Make the tables and pictures of a measured run."""
     multi_label, names = tables.is_multi_label(evaluation), run.classes
     counts = None if multi_label else confusion(evaluation, len(names))
-    found = calibration(evaluation)
+    found, members = calibration(evaluation), clusters(images.groups, len(images))
     say(f"{run.name}: mistakes, and what the answers depend on")
     mistakes = find_mistakes(adapted.model, images, evaluation, names)
     made = made_of_parts(adapted.model)
@@ -127,7 +129,7 @@ def _measure(
     return MeasuredRun(
         evaluation=evaluation,
         paths=images.paths,
-        members=clusters(images.groups, len(images)),
+        members=members,
         skipped=len(images.skipped),
         missing=missing,
         multi_label=multi_label,
@@ -136,6 +138,7 @@ def _measure(
         pairs=[] if counts is None else tables.confused_pairs(counts, names),
         calibration=found,
         reliability=figures.reliability(found, "there" if multi_label else "right"),
+        coverage=measure_coverage(run.record.calibrated, evaluation, names, images.groups, members),
         wrong=count_mistakes(evaluation),
         decisions=evaluation.images * (len(names) if multi_label else 1),
         mistakes=mistakes,

@@ -23,6 +23,7 @@ from visgraft.errors import VisgraftError
 from visgraft.serve.answering import SentPicture
 from visgraft.serve.bodies import PICTURES
 from visgraft.serve.clients import add_clients
+from visgraft.serve.covering import check_covering
 from visgraft.serve.engine import QueueFullError
 from visgraft.serve.guard import Guard, said
 from visgraft.serve.hosting import NoAdapterError, StoreError
@@ -121,14 +122,18 @@ def add_predict(app: FastAPI, server: Server) -> None:
     async def predict(
         request: Request,
         adapter: Annotated[list[str], Query(description="which is to answer; several answer each")] = [],  # noqa: B006
-        top: Annotated[int, Query(ge=1, le=1000, description="classes to name")] = 5,
-        coverage: Annotated[float | None, Query(gt=0, lt=1)] = None,
+        top: Annotated[int | None, Query(ge=1, le=1000, description="classes to name; none: 5")] = None,
+        coverage: Annotated[
+            float | None, Query(gt=0, lt=1, description="name a set that holds the truth with this probability")
+        ] = None,
     ) -> Any:
         """Name the classes of pictures: parts of a multipart form, or one picture as the body."""
         if coverage is not None:
-            raise HTTPException(422, "coverage: no adapter here is calibrated; leave it out")
+            hosting = await server.current()
+            asked = ((name, hosting.get(name).record) for name in adapter or hosting.adapters)
+            check_covering(coverage, asked, top=top)
         found, seconds = await server.answer(request, await pictures_of(request, server.config.max_images), adapter)
-        answers = [answer_to(one, top) for one in found]
+        answers = [answer_to(one, top or 5, coverage) for one in found]
         if all(one.adapter is None for one in found):
             broken = {"error": found[0].error, "answers": [a.model_dump(exclude_none=True) for a in answers]}
             return AsciiJson(broken, 422)

@@ -30,6 +30,7 @@ from visgraft.serve.prediction import (
     predict_stream,
 )
 from visgraft.serve.tables import parquet_part
+from visgraft.serve.unlike import check_references
 
 
 class PinnedAdapter(NamedTuple):
@@ -53,6 +54,8 @@ class Question:
     weights: str | None = None
     top: int | None = None
     threshold: float | None = None
+    coverage: float | None = None
+    unlike: float | None = None
     background: str | None = None
     batch_size: int = BATCH_SIZE
     ensemble: bool = False
@@ -74,12 +77,14 @@ def make_question(adapters: Mapping[str, str], **options: Any) -> Question:
         VisgraftError: an option is out of range.
     """
     records = {name: read_record(path) for name, path in adapters.items()}
-    checked: Any = {name: options[name] for name in ("threshold", "background", "ensemble", "mixed") if name in options}
+    asked = ("top", "threshold", "coverage", "background", "ensemble", "mixed")
+    checked: Any = {name: options[name] for name in asked if name in options}
     check_question(records, **checked)
+    check_references(adapters, options.get("unlike"), bool(options.get("ensemble")))
     pinned = tuple(PinnedAdapter(name, _pinned(path), _digest(path)) for name, path in adapters.items())
     if (weights := options.get("weights")) not in (None, *KINDS):
         options["weights"] = os.path.abspath(str(weights))
-    return Question(pinned, most_columns(records.values(), options.get("top")), **options)
+    return Question(pinned, most_columns(records.values(), options.get("top"), options.get("coverage")), **options)
 
 
 def answer_part(question: Question, images: Sequence[Named], folder: str, out: str, note: Note) -> None:
@@ -100,13 +105,13 @@ def answer_part(question: Question, images: Sequence[Named], folder: str, out: s
     if os.path.exists(out):
         return
     bank = _opened(question.adapters, question.weights)
-    with parquet_part(Path(out), question.width) as write:
+    with parquet_part(Path(out), question.width, question.unlike is not None) as write:
         for (image, adapter), answers, error in _answered(question, bank, images, folder, note):
             for found in answers:
-                write(image, found.adapter, found.classes, None)
+                write(found._replace(image=image), None)
             if error is not None:
                 for name in (adapter,) if question.mixed else question.answering:
-                    write(image, name, [], error)
+                    write(Prediction(image, name, []), error)
 
 
 def _answered(
@@ -118,6 +123,8 @@ def _answered(
     options: dict[str, Any] = {
         "top": question.top,
         "threshold": question.threshold,
+        "coverage": question.coverage,
+        "unlike": question.unlike,
         "background": question.background,
         "batch_size": question.batch_size,
         "on_broken": (lambda path, reason: broken.append((path, reason))) if question.skip_broken else None,

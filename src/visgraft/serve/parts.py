@@ -22,6 +22,8 @@ from visgraft.serve.tables import ERROR, check_pyarrow
 from visgraft.version import __version__
 
 MARKER = "_predict.json"  # pyarrow and others pass over what begins so when they read the folder as one table
+LATER = ("coverage", "unlike")
+"""Options that runs of earlier versions did not have."""
 MOST_NAMED = 5
 LOG = logging.getLogger(__name__)
 
@@ -59,7 +61,7 @@ def open_parts(out: Path, question: Question, images: ImageList) -> None:
             write_json(out / MARKER, {"visgraft": __version__, **facts})
             return
     try:
-        there = json.loads((out / MARKER).read_text(encoding="utf-8"))
+        there = dict.fromkeys(LATER) | json.loads((out / MARKER).read_text(encoding="utf-8"))
         differing = next((what for what, value in facts.items() if there[what] != value), None)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise VisgraftError(f"{out / MARKER} is damaged ({error}); choose another --out") from error
@@ -155,7 +157,7 @@ def _part(number: int) -> str:
 
 def _facts(question: Question, images: ImageList) -> dict[str, Any]:
     """Return what decides the answers, and how they lie in parts."""
-    options = ("weights", "top", "threshold", "background", "ensemble")
+    options = ("weights", "top", "threshold", "coverage", "unlike", "background", "ensemble")
     return {
         "adapters": {one.name: one.digest for one in question.adapters},
         **{name: getattr(question, name) for name in options},

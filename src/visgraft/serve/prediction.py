@@ -12,16 +12,17 @@ from torch import Tensor
 from visgraft.adapters.directory import Adapted
 from visgraft.adapters.hub import settled
 from visgraft.adapters.record import AdapterRecord
-from visgraft.backbones.creation import image_transform, shape_from
 from visgraft.bank.bank import Bank
 from visgraft.bank.opening import check_same_backbone, load_bank
-from visgraft.core.fitting import check_shape
 from visgraft.core.tensors import eval_mode
 from visgraft.data.decode import colour_of
 from visgraft.errors import AdapterError, DataError, VisgraftError
 from visgraft.measure.evaluation import probabilities_of
 from visgraft.measure.precision import Compute, resolve_precision
+from visgraft.serve.covering import check_covering, name_sets
 from visgraft.serve.decoding import AnyPath, batches, decoded, path_of, prepared, readable, stacked
+from visgraft.serve.ready import ReadyAdapter, background_of, check_prepared, transform_of
+from visgraft.serve.unlike import Distances, apart, check_alone, no_distances
 
 BATCH_SIZE = 64  # that of `evaluate`, so that both see the same rounding
 THRESHOLD = 0.5
@@ -32,39 +33,38 @@ Classes = list[tuple[str, float]]
 """Names of classes with their probabilities, most probable first."""
 
 
+Naming = Callable[[AdapterRecord, Tensor], list[Classes]]
+"""Of an adapter's probabilities [B, classes] on the CPU."""
+
+
 class Prediction(NamedTuple):
     """What one adapter says of one image; `adapter` is its path or name as given, or an `Adapted`'s number, from 1.
 
-    `image` is its path, or, as text, its URL.
+    `image` is its path, or, as text, its URL. Where it was asked, `as_far` is the share of validation images that
+    lie at least as far from the training's, and `unlike` whether that is no more than the level asked for.
     """
 
     image: AnyPath
     adapter: str
     classes: Classes
+    as_far: float | None = None
+    unlike: bool | None = None
 
 
-class _Ready(NamedTuple):
-    """An adapter that answers: one loaded, or, where there is none, that of this name in the bank."""
+def predict(
+    adapted: Adapted, paths: Sequence[str | Path], top: int | None = None, *, coverage: float | None = None
+) -> list[Classes]:
+    """Return per image the `top` most probable classes (None: one) with their probabilities, most probable first.
 
-    name: str
-    record: AdapterRecord
-    adapted: Adapted | None = None
-
-    @property
-    def background(self) -> str:
-        """The colour behind transparent places."""
-        return self.record.background or "white"
-
-
-def predict(adapted: Adapted, paths: Sequence[str | Path], top: int = 1) -> list[Classes]:
-    """Return per image the `top` most probable classes with their probabilities, most probable first.
+    With `coverage`, return the set of classes that holds the truth so often instead (see `predict_stream`).
 
     Raises:
-        AdapterError: the transform makes other images than the model takes.
+        AdapterError: the transform makes other images than the model takes, or the adapter is not calibrated.
         DataError: a file is no image.
         VisgraftError: `paths` is one path and no list.
     """
-    return [found.classes for found in predict_stream([adapted], paths, top=top)]
+    top = 1 if top is None and coverage is None else top
+    return [found.classes for found in predict_stream([adapted], paths, top=top, coverage=coverage)]
 
 
 @settled()
@@ -75,6 +75,8 @@ def predict_stream(
     weights: str | None = None,
     top: int | None = None,
     threshold: float | None = None,
+    coverage: float | None = None,
+    unlike: float | None = None,
     batch_size: int = BATCH_SIZE,
     background: str | None = None,
     ensemble: bool = False,
@@ -94,6 +96,9 @@ def predict_stream(
         weights: where the backbone's weights come from, in place of what the adapters say.
         top: how many classes to name at most; None: one, or, where images may have several classes, no limit.
         threshold: least probability of a class to be named, of adapters trained on images with several classes; 0.5.
+        coverage: name, in place of the most probable classes, a set that holds the truth with this probability, such as
+            0.95, of adapters that were calibrated when they were trained; probabilities are then calibrated ones.
+        unlike: also tell pictures unlike those of the training, of which so few like them are taken for such, as 0.05.
         batch_size: images per forward.
         background: the colour behind transparent places, by name or as #rrggbb; None: as in training.
         ensemble: answer once for all adapters, by the mean of their probabilities.
@@ -102,20 +107,25 @@ def predict_stream(
 
     Raises:
         AdapterError: an adapter is damaged, or not of the same backbone as the first one, or prepares images of another
-            size than its model takes.
+            size than its model takes, or is not calibrated and `coverage` is given.
         DataError: a file is no image.
-        VisgraftError: an option is out of range, no adapter is given, or `images` is one path and no list.
+        VisgraftError: an option is out of range, cannot be promised or does not go with another, no adapter is given,
+            or `images` is one path and no list.
     """
     _check_options(adapters, images, top, threshold, batch_size)
     bank, ready = _prepare(adapters, weights)
     _check_threshold(threshold, (one.record for one in ready))
-    transform, colour = _transform(ready), background or _background(ready)
+    answering = [(one.name, one.record) for one in ready]
+    check_covering(coverage, answering, top=top, threshold=threshold, ensemble=ensemble)
+    transform, colour = transform_of(ready), background or background_of(ready)
     read = partial(prepared, transform=transform, colour=colour)
     found = decoded(map(path_of, images), read, 2 * batch_size)
-    named = partial(name_classes, top=top, threshold=THRESHOLD if threshold is None else threshold)
+    named = _naming(top, threshold, coverage)
     if ensemble:
+        check_alone(unlike is not None)
         _check_ensemble(ready)
-    return _run(bank, ready, batches(found, batch_size), ensemble, named, on_broken, on_progress)
+    distances = None if unlike is None else Distances(bank, [one.name for one in ready], unlike)
+    return _run(bank, ready, batches(found, batch_size), ensemble, named, distances, on_broken, on_progress)
 
 
 def predict_rows(
@@ -124,6 +134,8 @@ def predict_rows(
     *,
     top: int | None = None,
     threshold: float | None = None,
+    coverage: float | None = None,
+    unlike: float | None = None,
     batch_size: int = BATCH_SIZE,
     background: str | None = None,
     on_broken: Callable[[AnyPath, str], None] | None = None,
@@ -138,6 +150,8 @@ def predict_rows(
         rows: may be an endless stream.
         top: as in `predict_stream`, like all that follows.
         threshold: least probability of a class.
+        coverage: name sets of classes.
+        unlike: also tell unlike pictures.
         batch_size: images per forward.
         background: the colour behind transparent places.
         on_broken: called for each file that is no image.
@@ -149,7 +163,9 @@ def predict_rows(
     """
     _check_options(bank, rows, top, threshold, batch_size)
     _check_threshold(threshold, map(bank.record, bank.names))
-    least = THRESHOLD if threshold is None else threshold
+    answering = ((name, bank.record(name)) for name in bank.names)
+    check_covering(coverage, answering, top=top, threshold=threshold)
+    named = _naming(top, threshold, coverage)
     pairs = ((path_of(path), name) for path, name in rows)
 
     def prepare(row: tuple[AnyPath, str]) -> tuple[Tensor, str]:
@@ -157,17 +173,21 @@ def predict_rows(
 
     read = ((path, found) for (path, _), found in decoded(pairs, prepare, 2 * batch_size))
 
+    distances = None if unlike is None else Distances(bank, bank.names, unlike)
+
     def run() -> Iterator[Prediction]:
         done = 0
-        for batch in batches(read, batch_size):
-            good = readable(batch, on_broken)
-            answers = bank([x for _, (x, _) in good], [name for _, (_, name) in good])
-            for (path, _), answer in zip(good, answers, strict=True):
-                record, found = bank.record(answer.adapter), answer.probabilities.cpu()
-                yield Prediction(path, answer.adapter, name_classes(record, found[None], top, least)[0])
-            done += len(batch)
-            if on_progress is not None:
-                on_progress(done)
+        with distances.looking() if distances else no_distances() as look:
+            for batch in batches(read, batch_size):
+                good = readable(batch, on_broken)
+                answers = bank([x for _, (x, _) in good], [name for _, (_, name) in good])
+                fars = apart(look, [x for _, (x, _) in good], [name for _, (_, name) in good])
+                for (path, _), answer, far in zip(good, answers, fars, strict=True):
+                    record, found = bank.record(answer.adapter), answer.probabilities.cpu()
+                    yield Prediction(path, answer.adapter, named(record, found[None])[0], *far)
+                done += len(batch)
+                if on_progress is not None:
+                    on_progress(done)
 
     return run()
 
@@ -190,7 +210,9 @@ def _check_options(
 def check_question(
     records: Mapping[str, AdapterRecord],
     *,
+    top: int | None = None,
     threshold: float | None = None,
+    coverage: float | None = None,
     background: str | None = None,
     ensemble: bool = False,
     mixed: bool = False,
@@ -198,19 +220,20 @@ def check_question(
     """Raise what `predict_stream` or, if `mixed`, `predict_rows` would raise, before anything is loaded.
 
     Raises:
-        AdapterError: the adapters, by name, cannot answer together.
+        AdapterError: the adapters, by name, cannot answer together, or one not with this coverage.
         DataError: there is no such colour.
-        VisgraftError: the threshold would have no effect.
+        VisgraftError: the threshold would have no effect, or the coverage cannot be promised.
     """
-    ready = [_Ready(name, record) for name, record in records.items()]
+    ready = [ReadyAdapter(name, record) for name, record in records.items()]
     _check_threshold(threshold, records.values())
+    check_covering(coverage, records.items(), top=top, threshold=threshold, ensemble=ensemble)
     if background is not None:
         colour_of(background)
     if mixed:
         return
-    _transform(ready)
+    transform_of(ready)
     if background is None:
-        _background(ready)
+        background_of(ready)
     if ensemble:
         _check_ensemble(ready)
 
@@ -222,10 +245,11 @@ def _check_threshold(threshold: float | None, records: Iterable[AdapterRecord]) 
 
 def _run(
     bank: Bank | None,
-    ready: Sequence[_Ready],
+    ready: Sequence[ReadyAdapter],
     read: Iterator[list[tuple[AnyPath, Tensor | DataError]]],
     ensemble: bool,
-    named: Callable[[AdapterRecord, Tensor], list[Classes]],
+    named: Naming,
+    distances: Distances | None,
     on_broken: Callable[[AnyPath, str], None] | None,
     on_progress: Callable[[int], None] | None,
 ) -> Iterator[Prediction]:
@@ -234,23 +258,26 @@ def _run(
         for one in ready:
             if one.adapted is not None:
                 stack.enter_context(eval_mode(one.adapted.model))
+        look = stack.enter_context(distances.looking() if distances else no_distances())
         for batch in read:
             good = readable(batch, on_broken)
             if good:
                 x = stacked(good)
                 if x.shape[1:] not in fitting:
-                    _check_prepared(ready, x.shape[1], x.shape[2:])
+                    check_prepared(ready, x.shape[1], x.shape[2:])
                     fitting.add(x.shape[1:])
                 columns = [(name, named(record, p)) for name, record, p in _answers(bank, ready, x, ensemble)]
+                far = look(x, [name for name, _ in columns])
                 for row, (path, _) in enumerate(good):
-                    yield from (Prediction(path, name, answers[row]) for name, answers in columns)
+                    each = zip(columns, far[row], strict=True)
+                    yield from (Prediction(path, name, answers[row], *told) for (name, answers), told in each)
             done += len(batch)
             if on_progress is not None:
                 on_progress(done)
 
 
 def _answers(
-    bank: Bank | None, ready: Sequence[_Ready], x: Tensor, ensemble: bool
+    bank: Bank | None, ready: Sequence[ReadyAdapter], x: Tensor, ensemble: bool
 ) -> list[tuple[str, AdapterRecord, Tensor]]:
     """Return who answers a batch: the name, the record that names the classes, and probabilities [B, classes]."""
     of_bank = [one.name for one in ready if one.adapted is None]
@@ -275,7 +302,7 @@ def _logits(adapted: Adapted, x: Tensor) -> Tensor:
     return found
 
 
-def _check_ensemble(ready: Sequence[_Ready]) -> None:
+def _check_ensemble(ready: Sequence[ReadyAdapter]) -> None:
     """Raise an AdapterError where there is one adapter only, or two answer other classes."""
     if len(ready) < 2:
         raise AdapterError("an ensemble needs two adapters or more; name another, or leave out ensemble (--ensemble)")
@@ -299,65 +326,39 @@ def name_classes(record: AdapterRecord, probabilities: Tensor, top: int | None, 
     ]
 
 
+def _naming(top: int | None, threshold: float | None, coverage: float | None) -> Naming:
+    if coverage is not None:
+        return partial(name_sets, coverage=coverage)
+    return partial(name_classes, top=top, threshold=THRESHOLD if threshold is None else threshold)
+
+
 def most_named(outputs: int, multi_label: bool, top: int | None) -> int:
     """Return how many classes of `outputs` are named at most."""
     return min(top or (outputs if multi_label else 1), outputs)
 
 
-def most_columns(records: Iterable[AdapterRecord], top: int | None) -> int:
+def most_columns(records: Iterable[AdapterRecord], top: int | None, coverage: float | None = None) -> int:
     """Return how many classes any of these adapters names at most."""
+    if coverage is not None:
+        return max(record.outputs for record in records)
     return max(most_named(record.outputs, record.multi_label, top) for record in records)
 
 
-def _prepare(adapters: Bank | Sequence[str | Path | Adapted], weights: str | None) -> tuple[Bank | None, list[_Ready]]:
+def _prepare(
+    adapters: Bank | Sequence[str | Path | Adapted], weights: str | None
+) -> tuple[Bank | None, list[ReadyAdapter]]:
     """Put what is given by path into a bank."""
     if isinstance(adapters, Bank):
         if weights is not None:
             raise VisgraftError("a bank has its weights already; leave out weights, or pass them to load_bank")
-        return adapters, [_Ready(name, adapters.record(name)) for name in adapters.names]
+        return adapters, [ReadyAdapter(name, adapters.record(name)) for name in adapters.names]
     paths = [path for path in adapters if not isinstance(path, Adapted)]
     check_same_backbone(paths)
     bank = load_bank(paths, weights=weights) if paths else None
     ready = []
     for number, adapter in enumerate(adapters, 1):
         if isinstance(adapter, Adapted):
-            ready.append(_Ready(str(number), adapter.record, adapter))
+            ready.append(ReadyAdapter(str(number), adapter.record, adapter))
         elif bank is not None:
-            ready.append(_Ready(str(adapter), bank.record(str(adapter))))
+            ready.append(ReadyAdapter(str(adapter), bank.record(str(adapter))))
     return bank, ready
-
-
-def _transform(ready: Sequence[_Ready]) -> Any:
-    """Return what prepares an image for all adapters."""
-    first, facts = _own_transform(ready[0]), ready[0].record.data_config
-    for one in ready[1:]:
-        alike = one.adapted is None and ready[0].adapted is None and one.record.data_config == facts
-        if not alike and repr(_own_transform(one)) != repr(first):
-            raise AdapterError(f"adapters {ready[0].name} and {one.name} prepare images differently; run each apart")
-    if made := shape_from(first):
-        _check_prepared(ready, *made)
-    return first
-
-
-def _own_transform(one: _Ready) -> Any:
-    return image_transform(one.record.data_config) if one.adapted is None else one.adapted.transform
-
-
-def _check_prepared(ready: Sequence[_Ready], channels: int | None, size: Sequence[int]) -> None:
-    """Raise an AdapterError unless all loaded models take the images that the transform makes; a bank checks itself."""
-    remedy = "use the transform that visgraft.load returns"
-    for one in ready:
-        if one.adapted is not None:
-            what = f"images from the transform of adapter {one.name}"
-            check_shape(one.adapted.model, channels, size, what, kind=AdapterError, remedy=remedy)
-
-
-def _background(ready: Sequence[_Ready]) -> str:
-    """Return the colour behind transparent places with which all adapters were trained."""
-    for one in ready[1:]:
-        if one.background != ready[0].background:
-            raise AdapterError(
-                f"adapters {ready[0].name} and {one.name} were trained with the backgrounds {ready[0].background} and "
-                f"{one.background}; pass background (--background), or run each apart"
-            )
-    return ready[0].background

@@ -8,6 +8,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from visgraft.serve.answering import SaidOf
+from visgraft.serve.covering import name_sets
 from visgraft.serve.hosting import HostedAdapter
 
 
@@ -50,7 +51,10 @@ class AnswerList(BaseModel):
 
 
 class OneAdapter(BaseModel):
-    """An adapter: `digest` is the sha256 over its two files, `figures` what was measured when it was trained."""
+    """An adapter: `digest` is the sha256 over its two files, `figures` what was measured when it was trained.
+
+    One that is `calibrated` answers with a coverage.
+    """
 
     name: str
     digest: str
@@ -58,6 +62,7 @@ class OneAdapter(BaseModel):
     classes: list[str]
     outputs: int
     multi_label: bool
+    calibrated: bool
     figures: dict[str, Any]
     pinned: bool
 
@@ -70,14 +75,21 @@ class Adapters(BaseModel):
     adapters: list[OneAdapter]
 
 
-def answer_to(one: SaidOf, top: int) -> AnswerTo:
-    """Return what an adapter says of a picture, as it is sent."""
+def answer_to(one: SaidOf, top: int, coverage: float | None = None) -> AnswerTo:
+    """Return what an adapter says of a picture, as it is sent: `top` classes, or the set with this coverage.
+
+    Raises:
+        AdapterError, CoverageError: the adapter cannot answer with the coverage.
+    """
     if one.adapter is None:
         return AnswerTo(image=one.image, error=one.error)
-    best = one.probabilities.topk(min(top, len(one.probabilities)))
-    names = one.adapter.record.classes or tuple(map(str, range(len(one.probabilities))))
-    pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
-    classes = [ClassScore(label=names[i], score=p) for p, i in pairs]
+    if coverage is not None:
+        named = name_sets(one.adapter.record, one.probabilities[None].cpu(), coverage)[0]
+    else:
+        best = one.probabilities.topk(min(top, len(one.probabilities)))
+        names = one.adapter.record.classes or tuple(map(str, range(len(one.probabilities))))
+        named = [(names[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+    classes = [ClassScore(label=name, score=p) for name, p in named]
     return AnswerTo(image=one.image, adapter=one.adapter.adapter.name, digest=one.adapter.digest, classes=classes)
 
 
@@ -91,6 +103,7 @@ def one_adapter(name: str, hosted: HostedAdapter, pinned: bool) -> OneAdapter:
         classes=list(record.classes),
         outputs=record.outputs,
         multi_label=record.multi_label,
+        calibrated=record.calibrated is not None,
         figures=_finite(record.figures),
         pinned=pinned,
     )

@@ -11,15 +11,16 @@ from typing import Any
 from visgraft.errors import VisgraftError
 from visgraft.files import new_file
 from visgraft.serve.decoding import AnyPath
-from visgraft.serve.prediction import Classes, Prediction
+from visgraft.serve.prediction import Prediction
 
 ROWS_AT_ONCE = 10_000  # row group of a .parquet file
 ERROR = "error"
 
 Row = list[Any]
 Write = Callable[[Prediction], None]
-TableWriter = Callable[[Path, int], AbstractContextManager[Write]]
-"""Given a file's name and how many classes a row names at most."""
+TableWriter = Callable[[Path, int, bool], AbstractContextManager[Write]]
+"""Given a file's name, how many classes a row names at most, and whether it says how far the picture lies."""
+FAR = ("as_far", "unlike")
 
 
 def written(path: AnyPath) -> str:
@@ -37,42 +38,45 @@ def check_pyarrow(out: Path) -> None:
 
 
 @contextmanager
-def csv_table(out: Path, width: int) -> Iterator[Write]:
+def csv_table(out: Path, width: int, far: bool = False) -> Iterator[Write]:
     """Yield a writer of predictions to a .csv file, that becomes `out` when all went well."""
     with _new_table(out) as file:
         text = io.TextIOWrapper(file, "utf-8", newline="")
         rows = csv.writer(text)
-        rows.writerow(_columns(width))
-        yield lambda found: rows.writerow(_row(found.image, found.adapter, found.classes, width))
+        rows.writerow(_columns(width, far))
+        yield lambda found: rows.writerow(_row(found, width, far))
         text.flush()
         text.detach()  # the file below stays open, for its owner to close
 
 
 @contextmanager
-def parquet_table(out: Path, width: int) -> Iterator[Write]:
+def parquet_table(out: Path, width: int, far: bool = False) -> Iterator[Write]:
     """Yield a writer of predictions to a .parquet file, that becomes `out` when all went well."""
-    with _parquet(out, _columns(width)) as write:
-        yield lambda found: write(_row(found.image, found.adapter, found.classes, width))
+    with _parquet(out, _columns(width, far)) as write:
+        yield lambda found: write(_row(found, width, far))
 
 
 @contextmanager
-def parquet_part(out: Path, width: int) -> Iterator[Callable[[AnyPath, str, Classes, str | None], None]]:
-    """Yield a writer of image, adapter, classes and, where it is broken, the reason, to a part of a table."""
-    with _parquet(out, [*_columns(width), ERROR]) as write:
-        yield lambda image, adapter, classes, error: write(
-            [*_row(image, adapter, classes, width), None if error is None else written(error)]
-        )
+def parquet_part(out: Path, width: int, far: bool = False) -> Iterator[Callable[[Prediction, str | None], None]]:
+    """Yield a writer of predictions and, where an image is broken, the reason, to a part of a table."""
+    with _parquet(out, [*_columns(width, far), ERROR]) as write:
+        yield lambda found, error: write([*_row(found, width, far), None if error is None else written(error)])
 
 
-def _columns(width: int) -> list[str]:
+def _columns(width: int, far: bool) -> list[str]:
     numbers = ["", *(f"_{number}" for number in range(2, width + 1))]
-    return ["image", "adapter", *(f"{name}{number}" for number in numbers for name in ("class", "probability"))]
+    return [
+        "image",
+        "adapter",
+        *(f"{name}{number}" for number in numbers for name in ("class", "probability")),
+        *(FAR if far else ()),
+    ]
 
 
-def _row(image: AnyPath, adapter: str, classes: Classes, width: int) -> Row:
+def _row(found: Prediction, width: int, far: bool) -> Row:
     """Return a row of the table; None where fewer classes are named."""
-    missing = [(None, None)] * (width - len(classes))
-    return [written(image), adapter, *chain.from_iterable([*classes, *missing])]
+    named = chain.from_iterable([*found.classes, *[(None, None)] * (width - len(found.classes))])
+    return [written(found.image), found.adapter, *named, *((found.as_far, found.unlike) if far else ())]
 
 
 @contextmanager
@@ -91,7 +95,8 @@ def _parquet(out: Path, columns: list[str]) -> Iterator[Callable[[Row], None]]:
     import pyarrow.parquet
 
     rows = list[Row]()
-    kinds = [pyarrow.float64() if name.startswith("probability") else pyarrow.string() for name in columns]
+    number, of_name = pyarrow.float64(), {"as_far": pyarrow.float64(), "unlike": pyarrow.bool_()}
+    kinds = [number if name.startswith("probability") else of_name.get(name, pyarrow.string()) for name in columns]
     schema = pyarrow.schema(list(zip(columns, kinds, strict=True)))
     with _new_table(out) as file, pyarrow.parquet.ParquetWriter(file, schema) as writer:
 

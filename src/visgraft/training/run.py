@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from visgraft.adapters.calibrated import Calibrated
 from visgraft.adapters.directory import CONFIG, save
 from visgraft.adapters.warm_start import start_from
 from visgraft.backbones.creation import Backbone, create_backbone, model_data_config
@@ -33,9 +34,11 @@ from visgraft.errors import Interrupted, TrainingDiverged, VisgraftError
 from visgraft.executors import distributed
 from visgraft.executors.distributed import ProcessLost
 from visgraft.files import check_target
+from visgraft.measure.conformal import calibrate
 from visgraft.measure.evaluation import evaluate
 from visgraft.measure.measuring import figures_of, sizes_of, skipped_of
 from visgraft.measure.precision import resolve_precision
+from visgraft.measure.unlike import make_reference
 from visgraft.options import MethodConfig, TrainConfig
 from visgraft.training.fit import Fitted, fit
 from visgraft.training.loop import restore
@@ -82,6 +85,7 @@ def train_folder(
     resume: bool = False,
     init_from: Path | None = None,
     record: Mapping[str, Any] | None = None,
+    unlike: bool = True,
     watch: Watch = Watch(),
 ) -> dict[str, Any]:
     """Train a method on labelled images and write the adapter to `out`; the test images are never read.
@@ -93,6 +97,7 @@ def train_folder(
         resume: go on from the state that an interrupted run with the same arguments left, to the very same weights.
         init_from: an adapter of the same backbone and method to start from; classes may have come or gone.
         record: further facts that the adapter is to keep, as JSON values.
+        unlike: also keep what unlike pictures are told by, which takes one look at training and validation images.
 
     Raises:
         Interrupted: after writing the state, on Ctrl-C.
@@ -112,6 +117,7 @@ def train_folder(
     counts = count_parameters(model)
     _warn_of_shapes(dataset, backbone, model, watch)
     images, val = _load(dataset, model, loading, watch)
+    reference = make_reference(model, images, val, train_config.precision) if unlike else None
 
     def start() -> None:
         if state is None:
@@ -121,9 +127,10 @@ def train_folder(
 
     kept = {**_record(dataset, split, train_config, loading.background or "white"), **(record or {})}
 
-    def write(**more: Any) -> None:
+    def write(calibrated: Calibrated | None = None, **more: Any) -> None:
         if distributed.is_first():
-            save(model, out, classes=dataset.classes, record=kept | more)
+            facts = kept | more
+            save(model, out, classes=dataset.classes, record=facts, calibrated=calibrated, reference=reference)
 
     show = _watched(watch, lambda: faster_options(model, backbone, method_config, train_config, init_from is None))
 
@@ -148,9 +155,11 @@ def _conclude(
     """Measure the trained model on the validation images and write it; returns figures and costs."""
     assert fitted.training is not None
     costs = {**dataclasses.asdict(fitted.training), "seconds": fitted.seconds}
-    figures = figures_of(None if val is None else evaluate(model, val, precision))
+    found = None if val is None else evaluate(model, val, precision)
+    figures = figures_of(found)
+    calibrated = None if found is None or found.by_task else calibrate(found)
     metrics = {f"val_{name}": value for name, value in figures.items()}
-    _finish(out, watch.again, partial(write, metrics=metrics, **costs))
+    _finish(out, watch.again, partial(write, calibrated=calibrated, metrics=metrics, **costs))
     return figures, costs
 
 
