@@ -46,6 +46,7 @@ REACHED = {
     "export/peft_read": ("import",),
     "files": ("train", "compare", "merge", "export", "import", "demo"),
     "measure/measuring": ("eval", "report"),
+    "methods/alore": ("train",),
     "protocols": ("bench run", "bench check"),
     "report": ("report",),
     "search": ("compare",),
