@@ -44,7 +44,7 @@ REACHED = {
     "search": ("compare",),
     "search/blending": ("blend",),
     "serve": ("predict",),
-    "serve/hosting": ("serve",),
+    "serve/store": ("serve",),
     "serve/run": ("serve",),
     "training/loop": ("train", "compare"),
     "training/objective": ("train",),

@@ -6,6 +6,7 @@ import errno
 import logging
 from collections.abc import AsyncIterator
 from importlib import resources
+from pathlib import Path
 from typing import Annotated, Any
 
 import swagger_ui_bundle
@@ -25,11 +26,12 @@ from visgraft.serve.bodies import PICTURES
 from visgraft.serve.clients import add_clients
 from visgraft.serve.engine import QueueFullError
 from visgraft.serve.guard import Guard, said
-from visgraft.serve.hosting import NoAdapterError, StoreError
+from visgraft.serve.hosting import NoAdapterError
 from visgraft.serve.replies import AnswerList, AsciiJson, ErrorReply, answer_to
 from visgraft.serve.resources import add_adapters
 from visgraft.serve.server import Server
 from visgraft.serve.settings import ServeConfig
+from visgraft.serve.store import FolderStore, Store, StoreError
 from visgraft.version import __version__
 
 LOG = logging.getLogger(__name__)
@@ -40,14 +42,19 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def make_app(config: ServeConfig, *, strict: bool = True) -> FastAPI:
+def make_app(config: ServeConfig, *, strict: bool = True, store: Store | None = None) -> FastAPI:
     """Return the application; the backbone and all adapters are loaded when it returns.
+
+    Args:
+        config: its options.
+        strict: whether an adapter that cannot be loaded is an error, and not left out.
+        store: where all processes see which adapters there are; None: in the folder `config.store`.
 
     Raises:
         VisgraftError: one cannot be loaded; or, without `strict`, none.
     """
     EpsImagePlugin.gs_binary = False  # Pillow would hand the programs that such pictures are to Ghostscript
-    server = Server(config)
+    server = Server(config, store or FolderStore(Path(config.store)))
     server.hosting.refresh(strict=strict)
     if not server.hosting.adapters:
         raise VisgraftError(f"none of the adapters in {config.store} can be loaded; start the server anew")

@@ -16,9 +16,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from visgraft.errors import VisgraftError
 from visgraft.serve.application import make_app
-from visgraft.serve.hosting import write_state
 from visgraft.serve.metrics import MANY, log_to_stderr
 from visgraft.serve.settings import ServeConfig
+from visgraft.serve.store import write_state
 
 STORE = "VISGRAFT_SERVE_STORE"
 """Tells a further process where the store is, in which the options lie."""
