@@ -68,6 +68,11 @@ class OnRay:
         return found
 
     @property
+    def share(self) -> dict[str, Any]:
+        """What Ray is asked for each job."""
+        return {"num_cpus": self.cpus, "num_gpus": self._gpus}
+
+    @property
     def places(self) -> int:
         """See `Executor`: nodes may come and go."""
         return min(max(self._fits(), 1), self.most or 1 << 30)

@@ -6,7 +6,6 @@ import errno
 import logging
 from collections.abc import AsyncIterator
 from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any
 
 import swagger_ui_bundle
@@ -31,7 +30,7 @@ from visgraft.serve.replies import AnswerList, AsciiJson, ErrorReply, answer_to
 from visgraft.serve.resources import add_adapters
 from visgraft.serve.server import Server
 from visgraft.serve.settings import ServeConfig
-from visgraft.serve.store import FolderStore, Store, StoreError
+from visgraft.serve.store import Store, StoreError
 from visgraft.version import __version__
 
 LOG = logging.getLogger(__name__)
@@ -54,7 +53,7 @@ def make_app(config: ServeConfig, *, strict: bool = True, store: Store | None = 
         VisgraftError: one cannot be loaded; or, without `strict`, none.
     """
     EpsImagePlugin.gs_binary = False  # Pillow would hand the programs that such pictures are to Ghostscript
-    server = Server(config, store or FolderStore(Path(config.store)))
+    server = Server(config, store)
     server.hosting.refresh(strict=strict)
     if not server.hosting.adapters:
         raise VisgraftError(f"none of the adapters in {config.store} can be loaded; start the server anew")
@@ -164,8 +163,7 @@ def add_operations(app: FastAPI, server: Server) -> None:
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Figures in Prometheus' format."""
-        server.count()
-        return Response(server.metrics.text(), media_type="text/plain; version=0.0.4")
+        return Response(await server.figures(), media_type="text/plain; version=0.0.4")
 
 
 def add_pages(app: FastAPI) -> None:

@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from visgraft.serve.engine import Answered, Engine
 from visgraft.serve.hosting import Hosting
 from visgraft.serve.metrics import STAGES, Metrics
 from visgraft.serve.settings import ServeConfig
-from visgraft.serve.store import Store
+from visgraft.serve.store import FolderStore, Store
 from visgraft.serve.threads import compute_alone, side_threads
 
 CHECKED_FOR = 5.0
@@ -27,7 +28,8 @@ CHECKED_FOR = 5.0
 class Server:
     """What the routes share: adapters, answers, figures, and when the whole way was last seen to work."""
 
-    def __init__(self, config: ServeConfig, store: Store) -> None:
+    def __init__(self, config: ServeConfig, store: Store | None = None) -> None:
+        store = store or FolderStore(Path(config.store))
         if config.threads:
             torch.set_num_threads(config.threads)
         compute_alone()
@@ -46,6 +48,8 @@ class Server:
         self.checker = side_threads(1, "visgraft-check")
         self.draining, self._checked = False, -CHECKED_FOR
         self._checking = asyncio.Lock()
+        self.together: Callable[[bytes], Awaitable[bytes]] | None = None
+        """Makes of the figures of this process those of all, where they are not on one machine."""
 
     async def load(self, work: Callable[[], Any]) -> Any:
         """Do something with adapters in the one thread that may."""
@@ -117,6 +121,12 @@ class Server:
         """Bring up to date what is no sum."""
         self.metrics.under_way.set(self.engine.under_way)
         self.metrics.adapters.set(len(self.hosting.adapters))
+
+    async def figures(self) -> bytes:
+        """Return the figures, of all workers where these share them."""
+        self.count()
+        own = self.metrics.text()
+        return own if self.together is None else await self.together(own)
 
     def _observe(self, answered: Answered, adapter: BankAdapter) -> None:
         if adapter.name in self.hosting.adapters:  # not one that is only being tried

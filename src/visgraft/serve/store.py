@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from visgraft.adapters.directory import read_record
 from visgraft.adapters.hub import CONFIG, TENSORS, resolve
 from visgraft.errors import AdapterError, VisgraftError
 from visgraft.files import one_at_a_time, write_json
@@ -102,7 +101,10 @@ class FolderStore:
 
     def put(self, name: str, path: Path, digest: str, *, keep: bool) -> Any:
         """See `Store`."""
-        place = _kept(path, self.folder / UPLOADS / digest) if keep else path
+        place = path
+        if keep:
+            place = self.folder / UPLOADS / digest
+            write_files(place, {file: (path / file).read_bytes() for file in (CONFIG, TENSORS)})
         write_json(self.folder / STATE, self.read() | {name: {"path": str(place), "digest": digest}})
         return self.mark()
 
@@ -121,6 +123,8 @@ def digest_of(path: str | Path) -> str:
     Raises:
         AdapterError: there is none.
     """
+    from visgraft.adapters.directory import read_record  # brings torch, which whoever only keeps files does without
+
     read_record(path)
     found = hashlib.sha256()
     for name in (CONFIG, TENSORS):
@@ -141,12 +145,20 @@ def write_state(store: Path, adapters: Mapping[str, str | Path]) -> None:
         AdapterError: one is damaged.
         StoreError: the store cannot be read or written.
     """
-    facts = {name: {"path": _absolute(path), "digest": digest_of(path)} for name, path in adapters.items()}
+    begin_state(store, {name: {"path": _absolute(path), "digest": digest_of(path)} for name, path in adapters.items()})
+
+
+def begin_state(store: Path, facts: Mapping[str, Mapping[str, str]]) -> None:
+    """Do what `write_state` does, where paths and digests are known.
+
+    Raises:
+        StoreError: the store cannot be read or written.
+    """
     try:
         store.mkdir(parents=True, exist_ok=True)
         before = read_state(store) if (store / STATE).exists() else {}
         kept = {name: one for name, one in before.items() if Path(one["path"]).parent == store / UPLOADS}
-        write_json(store / STATE, facts | kept)
+        write_json(store / STATE, {**facts, **kept})
         for folder in (store / UPLOADS).glob("*"):  # replaced or removed since, and now surely read by nobody
             if str(folder) not in {one["path"] for one in kept.values()}:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -172,17 +184,17 @@ def _absolute(path: str | Path) -> str:
     return text if text.startswith("hf:") else os.path.abspath(text)
 
 
-def _kept(source: Path, target: Path) -> Path:
-    """Return the copy of an adapter in the store, made whole or not at all."""
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            made = Path(folder) / "made"
-            made.mkdir()
-            for name in (CONFIG, TENSORS):
-                shutil.copyfile(source / name, made / name)
-            os.replace(made, target)
-    return target
+def write_files(target: Path, files: Mapping[str, bytes]) -> None:
+    """Write a folder with files, whole or not at all; one that is there stays."""
+    if target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made = Path(folder) / "made"
+        made.mkdir()
+        for name, content in files.items():
+            (made / name).write_bytes(content)
+        os.replace(made, target)
 
 
 def _mark(file: Path) -> tuple[int, int, int] | None:
