@@ -45,15 +45,17 @@ class Sent(NamedTuple):
 class Keeper:
     """The actor. It imports no torch, and answers one question after another, so that changes have an order."""
 
-    def __init__(self, folder: str | None, name: str) -> None:
-        """Begin, or go on where an actor of this name was lost.
+    def __init__(self, folder: str | None) -> None:
+        """Begin, or go on where the actor was lost.
 
         Args:
             folder: where it keeps the adapters, which outlasts it; None: a temporary one, which does not.
-            name: what that is called.
         """
+        import ray
+
         self.temporary = folder is None
-        self.folder = Path(folder or Path(tempfile.gettempdir()) / name)
+        own = f"visgraft-serve-{ray.get_runtime_context().get_node_id()[:12]}"
+        self.folder = Path(folder or Path(tempfile.gettempdir()) / own)
         self.store = FolderStore(self.folder)
         self.figures: dict[str, tuple[float, bytes]] = {}
         self.failed: str | None = None
@@ -64,6 +66,7 @@ class Keeper:
         Raises:
             StoreError: the folder cannot be read or written.
         """
+        self.end()  # what one that was killed has left
         shutil.rmtree(self.folder / GIVEN, ignore_errors=True)
         facts = {}
         for name, sent in given.items():

@@ -6,7 +6,6 @@ import signal
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import import_module
@@ -19,7 +18,7 @@ from visgraft.serve.keeper import FIGURES_SECONDS, Keeper, KeptStore, Sent, answ
 from visgraft.serve.metrics import labelled, log_to_stderr
 from visgraft.serve.run import DRAIN_SECONDS
 from visgraft.serve.settings import ServeConfig
-from visgraft.serve.store import digest_of
+from visgraft.serve.store import StoreError, digest_of
 
 LOG = logging.getLogger(__name__)
 NAME = "visgraft"
@@ -29,6 +28,8 @@ MOST_REQUESTS = 10_000
 """That Ray gives a worker at a time: more than there ever are, for the engine's queue is the limit."""
 CHECK_SECONDS = 30.0
 """In which a worker must have answered its seeded picture, or counts as ill; Ray replaces what is ill three times."""
+LOST_SECONDS = 60.0
+"""After which a keeper that does not answer is not waited for."""
 ON_HEAD: dict[str, Any] = {"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}}
 
 
@@ -87,9 +88,15 @@ class RayServer:
 
     def _watch(self, ready: "Future[Any]", told: threading.Event) -> None:
         """Return once told to end."""
-        running = False
+        running, heard = False, time.monotonic()
         while not told.wait(2.0 if running else 0.5):
-            failure = answer_of(self.keeper.failure.remote())
+            try:
+                failure = answer_of(self.keeper.failure.remote())
+                heard = time.monotonic()
+            except StoreError:  # it is started again where it was lost
+                if time.monotonic() - heard > LOST_SECONDS:
+                    raise
+                continue
             if failure is not None and not running:
                 raise VisgraftError(failure)
             if failure is not None:
@@ -131,7 +138,7 @@ def opened(
     try:
         actor: Any = ray.remote(Keeper)
         settings = {"name": NAME, "namespace": NAME, "max_restarts": -1, **ON_HEAD}
-        keeper = actor.options(**settings).remote(options.get("store"), f"visgraft-serve-{uuid.uuid4().hex[:12]}")
+        keeper = actor.options(**settings).remote(options.get("store"))
     except ValueError as error:
         raise _is_served() from error
     try:
@@ -219,6 +226,9 @@ def _deployment(keeper: Any, config: ServeConfig, cluster: OnRay) -> Any:
         async def check_health(self) -> None:
             await self.app.state.server.check()
 
+        def __del__(self) -> None:
+            self.app.state.folder.cleanup()
+
     return serve.deployment(
         serve.ingress(build)(Worker),
         name="Worker",
@@ -240,12 +250,14 @@ def application(keeper: Any, options: str) -> Any:
 
     log_to_stderr()
     folder = tempfile.TemporaryDirectory(prefix="visgraft-worker-")
+    tempfile.tempdir = folder.name  # all that this process writes, for Ray ends it without asking
     try:
         app = make_app(ServeConfig.from_json(options), store=KeptStore(keeper, Path(folder.name)))
     except VisgraftError as error:
+        folder.cleanup()
         answer_of(keeper.fail.remote(f"{error} (on {ray.util.get_node_ip_address()})"))
         raise
-    app.state.folder = folder  # goes with the application
+    app.state.folder = folder
     server, worker = app.state.server, str(ray.get_runtime_context().get_actor_id())[:12]
 
     async def together(own: bytes) -> bytes:
