@@ -67,11 +67,11 @@ def labelled(told: Mapping[str, bytes]) -> bytes:
             whole = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
             whole.samples += [one._replace(labels={**one.labels, "worker": worker}) for one in family.samples]
     registry = CollectorRegistry()
-    registry.register(_Told(list(families.values())))
+    registry.register(_Families(list(families.values())))
     return generate_latest(registry)
 
 
-class _Told(Collector):
+class _Families(Collector):
     def __init__(self, families: list[Metric]) -> None:
         self.families = families
 

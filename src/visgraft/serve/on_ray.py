@@ -74,7 +74,7 @@ class RayServer:
         try:
             serve.start(proxy_location="HeadOnly" if is_local else "EveryNode", http_options=options)
             with ThreadPoolExecutor(1) as pool, _signals() as told:
-                application = _deployment(self.keeper, self.config, self.cluster).bind()
+                application = deployment(self.keeper, self.config, self.cluster).bind()
                 ready = pool.submit(serve.run, application, name=NAME, route_prefix="/")
                 try:
                     self._watch(ready, told)
@@ -211,7 +211,7 @@ def _last_line(error: Exception) -> str:
     return ([line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[-1]
 
 
-def _deployment(keeper: Any, config: ServeConfig, cluster: OnRay) -> Any:
+def deployment(keeper: Any, config: ServeConfig, cluster: OnRay) -> Any:
     """Return what Ray Serve runs as workers."""
     from ray import serve
 
