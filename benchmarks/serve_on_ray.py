@@ -96,7 +96,7 @@ def main() -> None:
         with opened({path.name: path for path in paths}, {}, "127.0.0.1", 0, cluster) as server:
             serve.start(proxy_location="HeadOnly", http_options={"port": server.port})
             ways = {
-                "visgraft's engine": deployment(server.keeper, server.config, cluster),
+                "visgraft's engine": deployment(server.config, cluster),
                 "serve.batch": by_ray(paths),
             }
             for _ in range(options.rounds):

@@ -74,7 +74,7 @@ class RayServer:
         try:
             serve.start(proxy_location="HeadOnly" if is_local else "EveryNode", http_options=options)
             with ThreadPoolExecutor(1) as pool, _signals() as told:
-                application = deployment(self.keeper, self.config, self.cluster).bind()
+                application = deployment(self.config, self.cluster).bind()
                 ready = pool.submit(serve.run, application, name=NAME, route_prefix="/")
                 try:
                     self._watch(ready, told)
@@ -211,14 +211,14 @@ def _last_line(error: Exception) -> str:
     return ([line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[-1]
 
 
-def deployment(keeper: Any, config: ServeConfig, cluster: OnRay) -> Any:
+def deployment(config: ServeConfig, cluster: OnRay) -> Any:
     """Return what Ray Serve runs as workers."""
     from ray import serve
 
     options = config.to_json()
 
     def build() -> Any:
-        return application(keeper, options)
+        return application(options)
 
     class Worker:
         app: Any
@@ -242,13 +242,14 @@ def deployment(keeper: Any, config: ServeConfig, cluster: OnRay) -> Any:
     )
 
 
-def application(keeper: Any, options: str) -> Any:
+def application(options: str) -> Any:
     """Return the application of a worker; the keeper is told why there can be none."""
     import ray
 
     from visgraft.serve.application import make_app
 
     log_to_stderr()
+    keeper = ray.get_actor(NAME, namespace=NAME)  # by name, for a handle of Ray's client means nothing here
     folder = tempfile.TemporaryDirectory(prefix="visgraft-worker-")
     tempfile.tempdir = folder.name  # all that this process writes, for Ray ends it without asking
     try:
