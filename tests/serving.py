@@ -14,10 +14,11 @@ import uvicorn
 from urllib3.filepost import encode_multipart_formdata
 
 from visgraft.serve.application import make_app
-from visgraft.serve.hosting import write_state
-from visgraft.serve.run import PromptH11, listen
+from visgraft.serve.run import PromptH11
 from visgraft.serve.server import Server
 from visgraft.serve.settings import ServeConfig
+from visgraft.serve.sockets import listen
+from visgraft.serve.store import write_state
 
 
 class Running:

@@ -2,6 +2,7 @@
 
 # ruff: noqa: F401, F811  (fixtures are imported here, and then named as arguments)
 
+import asyncio
 import base64
 import json
 import shutil
@@ -282,9 +283,9 @@ def test_two_processes_see_the_same_adapters(
         other = make_app(ServeConfig(str(tmp_path))).state.server
         files = [(adapters["lora"] / file).read_bytes() for file in (CONFIG, TENSORS)]
         digest = first.put("lora", *files)[1]["digest"]
-        assert not other.hosting.is_current
+        assert not asyncio.run(other.hosting.is_current())
         other.hosting.refresh()
-        assert other.hosting.is_current and other.hosting.get("lora").digest == digest
+        assert asyncio.run(other.hosting.is_current()) and other.hosting.get("lora").digest == digest
         other.hosting.remove("lora")
         assert first.send("/predict?adapter=lora", pictures[0])[0] == 404
         assert list(first.server.hosting.adapters) == ["sct"]

@@ -23,8 +23,8 @@ import visgraft
 from visgraft.adapters.directory import CONFIG, TENSORS
 from visgraft.errors import AdapterError, VisgraftError
 from visgraft.serve.application import make_app
-from visgraft.serve.hosting import STATE, UPLOADS, write_state
 from visgraft.serve.settings import ServeConfig
+from visgraft.serve.store import STATE, UPLOADS, write_state
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def test_the_store_is_lost_or_damaged(
             raise OSError(28, "No space left on device", str(store))
 
         with monkeypatch.context() as patched:
-            patched.setattr("visgraft.serve.hosting.write_json", full)
+            patched.setattr("visgraft.serve.store.write_json", full)
             no_change()
             as_before()
         store.rename(tmp_path / "gone")

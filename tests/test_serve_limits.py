@@ -317,7 +317,7 @@ def test_only_the_models_thread_computes_with_several(adapters: dict[str, Path],
     """In a process of its own, as it is about what torch keeps for each thread."""
     code = f"""
 import torch
-from visgraft.serve.hosting import write_state
+from visgraft.serve.store import write_state
 from visgraft.serve.server import Server
 from visgraft.serve.settings import ServeConfig
 write_state(__import__("pathlib").Path({str(tmp_path)!r}), {{"sct": {str(adapters["sct"])!r}}})

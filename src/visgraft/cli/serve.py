@@ -2,12 +2,14 @@
 
 import ipaddress
 from pathlib import Path
-from socket import socket
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visgraft.cli.arguments import Weights
+from visgraft.cli.arguments import CpusPerWorker, GpusPerWorker, Weights
+
+if TYPE_CHECKING:
+    from visgraft.executors.on_ray import OnRay
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
@@ -30,9 +32,15 @@ def serve(
         Path | None,
         typer.Option(help="file with a token on each line, of which every request must bear one", show_default=False),
     ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(help="where: processes, ray or ray://HOST:PORT; none: processes", show_default=False),
+    ] = None,
     workers: Annotated[int, typer.Option(help="processes, each with its own backbone", min=1)] = 1,
+    cpus_per_worker: CpusPerWorker = None,
+    gpus_per_worker: GpusPerWorker = None,
     threads: Annotated[
-        int | None, typer.Option(help="of each process; none: the cores divided", min=1, show_default=False)
+        int | None, typer.Option(help="of each process; none: its share of the cores", min=1, show_default=False)
     ] = None,
     store: Annotated[
         Path | None,
@@ -58,23 +66,52 @@ def serve(
     from visgraft.serve.extra import check_installed
 
     check_installed()
-    from visgraft.serve.run import listen
     from visgraft.serve.run import serve as run
+    from visgraft.serve.sockets import listen
 
     named = name_adapters(adapters or [], folder, pin or [])
     tokens = read_tokens(token_file, host)
     options: dict[str, Any] = {"weights": weights, "capacity": capacity, "pinned": tuple(pin or ()), "tokens": tokens}
     options |= {"max_batch": max_batch, "max_delay_ms": max_delay_ms, "max_queue": max_queue, "max_images": max_images}
     options |= {"max_body": int(max_body_mb * 2**20), "max_pixels": int(max_megapixels * 1_000_000)}
-    options |= {"adapters": str(folder) if folder else None, "threads": threads or _share(workers)}
+    options |= {"adapters": str(folder) if folder else None, "threads": threads}
     options |= {"hosts": (*LOCAL, host.lower()) if _is_local(host) else ()} | ({"store": str(store)} if store else {})
+    cluster = _cluster(on, workers, cpus_per_worker, gpus_per_worker)
+    if cluster is not None:
+        _serve_on_ray(named, options, host, port, cluster)
+        return
+    options["threads"] = threads or _share(workers)
     with listen(host, port) as listening:
-        print(f"{len(named)} adapters at {_address(host, listening)}, as soon as they are loaded", flush=True)
+        _announce(len(named), host, listening.getsockname()[1])
         run(named, options, listening, workers)
 
 
-def _address(host: str, listening: socket) -> str:
-    return f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+def _cluster(on: str | None, workers: int, cpus: int | None, gpus: float | None) -> "OnRay | None":
+    """Return the cluster to serve on, or None: processes of this machine."""
+    from visgraft.errors import VisgraftError
+    from visgraft.executors.choosing import choose_executor
+
+    if on == "here":
+        raise VisgraftError("--on is 'here', but must be processes, ray or ray://HOST:PORT to serve")
+    if on is not None and on.startswith("ray"):
+        from visgraft.serve.on_ray import check_installed
+
+        check_installed()
+    found: Any = choose_executor(on or "processes", workers, cpus=cpus, gpus=gpus, fresh=False, each="worker")
+    return found if on not in (None, "processes") else None
+
+
+def _serve_on_ray(named: dict[str, str], options: dict[str, Any], host: str, port: int, cluster: "OnRay") -> None:
+    from visgraft.serve.on_ray import opened
+
+    with opened(named, options, host, port, cluster) as server:
+        _announce(len(named), host, server.port, "" if server.is_here else f" of {server.machine}")
+        server.run(_is_local(host))
+
+
+def _announce(adapters: int, host: str, port: int, where: str = "") -> None:
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    print(f"{adapters} adapters at {address}{where}, as soon as they are loaded", flush=True)
 
 
 def name_adapters(paths: list[str], folder: Path | None, pinned: list[str]) -> dict[str, str]:

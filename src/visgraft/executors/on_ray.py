@@ -3,6 +3,7 @@
 import logging
 import os
 import queue
+import socket
 from collections import Counter, deque
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from visgraft.executors.job import Event, Job, NextJob, TellEvent, outcome
 
 SECONDS = 0.5
 """Between two looks at what the jobs told."""
+REACHED_SECONDS = 20.0
+"""In which a cluster's machine must take a connection."""
 LOST = 3
 """So often a job is started again before it has failed."""
 
@@ -66,6 +69,11 @@ class OnRay:
             by_gpu = floor(_sum(node, "GPU") / gpus + 1e-9) if gpus else 1 << 30
             found += min(floor(_sum(node, "CPU") / self.cpus), by_gpu)
         return found
+
+    @property
+    def share(self) -> dict[str, Any]:
+        """What Ray is asked for each job."""
+        return {"num_cpus": self.cpus, "num_gpus": self._gpus}
 
     @property
     def places(self) -> int:
@@ -137,12 +145,25 @@ def connect(address: str | None) -> None:
         return
     package = Path(__file__).parents[1]
     there = address or os.environ.get("RAY_ADDRESS")
+    _check_reachable(there or "")
     settings: dict[str, Any] = {"runtime_env": {"py_modules": [str(package)]}} if there else {}
     try:
         ray.init(address=there, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False, **settings)
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise VisgraftError(f"no Ray cluster answers at {there or 'this machine'} ({first}); check --on") from error
+
+
+def _check_reachable(address: str) -> None:
+    """Raise a VisgraftError where nothing listens at HOST:PORT, for which Ray itself waits many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), REACHED_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise VisgraftError(f"no Ray cluster answers at {address} ({reason}); check --on and RAY_ADDRESS") from error
 
 
 def _nodes() -> list[dict[str, Any]]:

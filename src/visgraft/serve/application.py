@@ -26,11 +26,12 @@ from visgraft.serve.clients import add_clients
 from visgraft.serve.covering import check_covering
 from visgraft.serve.engine import QueueFullError
 from visgraft.serve.guard import Guard, said
-from visgraft.serve.hosting import NoAdapterError, StoreError
+from visgraft.serve.hosting import NoAdapterError
 from visgraft.serve.replies import AnswerList, AsciiJson, ErrorReply, answer_to
 from visgraft.serve.resources import add_adapters
 from visgraft.serve.server import Server
 from visgraft.serve.settings import ServeConfig
+from visgraft.serve.store import Store, StoreError
 from visgraft.version import __version__
 
 LOG = logging.getLogger(__name__)
@@ -41,14 +42,19 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def make_app(config: ServeConfig, *, strict: bool = True) -> FastAPI:
+def make_app(config: ServeConfig, *, strict: bool = True, store: Store | None = None) -> FastAPI:
     """Return the application; the backbone and all adapters are loaded when it returns.
+
+    Args:
+        config: its options.
+        strict: whether an adapter that cannot be loaded is an error, and not left out.
+        store: where all processes see which adapters there are; None: in the folder `config.store`.
 
     Raises:
         VisgraftError: one cannot be loaded; or, without `strict`, none.
     """
     EpsImagePlugin.gs_binary = False  # Pillow would hand the programs that such pictures are to Ghostscript
-    server = Server(config)
+    server = Server(config, store)
     server.hosting.refresh(strict=strict)
     if not server.hosting.adapters:
         raise VisgraftError(f"none of the adapters in {config.store} can be loaded; start the server anew")
@@ -162,8 +168,7 @@ def add_operations(app: FastAPI, server: Server) -> None:
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Figures in Prometheus' format."""
-        server.count()
-        return Response(server.metrics.text(), media_type="text/plain; version=0.0.4")
+        return Response(await server.figures(), media_type="text/plain; version=0.0.4")
 
 
 def add_pages(app: FastAPI) -> None:

@@ -1,12 +1,9 @@
 """Which adapters a server answers with: added, replaced and removed while it answers, the same in all its processes."""
 
 import contextlib
-import hashlib
-import json
 import logging
 import os
 import re
-import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -18,17 +15,15 @@ from PIL import Image
 from torch import Tensor
 
 from visgraft.adapters.canary import canary_pixels, compare_canary, normalised
-from visgraft.adapters.directory import read_record
-from visgraft.adapters.hub import CONFIG, TENSORS, resolve, settled
+from visgraft.adapters.hub import CONFIG, TENSORS, settled
 from visgraft.adapters.record import AdapterRecord
 from visgraft.bank.bank import Bank
 from visgraft.bank.held import BankAdapter
 from visgraft.errors import AdapterError, VisgraftError, nearest
-from visgraft.files import one_at_a_time, write_json
 from visgraft.serve.engine import Engine
+from visgraft.serve.store import LastAdapterError, Store, StoreError, digest_of
 
 LOG = logging.getLogger(__name__)
-STATE, UPLOADS = "adapters.json", "uploads"
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 CANARY_SECONDS = 120.0
 _HOST = "server"
@@ -37,10 +32,6 @@ _HOST = "server"
 
 class NoAdapterError(VisgraftError):
     """There is no adapter of a name."""
-
-
-class StoreError(VisgraftError):
-    """The store cannot be read or written; the message names files, and so is for the log alone."""
 
 
 class HostedAdapter(NamedTuple):
@@ -56,9 +47,9 @@ class HostedAdapter(NamedTuple):
 
 
 class Hosting:
-    """The adapters in the bank of one process, kept as the state file in the store says.
+    """The adapters in the bank of one process, kept as the store says.
 
-    Whoever changes them does so in its own bank first, and then in the file, at which every process looks before it
+    Whoever changes them does so in its own bank first, and then in the store, at which every process looks before it
     answers a request. So a change is seen by all as soon as it has been answered.
     """
 
@@ -66,7 +57,7 @@ class Hosting:
         self,
         bank: Bank,
         engine: Engine,
-        store: Path,
+        store: Store,
         pinned: tuple[str, ...] = (),
         on_removed: Callable[[str], None] = lambda name: None,
     ) -> None:
@@ -92,24 +83,23 @@ class Hosting:
             known = nearest(name, self._hosted) or f"; there are {len(self._hosted)}, see GET /adapters"
             raise NoAdapterError(f"there is no adapter {name!r}{known}") from None
 
-    @property
-    def is_current(self) -> bool:
-        """Whether the state file is as it was when it was last read; asked before every request."""
-        return self._seen == _mark(self.store / STATE)
+    async def is_current(self) -> bool:
+        """Whether the store is as it was when it was last read; asked before every request."""
+        return await self.store.unchanged(self._seen)
 
     def refresh(self, *, strict: bool = False) -> None:
-        """Follow the state file; an adapter that cannot be loaded is left out, or as it was, and logged.
+        """Follow the store; an adapter that cannot be loaded is left out, or as it was, and logged.
 
-        Where the file itself cannot be read, all stay as they were.
+        Where the store itself cannot be read, all stay as they were.
 
         Raises:
             AdapterError: with `strict`, one cannot be loaded.
-            StoreError: with `strict`, the file cannot be read.
+            StoreError: with `strict`, the store cannot be read.
         """
         with self._loading:
-            mark = _mark(self.store / STATE)
+            mark = self.store.mark()
             try:
-                wanted = read_state(self.store)
+                wanted = self.store.read()
             except StoreError as error:
                 if strict:
                     raise
@@ -146,16 +136,14 @@ class Hosting:
             StoreError: the store cannot be written; nothing has changed then.
         """
         check_name(name)
-        with self._loading, settled(), self._alone():
+        with self._loading, settled(), self.store.alone():
             self.refresh()
             digest = digest_of(path)
             made = self._opened(name, path, digest)
-            place = _kept(Path(path), self.store / UPLOADS / digest) if keep else path
             before = name in self._hosted
-            facts = {"path": str(place), "digest": digest}
-            write_json(self.store / STATE, read_state(self.store) | {name: facts})
+            seen = self.store.put(name, Path(path), digest, keep=keep)
             hosted = self._answer_with(made, digest)
-            self._seen = _mark(self.store / STATE)
+            self._seen = seen
         return hosted, before
 
     def remove(self, name: str) -> None:
@@ -166,15 +154,14 @@ class Hosting:
             VisgraftError: it is the last one.
             StoreError: the store cannot be written; nothing has changed then.
         """
-        with self._loading, self._alone():
+        with self._loading, self.store.alone():
             self.refresh()
             self.get(name)
             if len(self._hosted) == 1:
-                raise VisgraftError("the last adapter cannot be removed; add another first")
-            left = {other: facts for other, facts in read_state(self.store).items() if other != name}
-            write_json(self.store / STATE, left)
+                raise LastAdapterError
+            seen = self.store.remove(name)
             self._let_go(name)
-            self._seen = _mark(self.store / STATE)
+            self._seen = seen
 
     def check(self) -> None:
         """Send seeded pictures through the way of every request.
@@ -191,18 +178,6 @@ class Hosting:
                 picture = hosted.adapter.transform(Image.fromarray(pixels.permute(1, 2, 0).numpy()))
                 self._logits(picture, hosted.adapter)
             self._check_canary(hosted.adapter, name)
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Let no other process change the store meanwhile."""
-        try:
-            with one_at_a_time(self.store):
-                read_state(self.store)
-                yield
-        except OSError as error:
-            raise StoreError(
-                f"{self.store} cannot be written ({error}); repair it, or start the server anew"
-            ) from error
 
     def _opened(self, name: str, path: str | Path, digest: str) -> BankAdapter:
         made = self.bank.open(name, path)
@@ -263,58 +238,6 @@ def check_name(name: str) -> None:
         )
 
 
-def digest_of(path: str | Path) -> str:
-    """Return the sha256 over an adapter's two files.
-
-    Raises:
-        AdapterError: there is none.
-    """
-    read_record(path)
-    found = hashlib.sha256()
-    for name in (CONFIG, TENSORS):
-        try:
-            with open(resolve(path) / name, "rb") as file:
-                found.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            raise AdapterError(f"{path} cannot be read: {name} is missing ({error.strerror})") from error
-    return found.hexdigest()
-
-
-def write_state(store: Path, adapters: Mapping[str, str | Path]) -> None:
-    """Write which adapters there are, by name, into a store; what was uploaded to it earlier stays under its name.
-
-    Uploads that have no name any more go, as no process reads them now.
-
-    Raises:
-        AdapterError: one is damaged.
-        StoreError: the store cannot be read or written.
-    """
-    facts = {name: {"path": _absolute(path), "digest": digest_of(path)} for name, path in adapters.items()}
-    try:
-        store.mkdir(parents=True, exist_ok=True)
-        before = read_state(store) if (store / STATE).exists() else {}
-        kept = {name: one for name, one in before.items() if Path(one["path"]).parent == store / UPLOADS}
-        write_json(store / STATE, facts | kept)
-        for folder in (store / UPLOADS).glob("*"):  # replaced or removed since, and now surely read by nobody
-            if str(folder) not in {one["path"] for one in kept.values()}:
-                shutil.rmtree(folder, ignore_errors=True)
-    except OSError as error:
-        raise StoreError(f"{store} cannot be written ({error.strerror}); choose another --store") from error
-
-
-def read_state(store: Path) -> dict[str, dict[str, str]]:
-    """Return path and digest of the adapters in a store, by name.
-
-    Raises:
-        StoreError: they cannot be read.
-    """
-    try:
-        found = json.loads((store / STATE).read_text(encoding="utf-8"))
-        return {name: {"path": facts["path"], "digest": facts["digest"]} for name, facts in found.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"{store / STATE} cannot be read ({error}); start the server anew") from error
-
-
 @contextlib.contextmanager
 def uploaded(config: bytes, tensors: Iterator[bytes] | bytes) -> Iterator[Path]:
     """Yield a folder with an adapter that somebody sent, which goes again afterwards."""
@@ -349,30 +272,3 @@ def inside(root: str, path: str) -> Path:
     if not found.is_relative_to(top) or found == top:
         raise VisgraftError(f"path {path!r:.60} is nothing below the folder of adapters; give a folder in it")
     return found
-
-
-def _absolute(path: str | Path) -> str:
-    text = str(path)
-    return text if text.startswith("hf:") else os.path.abspath(text)
-
-
-def _kept(source: Path, target: Path) -> Path:
-    """Return the copy of an adapter in the store, made whole or not at all."""
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            made = Path(folder) / "made"
-            made.mkdir()
-            for name in (CONFIG, TENSORS):
-                shutil.copyfile(source / name, made / name)
-            os.replace(made, target)
-    return target
-
-
-def _mark(file: Path) -> tuple[int, int, int] | None:
-    """Return what changes whenever a file is written anew."""
-    try:
-        facts = file.stat()
-    except OSError:
-        return None
-    return facts.st_mtime_ns, facts.st_ino, facts.st_size

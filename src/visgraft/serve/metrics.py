@@ -6,10 +6,13 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
 MANY = "PROMETHEUS_MULTIPROC_DIR"
 """Prometheus' own variable: the folder in which several processes put their figures together."""
@@ -54,6 +57,26 @@ class Metrics:
         together = CollectorRegistry()
         MultiProcessCollector(together)
         return generate_latest(together)
+
+
+def labelled(told: Mapping[str, bytes]) -> bytes:
+    """Return figures that several workers told as one text, in which each bears the label `worker`."""
+    families: dict[str, Metric] = {}
+    for worker, text in told.items():
+        for family in text_string_to_metric_families(text.decode()):
+            whole = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            whole.samples += [one._replace(labels={**one.labels, "worker": worker}) for one in family.samples]
+    registry = CollectorRegistry()
+    registry.register(_Families(list(families.values())))
+    return generate_latest(registry)
+
+
+class _Families(Collector):
+    def __init__(self, families: list[Metric]) -> None:
+        self.families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self.families
 
 
 class JsonLines(logging.Formatter):

@@ -9,9 +9,10 @@ from starlette.datastructures import UploadFile
 from visgraft.errors import VisgraftError
 from visgraft.serve.bodies import ADAPTER
 from visgraft.serve.engine import QueueFullError
-from visgraft.serve.hosting import HostedAdapter, StoreError, inside, uploaded
+from visgraft.serve.hosting import HostedAdapter, inside, uploaded
 from visgraft.serve.replies import Adapters, OneAdapter, one_adapter
 from visgraft.serve.server import Server
+from visgraft.serve.store import StoreError
 
 Put = tuple[HostedAdapter, bool]
 MOST_CONFIG = 2**20  # bytes of an adapter_config.json

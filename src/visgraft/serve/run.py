@@ -14,11 +14,10 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from visgraft.errors import VisgraftError
 from visgraft.serve.application import make_app
-from visgraft.serve.hosting import write_state
 from visgraft.serve.metrics import MANY, log_to_stderr
 from visgraft.serve.settings import ServeConfig
+from visgraft.serve.store import write_state
 
 STORE = "VISGRAFT_SERVE_STORE"
 """Tells a further process where the store is, in which the options lie."""
@@ -67,22 +66,6 @@ def application() -> FastAPI:
     log_to_stderr()
     text = (Path(os.environ[STORE]) / OPTIONS).read_text(encoding="utf-8")
     return make_app(ServeConfig.from_json(text), strict=False)
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Return a socket on which a server can listen; port 0 means one that is free.
-
-    Raises:
-        VisgraftError: there is no such address, or the port is taken.
-    """
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family, backlog=2048)
-    except (OSError, OverflowError) as error:
-        reason = str(getattr(error, "strerror", None) or error).partition(" (")[0]  # without the address again
-        raise VisgraftError(
-            f"{host}:{port} cannot be listened on ({reason}); choose another --host or --port"
-        ) from error
 
 
 def serve(

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from visgraft.bank.opening import empty_bank
 from visgraft.errors import VisgraftError
 from visgraft.serve.answering import Answerer, SaidOf, Seconds, SentPicture
 from visgraft.serve.engine import Answered, Engine
-from visgraft.serve.hosting import Hosting, read_state
+from visgraft.serve.hosting import Hosting
 from visgraft.serve.metrics import STAGES, Metrics
 from visgraft.serve.settings import ServeConfig
+from visgraft.serve.store import FolderStore, Store
 from visgraft.serve.threads import compute_alone, side_threads
 
 CHECKED_FOR = 5.0
@@ -27,12 +28,13 @@ CHECKED_FOR = 5.0
 class Server:
     """What the routes share: adapters, answers, figures, and when the whole way was last seen to work."""
 
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: ServeConfig, store: Store | None = None) -> None:
+        store = store or FolderStore(Path(config.store))
         if config.threads:
             torch.set_num_threads(config.threads)
         compute_alone()
         self.config, self.metrics = config, Metrics()
-        self.bank = _bank_of(config)
+        self.bank = _bank_of(config, store)
         self.engine = Engine(
             self.bank,
             max_batch=config.max_batch,
@@ -40,12 +42,14 @@ class Server:
             max_queue=config.max_queue,
             observe=self._observe,
         )
-        self.hosting = Hosting(self.bank, self.engine, Path(config.store), config.pinned, self.metrics.forget)
+        self.hosting = Hosting(self.bank, self.engine, store, config.pinned, self.metrics.forget)
         self.answerer = Answerer(self.hosting, config)
         self.loader = side_threads(1, "visgraft-load")
         self.checker = side_threads(1, "visgraft-check")
         self.draining, self._checked = False, -CHECKED_FOR
         self._checking = asyncio.Lock()
+        self.together: Callable[[bytes], Awaitable[bytes]] | None = None
+        """Makes of the figures of this process those of all, where they are not on one machine."""
 
     async def load(self, work: Callable[[], Any]) -> Any:
         """Do something with adapters in the one thread that may."""
@@ -53,7 +57,7 @@ class Server:
 
     async def current(self) -> Hosting:
         """Return the adapters as they are now in all processes."""
-        if not self.hosting.is_current:
+        if not await self.hosting.is_current():
             await self.load(self.hosting.refresh)
         return self.hosting
 
@@ -118,6 +122,12 @@ class Server:
         self.metrics.under_way.set(self.engine.under_way)
         self.metrics.adapters.set(len(self.hosting.adapters))
 
+    async def figures(self) -> bytes:
+        """Return the figures, of all workers where these share them."""
+        self.count()
+        own = self.metrics.text()
+        return own if self.together is None else await self.together(own)
+
     def _observe(self, answered: Answered, adapter: BankAdapter) -> None:
         if adapter.name in self.hosting.adapters:  # not one that is only being tried
             self.metrics.answers.labels(adapter.name).inc()
@@ -133,10 +143,10 @@ class Server:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _bank_of(config: ServeConfig) -> Bank:
+def _bank_of(config: ServeConfig, store: Store) -> Bank:
     """Return a bank on the backbone of the first adapter that can be read."""
     errors = []
-    for facts in read_state(Path(config.store)).values():
+    for facts in store.read().values():
         try:
             return empty_bank(facts["path"], weights=config.weights, capacity=config.capacity)
         except VisgraftError as error:

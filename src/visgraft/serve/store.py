@@ -1,0 +1,206 @@
+"""Which adapters a server has, kept where all its processes see it."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from visgraft.adapters.hub import CONFIG, TENSORS, resolve
+from visgraft.errors import AdapterError, VisgraftError
+from visgraft.files import one_at_a_time, write_json
+
+STATE, UPLOADS = "adapters.json", "uploads"
+
+
+class StoreError(VisgraftError):
+    """The store cannot be read or written; the message names files, and so is for the log alone."""
+
+
+class LastAdapterError(VisgraftError):
+    """A server keeps its last adapter."""
+
+    def __init__(self) -> None:
+        super().__init__("the last adapter cannot be removed; add another first")
+
+
+class Store(Protocol):
+    """Path and digest of adapters by name, the same for all processes; a mark stands for one state of them."""
+
+    def mark(self) -> Any:
+        """Return what changes whenever an adapter does."""
+
+    async def unchanged(self, mark: Any) -> bool:
+        """Whether all is as it was at a mark, or nobody can say."""
+
+    def read(self) -> dict[str, dict[str, str]]:
+        """Return path and digest by name.
+
+        Raises:
+            StoreError: it cannot be read.
+        """
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Let no other process change the store meanwhile, where that is not so anyway.
+
+        Raises:
+            StoreError: it cannot be used.
+        """
+
+    def put(self, name: str, path: Path, digest: str, *, keep: bool) -> Any:
+        """Note an adapter under a name, with `keep` a copy of it; return the mark up to which the caller knows all.
+
+        Raises:
+            StoreError: it cannot be written; nothing has changed then.
+        """
+
+    def remove(self, name: str) -> Any:
+        """Forget a name; return the mark up to which the caller knows all.
+
+        Raises:
+            LastAdapterError: it is the last one.
+            StoreError: it cannot be written; nothing has changed then.
+        """
+
+
+@dataclass(frozen=True)
+class FolderStore:
+    """A folder that all processes of one machine see, with a file of the names and the adapters that were uploaded."""
+
+    folder: Path
+
+    def mark(self) -> Any:
+        """See `Store`."""
+        return _mark(self.folder / STATE)
+
+    async def unchanged(self, mark: Any) -> bool:
+        """See `Store`."""
+        return bool(mark == self.mark())
+
+    def read(self) -> dict[str, dict[str, str]]:
+        """See `Store`."""
+        return read_state(self.folder)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """See `Store`."""
+        try:
+            with one_at_a_time(self.folder):
+                self.read()
+                yield
+        except OSError as error:
+            raise StoreError(
+                f"{self.folder} cannot be written ({error}); repair it, or start the server anew"
+            ) from error
+
+    def put(self, name: str, path: Path, digest: str, *, keep: bool) -> Any:
+        """See `Store`."""
+        place = path
+        if keep:
+            place = self.folder / UPLOADS / digest
+            write_files(place, {file: (path / file).read_bytes() for file in (CONFIG, TENSORS)})
+        write_json(self.folder / STATE, self.read() | {name: {"path": str(place), "digest": digest}})
+        return self.mark()
+
+    def remove(self, name: str) -> Any:
+        """See `Store`."""
+        left = {other: facts for other, facts in self.read().items() if other != name}
+        if not left:
+            raise LastAdapterError
+        write_json(self.folder / STATE, left)
+        return self.mark()
+
+
+def digest_of(path: str | Path) -> str:
+    """Return the sha256 over an adapter's two files.
+
+    Raises:
+        AdapterError: there is none.
+    """
+    from visgraft.adapters.directory import read_record  # brings torch, which whoever only keeps files does without
+
+    read_record(path)
+    found = hashlib.sha256()
+    for name in (CONFIG, TENSORS):
+        try:
+            with open(resolve(path) / name, "rb") as file:
+                found.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise AdapterError(f"{path} cannot be read: {name} is missing ({error.strerror})") from error
+    return found.hexdigest()
+
+
+def write_state(store: Path, adapters: Mapping[str, str | Path]) -> None:
+    """Write which adapters there are, by name, into a store; what was uploaded to it earlier stays under its name.
+
+    Uploads that have no name any more go, as no process reads them now.
+
+    Raises:
+        AdapterError: one is damaged.
+        StoreError: the store cannot be read or written.
+    """
+    begin_state(store, {name: {"path": _absolute(path), "digest": digest_of(path)} for name, path in adapters.items()})
+
+
+def begin_state(store: Path, facts: Mapping[str, Mapping[str, str]]) -> None:
+    """Do what `write_state` does, where paths and digests are known.
+
+    Raises:
+        StoreError: the store cannot be read or written.
+    """
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        before = read_state(store) if (store / STATE).exists() else {}
+        kept = {name: one for name, one in before.items() if Path(one["path"]).parent == store / UPLOADS}
+        write_json(store / STATE, {**facts, **kept})
+        for folder in (store / UPLOADS).glob("*"):  # replaced or removed since, and now surely read by nobody
+            if str(folder) not in {one["path"] for one in kept.values()}:
+                shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise StoreError(f"{store} cannot be written ({error.strerror}); choose another --store") from error
+
+
+def read_state(store: Path) -> dict[str, dict[str, str]]:
+    """Return path and digest of the adapters in a store, by name.
+
+    Raises:
+        StoreError: they cannot be read.
+    """
+    try:
+        found = json.loads((store / STATE).read_text(encoding="utf-8"))
+        return {name: {"path": facts["path"], "digest": facts["digest"]} for name, facts in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"{store / STATE} cannot be read ({error}); start the server anew") from error
+
+
+def _absolute(path: str | Path) -> str:
+    text = str(path)
+    return text if text.startswith("hf:") else os.path.abspath(text)
+
+
+def write_files(target: Path, files: Mapping[str, bytes]) -> None:
+    """Write a folder with files, whole or not at all; one that is there stays."""
+    if target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made = Path(folder) / "made"
+        made.mkdir()
+        for name, content in files.items():
+            (made / name).write_bytes(content)
+        os.replace(made, target)
+
+
+def _mark(file: Path) -> tuple[int, int, int] | None:
+    """Return what changes whenever a file is written anew."""
+    try:
+        facts = file.stat()
+    except OSError:
+        return None
+    return facts.st_mtime_ns, facts.st_ino, facts.st_size
