@@ -159,7 +159,8 @@ def print_figures(figures: Mapping[str, Any]) -> None:
     several = figures["mean_average_precision"] is not None
     main, value = ("mean average precision", "mean_average_precision") if several else ("top-1", "top1")
     if "tasks" in figures:
-        main, value = "mean of the tasks", "mean"
+        alone = next(iter(figures["tasks"].values())) if len(figures["tasks"]) == 1 else None
+        main, value = "mean of the tasks" if alone is None else main_figure(alone)[0], "mean"
     rows = {
         "method": f"{figures['method']} on {figures['backbone']}",
         f"{main}, {figures['split'] or 'no validation images'}": f"{percent(figures[value])} %{within}",

@@ -209,5 +209,5 @@ def confusion(evaluation: Evaluation, classes: int) -> Any:
 
 
 def is_multi_label(evaluation: Evaluation) -> bool:
-    """Whether an image may have several classes: labels are then float [N, classes]."""
-    return evaluation.labels.ndim == 2
+    """Whether an image may have several classes, and nothing else is asked: labels are then float [N, classes]."""
+    return evaluation.labels.ndim == 2 and not evaluation.by_task

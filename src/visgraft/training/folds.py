@@ -51,7 +51,11 @@ class CrossValidation:
         """Return plain JSON values, without the predictions."""
         values = {name: value for name, value in vars(self).items() if name != "predictions"}
         named = {True: "mean_average_precision", False: "top1"}[self.predictions.multi_label]
-        told = {"measure": named, "interval": list(self.interval), "fold_figures": list(self.fold_figures)}
+        told: dict[str, Any] = {
+            "measure": named,
+            "interval": list(self.interval),
+            "fold_figures": list(self.fold_figures),
+        }
         if self.predictions.tasks:
             told |= {"measure": "mean", "tasks": self.predictions.task_figures()}
         return values | told
