@@ -389,7 +389,7 @@ def test_numbers_that_do_not_belong_to_the_others(numbers: list[float], strange:
 
 def faulty(folder: Path) -> Source:
     """A table with planted faults: far numbers, copies that contradict, a task that tells another, groups."""
-    table = shop(folder, 60, group=lambda i: f"g{i}" if i else "g1")
+    table = shop(folder, 60, group=lambda i: f"g{i}")
     rows = list(csv.DictReader(table.open(encoding="utf-8")))
     for row in rows:
         row["material"] = {"red": "brick", "blue": "glass"}.get(row["colour"], "")

@@ -40,7 +40,7 @@ def numbers_of(examples: Sequence[Example], number: int) -> NDArray[np.float64]:
 
 def task_tables(dataset: Dataset) -> dict[str, FigureTable]:
     """Return the share of known labels of each task, a summary of the numbers, and a histogram of each."""
-    rows = []
+    rows = list[tuple[str | int | float | None, ...]]()
     for number, task in enumerate(dataset.tasks):
         counts = [sum(v is not None for v in values_of(getattr(dataset, part), number)) for part in PARTS]
         unknown = 1 - sum(counts) / max(len(dataset.all), 1)

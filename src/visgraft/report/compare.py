@@ -65,12 +65,13 @@ def make_row(
 ) -> RunRow:
     """Put together a run's row; without an evaluation, the figures are those that training recorded."""
     facts, counts, stored = record.facts, record.parameters, record.figures
+    figures: dict[str, Any]
     if stored.get("val_tasks") if evaluation is None else evaluation.by_task:
         multi_label, figures = False, _figures_of_tasks(record, evaluation, members)
     elif evaluation is None:
         multi_label = stored.get("val_mean_average_precision") is not None
         limits = stored.get("val_top1_ci95")
-        figures: dict[str, Any] = {
+        figures = {
             "figure": stored.get("val_mean_average_precision" if multi_label else "val_top1"),
             "interval": (limits[0], limits[1]) if limits else None,
             "macro_f1": stored.get("val_macro_f1"),
