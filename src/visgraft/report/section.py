@@ -79,7 +79,7 @@ class NumberAnswers:
 
 
 @dataclass(frozen=True)
-class Question:
+class AskedQuestion:
     """What one task asks, and the answers; of a run with a single question, `task` is None."""
 
     anchor: str
@@ -90,7 +90,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Seen:
+class SeenImages:
     """What a run did on the measured images; `members` tells which belong together (see `clusters`)."""
 
     evaluation: Evaluation
@@ -112,8 +112,8 @@ class RunSection:
     score: str | None
     channels: list[ChannelMap]
     scored: str
-    seen: Seen | None
-    questions: list[Question]
+    seen: SeenImages | None
+    questions: list[AskedQuestion]
     configuration: list[tuple[str, list[tuple[str, str]]]]
 
     @property
@@ -127,7 +127,7 @@ def make_section(
     run: ReportedRun, anchor: str, data: AnySource | None, weights: str | None, part: str, loading: Loading, say: Say
 ) -> RunSection:
     """Measure and draw one run; its model is let go afterwards."""
-    record, seen, scored, questions = run.record, None, "", list[Question]()
+    record, seen, scored, questions = run.record, None, "", list[AskedQuestion]()
     if data is None:
         maps = [channel_map(choice, None) for choice in stored_choices(run.path, record)]
     else:
@@ -155,12 +155,12 @@ def make_section(
 
 def _see(
     run: ReportedRun, evaluation: Evaluation, images: Images, adapted: Adapted, missing: list[str], say: Say
-) -> Seen:
+) -> SeenImages:
     """Gather what the page says of all images, and what the parts of the method do on them."""
     made = made_of_parts(adapted.model)
     if made:
         say(f"{run.name}: each {made.module.part_name} alone")
-    return Seen(
+    return SeenImages(
         evaluation,
         images.paths,
         clusters(images.groups, len(images)),
@@ -173,12 +173,12 @@ def _see(
 
 def _questions(
     run: ReportedRun, anchor: str, evaluation: Evaluation, images: Images, adapted: Adapted
-) -> list[Question]:
+) -> list[AskedQuestion]:
     """Make the tables and pictures of each question; tasks without a known label are left out."""
     if not images.tasks:
         answers = _class_answers(evaluation, images, adapted.model, run.classes)
-        return [Question(anchor, None, run.classes, len(images), answers)]
-    found = list[Question]()
+        return [AskedQuestion(anchor, None, run.classes, len(images), answers)]
+    found = list[AskedQuestion]()
     for number, (task, outputs) in enumerate(zip(images.tasks, output_slices(images.tasks), strict=True)):
         one = evaluation.by_task.get(task.name)
         if one is None:
@@ -189,7 +189,7 @@ def _questions(
             if isinstance(one, NumberFigures)
             else _class_answers(one, own, model, task.classes)
         )
-        found.append(Question(f"{anchor}-task-{number + 1}", task, list(task.classes), len(own), shown))
+        found.append(AskedQuestion(f"{anchor}-task-{number + 1}", task, list(task.classes), len(own), shown))
     return found
 
 
