@@ -1,6 +1,5 @@
-"""Several tasks where they are measured and shown: figures on any images, folds, verdicts, the report and the check."""
+"""Several tasks where they are measured and shown: figures on any images, folds, verdicts and the report."""
 
-import csv
 import json
 import math
 import re
@@ -11,13 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from sklearn.metrics import average_precision_score, r2_score
+from task_tables import COLUMNS, shop
 from typer.testing import CliRunner
 
 from visgraft import Backbone, MethodConfig, TrainConfig, list_methods
-from visgraft.check import Report, check_data, quick_check
-from visgraft.check.labels import far_out
 from visgraft.cli.app import build
 from visgraft.data.dataset import Example
 from visgraft.data.label_columns import LabelColumns
@@ -43,7 +40,6 @@ TASKS = (
     LabelTask("tags", "several_classes", ("bar", "dot")),
 )
 NAN = math.nan
-COLUMNS = LabelColumns(("colour", "size", "tags"), {"size": "mm"}, ("tags",))
 
 
 def known_answers(count: int = 60, skill: Sequence[float] = (1, 1, 1)) -> tuple[torch.Tensor, torch.Tensor]:
@@ -172,34 +168,6 @@ def test_a_class_or_a_task_with_fewer_images_than_folds_is_named() -> None:
 
 
 # ---- trained ----
-
-
-def shop(folder: Path, count: int = 60, seed: int = 0, **more: Any) -> Path:
-    """Pictures whose colour, brightness and corner are their labels, some of them blank."""
-    random = np.random.default_rng(seed)
-    folder.mkdir(parents=True)
-    rows = []
-    for i in range(count):
-        red, level, dot = bool(random.integers(2)), float(random.uniform(40, 200)), bool(random.integers(2))
-        pixels = random.normal(level, 12, (36, 36, 3))
-        pixels[..., 0 if red else 2] += 55
-        if dot:
-            pixels[:12, :12] = 255
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i:03}.png")
-        rows.append({
-            "image_path": f"{i:03}.png", "colour": ("red" if red else "blue") if i % 7 else "",
-            "size": f"{level:.1f}" if i % 5 else "", "tags": ("dot|far" if dot else "far") if i % 2 else "|",
-            "split": "train" if i % 3 else "val", **{name: value(i) for name, value in more.items()},
-        })  # fmt: skip
-    return write(folder / "shop.csv", rows)
-
-
-def write(path: Path, rows: list[dict[str, str]]) -> Path:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
 
 
 def learn(data: Source, out: Path, config: MethodConfig, epochs: int = 8) -> Path:
@@ -367,79 +335,3 @@ def test_a_comparison_keeps_the_figures_of_each_task(source: Source, monkeypatch
     assert set(first["tasks"]) == {"colour", "size", "tags"} and first["macro_f1"] is None
     gains = second["task_gains"]
     assert second["gain"]["mean"] == pytest.approx(np.mean([one["mean"] for one in gains.values()]), abs=1e-6)
-
-
-# ---- check ----
-
-
-@pytest.mark.parametrize(
-    ("numbers", "strange"),
-    [
-        ([*range(10, 60), 999, 999, -1], {-1.0, 999.0}),
-        ([*range(10, 60)], set()),
-        ([*range(-20, 30), -1], set()),
-        ([*range(0, 100), 99], set()),
-        (np.exp(np.random.default_rng(0).normal(0, 0.8, 500)).tolist(), set()),
-        ([*np.linspace(0, 1, 80), 40.0], {40.0}),
-    ],
-)
-def test_numbers_that_do_not_belong_to_the_others(numbers: list[float], strange: set[float]) -> None:
-    assert set(far_out(np.array(numbers, np.float64))) == strange
-
-
-def faulty(folder: Path) -> Source:
-    """A table with planted faults: far numbers, copies that contradict, a task that tells another, groups."""
-    table = shop(folder, 60, group=lambda i: f"g{i}")
-    rows = list(csv.DictReader(table.open(encoding="utf-8")))
-    for row in rows:
-        row["material"] = {"red": "brick", "blue": "glass"}.get(row["colour"], "")
-        row["size"] = "999" if row["image_path"] in ("001.png", "002.png") else row["size"]
-    for source, name, change in (
-        ("004.png", "a.png", {"size": "12"}),
-        ("008.png", "b.png", {"colour": "", "material": ""}),
-    ):
-        (folder / name).write_bytes((folder / source).read_bytes())
-        rows.append({**next(row for row in rows if row["image_path"] == source), "image_path": name, **change})
-    columns = LabelColumns(("colour", "material", "size", "tags"), {"size": "mm"}, ("tags",))
-    return Source(write(table, rows), labels=columns)
-
-
-@pytest.fixture(scope="module")
-def checked(tmp_path_factory: pytest.TempPathFactory) -> Report:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("visgraft.check.shortcuts.PERMUTATIONS", 20)
-        return check_data(read_data(faulty(tmp_path_factory.mktemp("faulty") / "data")))
-
-
-def titles(report: Report, kind: str) -> list[str]:
-    return [finding.title for finding in report.findings if finding.kind == kind]
-
-
-def test_planted_faults_of_tasks_are_found(checked: Report) -> None:
-    (far,) = (finding for finding in checked.findings if finding.kind == "far_number")
-    assert "999 (2)" in far.title and {one.example.path.name for (one,) in far.sets} == {"001.png", "002.png"}
-    assert titles(checked, "conflict") == ["1 file with labels that contradict each other: size (1)"]
-    assert len(titles(checked, "duplicates")) == 1, "an unknown label contradicts none"
-    assert titles(checked, "task_told") == ["colour and material tell each other exactly, on all 52 images with both"]
-    assert not titles(checked, "class_in_one_group")
-
-
-def test_tables_of_tasks(checked: Report) -> None:
-    tables = {name: table.to_dict() for name, table in checked.tables.items()}
-    assert {"tasks", "numbers", "numbers size", "classes colour", "classes tags", "shortcuts colour"} <= set(tables)
-    known = {row["task"]: (row["all"], row["unknown"]) for row in tables["tasks"]}
-    assert known["colour"][0] == 52 and known["tags"] == (62, "0.0%")
-    assert sum(row["images"] for row in tables["numbers size"]) == known["size"][0] - 2, "without the two far ones"
-    assert {row["class"] for row in tables["classes colour"]} == {"red", "blue"}
-    assert tables["numbers"][0]["largest"] == 999
-    assert any("of colour" in table.title for table in checked.tables.values())
-
-
-def test_what_is_seen_before_training_names_far_numbers_and_scarce_labels(tmp_path: Path) -> None:
-    data = read_data(faulty(tmp_path / "data"))
-    lines = quick_check(data)
-    assert any(line.startswith("size: 2 numbers far from the others") for line in lines)
-    table = shop(tmp_path / "few", 90, size=lambda i: str(i) if i in (1, 2, 4) else "")
-    few = read_data(Source(table, labels=COLUMNS))
-    told = "\n".join(quick_check(few))
-    assert "size: 3 training images with this label" in told and "size: no val image has this label" in told
