@@ -214,7 +214,7 @@ def main_figure(found: Mapping[str, Any]) -> tuple[str, str, str]:
     if "mae" in found:
         limits = found.get("r2_ci95")
         r2 = "–" if found["r2"] is None else f"{found['r2']:.3f}"
-        return "R²", r2, f"{limits[0]:.3f}–{limits[1]:.3f}" if limits else "–"
+        return "R²", r2, f"{limits[0]:.3f} to {limits[1]:.3f}" if limits else "–"
     key, name = ("mean_average_precision", "mean AP") if "mean_average_precision" in found else ("top1", "top-1")
     limits = found.get(f"{key}_ci95")
     return name, percent(found[key]), f"{percent(limits[0])}–{percent(limits[1])}" if limits else "–"
