@@ -1,13 +1,24 @@
 """What the numbers of images say: rare classes, small parts, and groups that tell the class or sit in several parts."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from scipy.stats import binomtest
 
-from visgraft.check.findings import DatasetImage, FigureTable, Finding, class_counts, counted, readable, varied
+from visgraft.check.findings import (
+    DatasetImage,
+    FigureTable,
+    Finding,
+    class_counts,
+    counted,
+    of_task,
+    readable,
+    task_texts,
+    varied,
+)
 from visgraft.data.dataset import PARTS, Dataset, listed
-from visgraft.data.tasks import output_slices
+from visgraft.data.tasks import TaskLabels, output_slices
 
 IMBALANCE = 5  # times as many images in the largest class as in the smallest
 FEW_IN_CLASS = 10
@@ -17,13 +28,21 @@ WIDE, VERY_WIDE = 0.10, 0.20  # of a 95 % interval
 SHOWN_ROWS = 200
 
 
-def class_table(dataset: Dataset) -> FigureTable:
-    """Return the images of each class in each part, the largest class first."""
+def class_tables(dataset: Dataset) -> dict[str, FigureTable]:
+    """Return the images of each class in each part, the largest class first; with several tasks, a table for each."""
     parts = [class_counts(dataset, getattr(dataset, part)) for part in PARTS]
     totals = [sum(counts) for counts in zip(*parts, strict=True)]
-    order = sorted((i for own in class_outputs(dataset) for i in own), key=lambda i: -totals[i])
-    rows = ((readable(dataset.classes[i]), *(counts[i] for counts in parts), totals[i]) for i in order)
-    return FigureTable("Classes", ("class", *PARTS, "all"), tuple(rows))
+    names = [task.name for task in dataset.tasks if task.kind != "number"]
+    tables = {}
+    for number, own in enumerate(class_outputs(dataset)):
+        name = names[number] if names else ""
+        rows = tuple(
+            (readable(dataset.classes[i].removeprefix(f"{name}=" if name else "")), *(c[i] for c in parts), totals[i])
+            for i in sorted(own, key=lambda i: -totals[i])
+        )
+        title = f"Classes of {readable(name)}" if name else "Classes"
+        tables[f"classes {name}".strip()] = FigureTable(title, ("class", *PARTS, "all"), rows)
+    return tables
 
 
 def class_findings(dataset: Dataset) -> list[Finding]:
@@ -138,7 +157,7 @@ def group_table(pictures: Sequence[DatasetImage]) -> FigureTable:
     """Return the images, parts and classes of each group, the largest group first."""
     rows = []
     for name, members in list(groups_of(pictures).items())[:SHOWN_ROWS]:
-        classes = Counter(member.label for member in members)
+        classes = Counter(text for member in members for text in _classes(member))
         shown = ", ".join(f"{label} {count}" for label, count in classes.most_common(6))
         more = f" and {len(classes) - 6} more" if len(classes) > 6 else ""
         parts = ", ".join(part for part in PARTS if any(member.part == part for member in members))
@@ -147,11 +166,30 @@ def group_table(pictures: Sequence[DatasetImage]) -> FigureTable:
     return FigureTable("Groups", ("group", "images", "share", "parts", "classes"), tuple(rows))
 
 
-def group_findings(pictures: Sequence[DatasetImage], classes: Sequence[str]) -> list[Finding]:
-    """Find groups in several parts, classes seen in one group only, and groups that hold one class only."""
-    groups = groups_of(pictures)
-    if not groups:
-        return []
+def _classes(picture: DatasetImage) -> list[str]:
+    """Return the class of a picture, or those of each task, without numbers."""
+    labels = picture.example.label
+    if not isinstance(labels, TaskLabels):
+        return [picture.label]
+    return task_texts(replace(labels, values=tuple(None if isinstance(v, float) else v for v in labels.values)))
+
+
+def group_findings(everything: Sequence[DatasetImage], dataset: Dataset) -> list[Finding]:
+    """Find groups in several parts, classes seen in one group only, and groups that hold one class only.
+
+    With several tasks, the latter two are looked for in each that asks for one class.
+    """
+    leaks = _leak_findings(groups_of(everything))
+    if not dataset.tasks:
+        return leaks + _grouped_classes(groups_of(everything), dataset.classes)
+    for number, task in enumerate(dataset.tasks):
+        if task.kind == "one_class":
+            leaks += _grouped_classes(groups_of(of_task(everything, number)), task.classes, f"{readable(task.name)}: ")
+    return leaks
+
+
+def _leak_findings(groups: Mapping[str, Sequence[DatasetImage]]) -> list[Finding]:
+    """Find groups in several parts."""
     findings = []
     split = {
         name: varied(members, lambda member: member.part)
@@ -168,6 +206,16 @@ def group_findings(pictures: Sequence[DatasetImage], classes: Sequence[str]) -> 
                 tuple(split.values()),
             )
         )
+    return findings
+
+
+def _grouped_classes(
+    groups: Mapping[str, Sequence[DatasetImage]], classes: Sequence[str], of: str = ""
+) -> list[Finding]:
+    """Find classes seen in one group only, and groups that hold one class only; `of` names the task."""
+    if not groups:
+        return []
+    findings = []
     seen: dict[str, set[str]] = defaultdict(set)
     for name, members in groups.items():
         for member in members:
@@ -189,7 +237,7 @@ def group_findings(pictures: Sequence[DatasetImage], classes: Sequence[str]) -> 
             Finding(
                 "one_class_group",
                 "note",
-                f"{len(pure):,} of {counted(len(groups), 'group')} hold one class only",
+                f"{of}{len(pure):,} of {counted(len(groups), 'group')} hold one class only",
                 "nothing is wrong where a group is one thing seen several times; where it is a camera, a place or a "
                 "day, add images of other classes from it, or the model may learn the group instead",
                 tuple((groups[name][0],) for name in pure),

@@ -4,7 +4,7 @@ Copies across parts leak: the model is measured on pictures it was trained on. C
 each other.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +16,9 @@ from sklearn.neighbors import NearestNeighbors
 
 from visgraft.check.facts import Facts, OnStage
 from visgraft.check.findings import DatasetImage, Finding, counted, varied
+from visgraft.data.tasks import TaskLabels
 
+CONTRADICTS = 0.1  # standard deviations between the numbers of copies, from which on one of them is wrong
 # Chosen on real pictures: of 256 bits, copies (half the size, JPEG quality 30, 25 % brighter, 1 % cropped off each
 # side) differ in at most 31, different textiles of one cloth in at least 88, gauges of one style in at least 46.
 # Blurred copies, whose fine bits are chance, differ in up to 46.
@@ -123,14 +125,14 @@ def duplicate_findings(pictures: Sequence[DatasetImage], copies: Copies, drawn: 
 
 def _exact_findings(pictures: Sequence[DatasetImage], sets: Sets, drawn: bool) -> list[Finding]:
     conflicts, leaks, rest = _sorted_out(pictures, sets)
-    findings = []
+    findings, (classes, one_class) = [], _words(conflicts + rest)
     if conflicts:
         findings.append(
             Finding(
                 "conflict",
                 "error",
-                f"{counted(len(conflicts), 'file')} under more than one class",
-                "decide which class is right and delete the other copies; whatever a model answers, it is wrong once",
+                f"{counted(len(conflicts), 'file')} {classes}",
+                "decide which is right and delete the other copies; whatever a model answers, it is wrong once",
                 conflicts,
             )
         )
@@ -143,7 +145,7 @@ def _exact_findings(pictures: Sequence[DatasetImage], sets: Sets, drawn: bool) -
             Finding(
                 "duplicates",
                 "warning",
-                f"{counted(len(rest), 'file')} more than once in one class and part ({spare} to spare)",
+                f"{counted(len(rest), 'file')} more than once in one {one_class}part ({spare} to spare)",
                 "delete the copies; they only make some pictures count more than others",
                 rest,
             )
@@ -166,7 +168,7 @@ def _alike_findings(pictures: Sequence[DatasetImage], sets: Sets, drawn: bool) -
 
 def _near_findings(pictures: Sequence[DatasetImage], sets: Sets, drawn: bool) -> list[Finding]:
     conflicts, leaks, rest = _sorted_out(pictures, sets)
-    findings = []
+    findings, (classes, one_class) = [], _words(conflicts + rest)
     if leaks:
         title = f"{counted(len(leaks), 'picture')} with near copies in more than one part: {_parts(leaks)}"
         findings.append(Finding("near_leak", "error", title, _leak_remedy(drawn), leaks))
@@ -175,7 +177,7 @@ def _near_findings(pictures: Sequence[DatasetImage], sets: Sets, drawn: bool) ->
             Finding(
                 "near_conflict",
                 "warning",
-                f"{counted(len(conflicts), 'picture')} with near copies under another class",
+                f"{counted(len(conflicts), 'picture')} with near copies {classes.replace('more than one', 'another')}",
                 "look at them: either a label is wrong, or the difference that counts is very small (then train "
                 "with a larger --image-size)",
                 conflicts,
@@ -187,7 +189,7 @@ def _near_findings(pictures: Sequence[DatasetImage], sets: Sets, drawn: bool) ->
             Finding(
                 "near_duplicates",
                 "note",
-                f"{counted(len(rest), 'picture')} with near copies in the same class and part ({spare} to spare)",
+                f"{counted(len(rest), 'picture')} with near copies in the same {one_class}part ({spare} to spare)",
                 "keep them if they were taken apart; delete those that were only resized or compressed again",
                 rest,
             )
@@ -210,10 +212,37 @@ def _sorted_out(pictures: Sequence[DatasetImage], sets: Sets) -> tuple[tuple[tup
     def several(fact: Callable[[DatasetImage], str], together: list[int]) -> bool:
         return len({fact(pictures[i]) for i in together}) > 1
 
-    conflicts = [together for together in sets if several(_label, together)]
+    wrong = [bool(contradicting([pictures[i] for i in together])) for together in sets]
+    conflicts = [together for together, found in zip(sets, wrong, strict=True) if found]
     leaks = [together for together in sets if several(_part, together)]
-    rest = [together for together in sets if not several(_label, together) and not several(_part, together)]
+    rest = [t for t, found in zip(sets, wrong, strict=True) if not found and not several(_part, t)]
     return _shown(pictures, conflicts, _label), _shown(pictures, leaks, _part), _shown(pictures, rest, _part)
+
+
+def contradicting(together: Sequence[DatasetImage]) -> list[str]:
+    """Return the tasks in which copies of one picture have labels that exclude each other; "class" of a single one.
+
+    A label that is not known contradicts none, and numbers do so from a tenth of their standard deviation on.
+    """
+    labels = [picture.example.label for picture in together]
+    known = [one for one in labels if isinstance(one, TaskLabels)]
+    if not known:
+        return ["class"] if len({picture.label for picture in together}) > 1 else []
+    found = []
+    for number, task in enumerate(known[0].tasks):
+        values = [value for one in known if (value := one.values[number]) is not None]
+        numbers = [value for value in values if isinstance(value, float)]
+        apart = max(numbers) - min(numbers) > CONTRADICTS * task.std if numbers else len(set(values)) > 1
+        found += [task.name] if apart else []
+    return found
+
+
+def _words(sets: Sequence[Sequence[DatasetImage]]) -> tuple[str, str]:
+    """Return how to say that copies contradict each other, and what else than a part copies may be in."""
+    if not any(isinstance(picture.example.label, TaskLabels) for together in sets for picture in together):
+        return "under more than one class", "class and "
+    counts = Counter(name for together in sets for name in contradicting(together))
+    return f"with labels that contradict each other: {', '.join(f'{n} ({c})' for n, c in counts.items())}", ""
 
 
 def _label(picture: DatasetImage) -> str:

@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from visgraft.data.dataset import PARTS, Dataset, Example
 from visgraft.data.examples import classes_of, counts_by_class
+from visgraft.data.tasks import TaskLabels
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
@@ -112,8 +113,34 @@ def pictures(dataset: Dataset) -> list[DatasetImage]:
 
 
 def label_text(dataset: Dataset, example: Example) -> str:
-    """Return the name of an image's class, or of all its classes."""
+    """Return the name of an image's class, or of all its classes; with several tasks, what is known for each."""
+    if isinstance(example.label, TaskLabels):
+        return ", ".join(task_texts(example.label)) or "no label"
     return ", ".join(dataset.classes[label] for label in classes_of(example.label)) or "no class"
+
+
+def task_texts(labels: TaskLabels) -> list[str]:
+    """Return what is known of an image as texts such as "colour=red", "tags=bar|dot" and "size=3.5 mm"."""
+    told = []
+    for task, value in zip(labels.tasks, labels.values, strict=True):
+        if isinstance(value, tuple):
+            told.append(f"{task.name}={'|'.join(task.classes[index] for index in value) or 'none'}")
+        elif isinstance(value, int):
+            told.append(f"{task.name}={task.classes[value]}")
+        elif value is not None:
+            told.append(f"{task.name}={value:.6g}{f' {task.unit}' if task.unit else ''}")
+    return told
+
+
+def of_task(everything: Sequence[DatasetImage], number: int) -> list[DatasetImage]:
+    """Return the pictures whose class of the task with this number is known, each with that class as its label."""
+    found = []
+    for picture in everything:
+        labels = picture.example.label
+        value = labels.values[number] if isinstance(labels, TaskLabels) else None
+        if isinstance(labels, TaskLabels) and isinstance(value, int):
+            found.append(replace(picture, label=f"{labels.tasks[number].name}={labels.tasks[number].classes[value]}"))
+    return found
 
 
 def class_counts(dataset: Dataset, examples: Iterable[Example]) -> list[int]:

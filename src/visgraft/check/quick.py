@@ -10,6 +10,7 @@ import numpy as np
 
 from visgraft.check.counts import class_findings, group_findings, part_findings
 from visgraft.check.findings import counted, pictures, readable
+from visgraft.check.labels import label_findings, number_findings
 from visgraft.data.dataset import PARTS, Dataset
 from visgraft.data.examples import Example, Examples, groups_of
 
@@ -23,9 +24,10 @@ def quick_check(dataset: Dataset) -> list[str]:
     Counts and groups are looked at in full. Of identical files in several parts only files of one size are compared,
     those of the rarest sizes first and at most 10,000 of them: `check_data` finds all.
     """
-    findings = [*class_findings(dataset), *part_findings(dataset)]
-    if groups_of(dataset.all) is not None:
-        findings += group_findings(pictures(dataset), dataset.classes)
+    findings = [*class_findings(dataset), *part_findings(dataset), *label_findings(dataset)]
+    numbers = any(task.kind == "number" for task in dataset.tasks)
+    everything = pictures(dataset) if numbers or groups_of(dataset.all) is not None else []
+    findings += [*group_findings(everything, dataset), *number_findings(everything, dataset.tasks)]
     lines = [f"{finding.title}; {finding.remedy}" for finding in findings if finding.severity != "note"]
     copies, complete = _copies_across_parts(dataset)
     if copies:

@@ -31,6 +31,7 @@ Root = Annotated[
 ]
 Tasks = Annotated[str | None, typer.Option(help="only these tasks, with commas")]
 Shots = Annotated[str | None, typer.Option(help="PROTOCOL folder: training images per class, e.g. 1,2,4,8,16")]
+Label = Annotated[str | None, typer.Option(help="PROTOCOL folder: column of a table that holds one class; none: label")]
 ShiftedFolders = Annotated[
     list[str] | None,
     typer.Option(help="PROTOCOL folder: NAME=FOLDER, a further test set of the same classes; repeatable"),
@@ -66,6 +67,7 @@ def check(
     *,
     root: Root = None,
     tasks: Tasks = None,
+    label: Label = None,
     shots: Shots = None,
     shifted: ShiftedFolders = None,
     json: Json = False,
@@ -75,7 +77,7 @@ def check(
     from visgraft.cli.text import styled
     from visgraft.protocols.opening import check_root
 
-    rows, folder, _ = _protocol(protocol, root, _names(tasks or ""), shots, shifted)
+    rows, folder, _ = _protocol(protocol, root, _names(tasks or ""), shots, shifted, label)
     rows = dataclasses.replace(rows, tasks=rows.only(_names(tasks)) if tasks else rows.tasks)
     if rows.prepare is not None:
         rows.prepare(folder, [task.name for task in rows.tasks])
@@ -104,6 +106,7 @@ def run(
     trials: Annotated[int, typer.Option(help="settings that the search tries per method and task")] = 4,
     root: Root = None,
     tasks: Tasks = None,
+    label: Label = None,
     shots: Shots = None,
     shifted: ShiftedFolders = None,
     backbone: Annotated[str | None, typer.Option(help="timm model name; none: the protocol's")] = None,
@@ -132,7 +135,7 @@ def run(
     from visgraft.cli.show import emit, print_table
     from visgraft.executors.choosing import choose_executor
 
-    rows, folder, mirror = _protocol(protocol, root, _names(tasks or ""), shots, shifted)
+    rows, folder, mirror = _protocol(protocol, root, _names(tasks or ""), shots, shifted, label)
     common, own = _parse(options or [], _names(methods))
     request = Request(
         rows, folder, _names(methods), _backbone(rows, backbone, weights, image_size),
@@ -267,7 +270,12 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _protocol(
-    name: str, root: str | None, tasks: Sequence[str], shots: str | None, shifted: Sequence[str] | None
+    name: str,
+    root: str | None,
+    tasks: Sequence[str],
+    shots: str | None,
+    shifted: Sequence[str] | None,
+    label: str | None,
 ) -> tuple["Protocol", Path, "Mirror | None"]:
     """Return a protocol, the folder of its images, and what that is a copy of."""
     from visgraft.data.mirror import mirrored
@@ -276,8 +284,10 @@ def _protocol(
     from visgraft.protocols import get_protocol
 
     if name != FOLDER:
-        if shots or shifted:
-            raise VisgraftError(f"{name} fixes its own images; use --shots and --shifted with the protocol folder only")
+        if shots or shifted or label:
+            raise VisgraftError(
+                f"{name} fixes its own images; use --label, --shots and --shifted with the protocol folder only"
+            )
         found = get_protocol(name)
         if root is None and found.prepare is None:
             raise VisgraftError(f"pass --root, the folder that holds the images of {name}")
@@ -301,7 +311,7 @@ def _protocol(
         raise VisgraftError(f"--shots is {shots!r}, but must be whole numbers with commas, e.g. 1,2,4") from error
     folder, mirror = mirrored(root) if is_url(root) else (Path(root), None)
     others = {title: Path(folder) for title, _, folder in pairs}
-    return folder_protocol(folder, shots=counts, shifted=others), folder, mirror
+    return folder_protocol(folder, shots=counts, shifted=others, label=label), folder, mirror
 
 
 def _backbone(rows: "Protocol", name: str | None, weights: str | None, image_size: int | None) -> Any:

@@ -233,20 +233,41 @@ def _options(row: Any) -> str:
     return " ".join([*typed(row.method, row.setting), "--epochs", str(row.epochs)])
 
 
+def _gain(gain: Any) -> str:
+    return "–" if gain is None else f"{100 * gain.mean:+.1f} ± {100 * gain.half_width:.1f}"
+
+
+def _print_tasks(found: "Comparison") -> None:
+    """Print what each method reaches on each task, of numbers also how far off it is, beside a constant answer."""
+    from visgraft.cli.show import main_figure, print_table
+
+    rows = []
+    for name, first in found.results[0].tasks.items():
+        for row in found.results:
+            label, text, limits = main_figure(row.tasks[name])
+            off = f"{row.tasks[name]['mae']:.4g}" if "mae" in first else "–"
+            rows.append([name, row.method, f"{label} {text}", limits, _gain(row.task_gains.get(name)), off])
+        if "mae" in first:
+            rows.append([name, "constant", "R² 0", "–", "–", f"{first['constant_mae']:.4g}"])
+    columns = ["task", "method", "figure", "95 %", "gain", "mean absolute error"]
+    print_table(f"each task; gain over {found.reference}, in points", columns, rows)
+
+
 def print_comparison(found: "Comparison", command: str | None) -> None:
     """Print the table, the sentence, and what the figures do not say."""
     from visgraft.cli.show import percent, print_table, result_console
     from visgraft.cli.text import styled
 
-    main = "mean AP" if found.measure == "mean_average_precision" else "top-1"
-    columns = ["method", main, "95 %", "gain", "macro-F1", "trained", "s/epoch", "trials"]
+    main = {"mean_average_precision": "mean AP", "mean": "mean"}.get(found.measure, "top-1")
+    tasks = found.results[0].tasks
+    columns = ["method", main, "95 %", "gain", *([] if tasks else ["macro-F1"]), "trained", "s/epoch", "trials"]
     rows = [
         [
             row.method,
             percent(row.figure),
             f"{percent(row.interval[0])}–{percent(row.interval[1])}",
-            "–" if row.gain is None else f"{100 * row.gain.mean:+.1f} ± {100 * row.gain.half_width:.1f}",
-            percent(row.macro_f1),
+            _gain(row.gain),
+            *([] if tasks else [percent(row.macro_f1)]),
             row.parameters,
             f"{row.epoch_seconds:.2g}",
             f"{row.trials} ({row.pruned})",
@@ -259,6 +280,8 @@ def print_comparison(found: "Comparison", command: str | None) -> None:
         else f"{found.images} validation images"
     )
     print_table(f"{how}; gain over {found.reference}; trials (of them pruned)", columns, rows)
+    if tasks:
+        _print_tasks(found)
     print_table("best settings", ["method", "options"], [[row.method, _options(row)] for row in found.results])
     result_console.print(found.sentence, style="bold")
     for text in found.warnings:

@@ -159,7 +159,8 @@ def print_figures(figures: Mapping[str, Any]) -> None:
     several = figures["mean_average_precision"] is not None
     main, value = ("mean average precision", "mean_average_precision") if several else ("top-1", "top1")
     if "tasks" in figures:
-        main, value = "mean of the tasks", "mean"
+        alone = next(iter(figures["tasks"].values())) if len(figures["tasks"]) == 1 else None
+        main, value = "mean of the tasks" if alone is None else main_figure(alone)[0], "mean"
     rows = {
         "method": f"{figures['method']} on {figures['backbone']}",
         f"{main}, {figures['split'] or 'no validation images'}": f"{percent(figures[value])} %{within}",
@@ -181,6 +182,9 @@ def print_figures(figures: Mapping[str, Any]) -> None:
         )
     print_pairs({name: text for name, text in rows.items() if text != "–"})
     print_tasks(figures.get("tasks", {}))
+    if crossed and crossed.get("tasks"):
+        result_console.print("cross-validated:")
+        print_tasks(crossed["tasks"])
     print_skipped(figures["skipped"])
 
 
@@ -197,10 +201,23 @@ def print_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> None:
                     told.append(f"{word} {found[key]:.3f}{_limits(found, key)}")
         else:
             several = "mean_average_precision" in found
-            rate = found["mean_average_precision" if several else "top1"]
-            told.append(f"{'mean average precision' if several else 'top-1'} {percent(rate)} %")
+            key = "mean_average_precision" if several else "top1"
+            limits = found.get(f"{key}_ci95")
+            within = f" ({percent(limits[0])} to {percent(limits[1])})" if limits else ""
+            told.append(f"{'mean average precision' if several else 'top-1'} {percent(found[key])} %{within}")
             told.append(f"macro-F1 {percent(found['macro_f1'])}")
         result_console.print(f"  {name}: {', '.join(told)}, on {found['images']:,} images")
+
+
+def main_figure(found: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Return the figure of a task that settings are chosen by: its name, the figure, and its 95 % interval."""
+    if "mae" in found:
+        limits = found.get("r2_ci95")
+        r2 = "–" if found["r2"] is None else f"{found['r2']:.3f}"
+        return "R²", r2, f"{limits[0]:.3f} to {limits[1]:.3f}" if limits else "–"
+    key, name = ("mean_average_precision", "mean AP") if "mean_average_precision" in found else ("top1", "top-1")
+    limits = found.get(f"{key}_ci95")
+    return name, percent(found[key]), f"{percent(limits[0])}–{percent(limits[1])}" if limits else "–"
 
 
 def _limits(found: Mapping[str, Any], name: str) -> str:

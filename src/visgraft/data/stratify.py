@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-from iterstrat.ml_stratifiers import MultilabelStratifiedShuffleSplit
+from iterstrat.ml_stratifiers import MultilabelStratifiedShuffleSplit, RepeatedMultilabelStratifiedKFold
 
 from visgraft.data.examples import Coded
 from visgraft.data.tasks import BINS, TaskLabels
@@ -52,3 +52,27 @@ def draw_marked(labels: Coded, val: float, test: float, seed: int) -> dict[str, 
             rest, taken = next(cutter.split(left, marks[left]))
             parts[part], left = np.sort(left[taken]), np.sort(left[rest])
     return {"train": left, **parts}
+
+
+def marked_folds(
+    marks: np.ndarray, members: np.ndarray, folds: int, repeats: int, seed: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Divide images into folds that have each mark's share, and return which to train on and which to hold out.
+
+    Source: as `draw_marked`. Images of one cluster stay together: a cluster has the marks of all its images.
+
+    Args:
+        marks: bool [N, marks], from `label_marks`.
+        members: the images' clusters, int64 [N], from `clusters`.
+        folds: how many parts, each of which is held out once per repeat.
+        repeats: how often they are drawn anew.
+        seed: of the draws.
+    """
+    clustered = np.zeros((int(members.max()) + 1, marks.shape[1]), np.int64)
+    np.maximum.at(clustered, members, marks.astype(np.int64))
+    cutter = RepeatedMultilabelStratifiedKFold(n_splits=folds, n_repeats=repeats, random_state=seed)
+    found = []
+    for _, held_out in cutter.split(clustered, clustered):
+        inside = np.isin(members, held_out)
+        found.append((np.flatnonzero(~inside), np.flatnonzero(inside)))
+    return found

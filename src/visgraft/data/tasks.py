@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 Kind = Literal["one_class", "several_classes", "number"]
+FIGURES: dict[Kind, str] = {"one_class": "top-1", "several_classes": "mean average precision", "number": "R²"}
+"""What an answer of each kind is judged by."""
 BINS = 5  # into which numbers are sorted where images are drawn or channels are scored by their labels
 
 
@@ -129,6 +131,11 @@ def _slices(widths: Sequence[int]) -> list[slice]:
 def outputs_of(tasks: Sequence[LabelTask]) -> tuple[str, ...]:
     """Return the names of the outputs of all tasks."""
     return tuple(name for task in tasks for name in task.output_names)
+
+
+def figure_name(tasks: Sequence[LabelTask]) -> str:
+    """Return what a model with these tasks is judged by: the mean of their figures, or the only one's."""
+    return FIGURES[tasks[0].kind] if len(tasks) == 1 else "mean of the tasks"
 
 
 def label_row(labels: TaskLabels) -> list[float]:

@@ -89,8 +89,8 @@ def probabilities_of(logits: Tensor, multi_label: bool) -> Tensor:
     return logits.sigmoid() if multi_label else logits.softmax(-1)
 
 
-def evaluate(model: nn.Module, images: Images, precision: str = "auto") -> Evaluation:
-    """Measure a model on images with labels.
+def evaluate(model: nn.Module, images: Images, precision: str = "auto", *, resamples: int = RESAMPLES) -> Evaluation:
+    """Measure a model on images with labels; intervals of numbers draw the images anew `resamples` times.
 
     Raises:
         DataError: there are no images, or their size, channels or labels do not fit the model; nothing is done before.
@@ -99,7 +99,8 @@ def evaluate(model: nn.Module, images: Images, precision: str = "auto") -> Evalu
     start = time.perf_counter()
     logits = logits_of(model, images, make_compute(precision))
     check_classes_fit(images, logits.shape[1])  # again, as not every model says how many outputs it has
-    return score_images(answers_of(logits, images.tasks, images.multi_label), images, time.perf_counter() - start)
+    answers, seconds = answers_of(logits, images.tasks, images.multi_label), time.perf_counter() - start
+    return score_images(answers, images, seconds, resamples=resamples)
 
 
 def answers_of(logits: Tensor, tasks: Sequence[LabelTask], multi_label: bool) -> Tensor:
@@ -107,10 +108,11 @@ def answers_of(logits: Tensor, tasks: Sequence[LabelTask], multi_label: bool) ->
     return task_answers(logits, tasks) if tasks else probabilities_of(logits, multi_label)
 
 
-def score_images(answers: Tensor, images: Images, seconds: float = 0.0) -> Evaluation:
+def score_images(answers: Tensor, images: Images, seconds: float = 0.0, *, resamples: int = RESAMPLES) -> Evaluation:
     """Return the figures of answers [N, outputs] against the labels of images."""
     if images.tasks:
-        return score_tasks(answers, images.labels, images.tasks, seconds, clusters(images.groups, len(images)))
+        members = clusters(images.groups, len(images))
+        return score_tasks(answers, images.labels, images.tasks, seconds, members, resamples=resamples)
     return score(answers, images.labels, seconds)
 
 
@@ -209,5 +211,5 @@ def confusion(evaluation: Evaluation, classes: int) -> Any:
 
 
 def is_multi_label(evaluation: Evaluation) -> bool:
-    """Whether an image may have several classes: labels are then float [N, classes]."""
-    return evaluation.labels.ndim == 2
+    """Whether an image may have several classes, and nothing else is asked: labels are then float [N, classes]."""
+    return evaluation.labels.ndim == 2 and not evaluation.by_task

@@ -22,7 +22,7 @@ class NumberFigures:
     `mae` and `rmse` are in the number's unit; `r2` is the coefficient of determination, and `spearman` the rank
     correlation, None where all answers or all true numbers are alike. `constant_mae` and `constant_rmse` are those of
     the training images' mean as the answer to every image. `intervals` are 95 % intervals by the bootstrap over images,
-    by name, where they were asked for. `answers` and `truth` float32 [N].
+    by name, where they were asked for. `answers` float32 [N], or [repeats, N], and `truth` float32 [N].
     """
 
     mae: float
@@ -52,7 +52,7 @@ class NumberFigures:
 def number_figures(
     answers: Tensor, truth: Tensor, constant: float, members: np.ndarray, resamples: int = RESAMPLES
 ) -> NumberFigures:
-    """Return the figures of answers [N] against the true numbers [N].
+    """Return the figures of answers [N], or [repeats, N], against the true numbers [N]: their means over the repeats.
 
     Args:
         answers: in the number's unit.
@@ -64,7 +64,8 @@ def number_figures(
     said, true = answers.double().numpy(), truth.double().numpy()
 
     def figures(rows: np.ndarray) -> dict[str, float]:
-        return _figures(said[rows], true[rows])
+        each = [_figures(one[rows], true[rows]) for one in np.atleast_2d(said)]
+        return {name: float(np.mean([one[name] for one in each])) for name in NAMES}
 
     every = figures(np.arange(len(true)))
     found = {name: None if np.isnan(value) else value for name, value in every.items()}

@@ -6,7 +6,8 @@ from functools import partial
 from pathlib import Path
 
 from visgraft.data.dataset import PARTS, Dataset, Example, Split, listed
-from visgraft.data.read import read_data
+from visgraft.data.label_columns import LabelColumns
+from visgraft.data.read import TABLE_EXTENSIONS, Source, read_data
 from visgraft.errors import DataError
 from visgraft.files import HUB_PREFIX
 from visgraft.protocols.row import TEST, Parts, Protocol, Task
@@ -31,6 +32,7 @@ def folder_protocol(
     shots: Sequence[int] = (),
     shifted: Mapping[str, Path] | None = None,
     split: Split = _DEFAULT_SPLIT,
+    label: str | None = None,
 ) -> Protocol:
     """Make a protocol of one data set: a folder, a .csv or .tsv table or hf:NAME_OR_PATH, see `visgraft.data.read`.
 
@@ -41,10 +43,11 @@ def folder_protocol(
             part, that part is taken, of another all images. Images of classes that `root` lacks are left out, and the
             protocol's title names these classes.
         split: how validation and test images are drawn where the data set does not say.
+        label: the column of a table that holds one class per image, of the further test sets' tables too; None: label.
 
     Raises:
-        DataError: a data set cannot be used, has no validation or test images or several classes per image, shares no
-            class, or has too few images for the shots.
+        DataError: a data set cannot be used, has no validation or test images, several classes per image or numbers,
+            shares no class, or has too few images for the shots.
     """
     shifted = dict(shifted or {})
     for name in shifted:
@@ -52,10 +55,10 @@ def folder_protocol(
             raise DataError(f"a further test set is called {name!r}; give it another name than {', '.join(PARTS)}")
     for count in shots:
         check_shots(count)
-    data = _read(root, split)
-    sets = {name: _read_shifted(folder, data) for name, folder in shifted.items()}
-    title = _name(root)
-    open_it = partial(open_folder, shifted=shifted, split=split)
+    data = _read(root, split, label)
+    sets = {name: _read_shifted(folder, data, label) for name, folder in shifted.items()}
+    title = f"{_name(root)}-{label}" if label else _name(root)
+    open_it = partial(open_folder, shifted=shifted, split=split, label=label)
     bare = Task(title, title, len(data.classes), {}, ".", open_it, "class folders, a table or hf:NAME_OR_PATH")
     tests = {TEST: data.part("test"), **{name: one.examples for name, one in sets.items()}}
     tasks = []
@@ -75,14 +78,17 @@ def folder_protocol(
     )
 
 
-def open_folder(folder: Path, task: Task, seed: int, *, shifted: Mapping[str, Path], split: Split) -> Parts:
+def open_folder(
+    folder: Path, task: Task, seed: int, *, shifted: Mapping[str, Path], split: Split, label: str | None = None
+) -> Parts:
     """Read the data set anew and draw the shots; `seed` is of the shots alone, the parts follow `split`.
 
     Raises:
         DataError: see `folder_protocol`.
     """
-    data = _read(folder, split)
-    tests = {TEST: data.part("test"), **{name: _read_shifted(other, data).examples for name, other in shifted.items()}}
+    data = _read(folder, split, label)
+    others = {name: _read_shifted(other, data, label).examples for name, other in shifted.items()}
+    tests = {TEST: data.part("test"), **others}
     return Parts(data.classes, *_drawn(data, task.shots, seed), tests)
 
 
@@ -93,17 +99,22 @@ def _drawn(data: Dataset, shots: int, seed: int) -> tuple[Sequence[Example], Seq
     return train, draw_up_to(data.part("val"), min(shots, MOST_VALIDATION), seed)
 
 
-def _read(source: Path, split: Split) -> Dataset:
-    data = read_data(source, split)
+def _read(source: Path, split: Split, label: str | None) -> Dataset:
+    table = source.suffix.lower() in TABLE_EXTENSIONS and not source.is_dir()
+    columns = LabelColumns.parsed(label, None, None, None) if table else None
+    data = read_data(Source(source, labels=columns), split)
     if data.tasks:
-        raise DataError(f"{source} has several labels per image; benchmarks need a column label with one class")
+        raise DataError(
+            f"{source}: benchmarks measure one class per image, but {'; '.join(map(str, data.tasks))}; give --label "
+            "one column of classes, or measure all of them with `visgraft compare` or `visgraft train --folds 5`"
+        )
     if data.multi_label:
         raise DataError(f"{source} has several classes per image; benchmarks need a column label with one")
     return data
 
 
-def _read_shifted(source: Path, data: Dataset) -> Shifted:
-    other = _read(source, _WHOLE)
+def _read_shifted(source: Path, data: Dataset, column: str | None) -> Shifted:
+    other = _read(source, _WHOLE, column)
     label = {name: index for index, name in enumerate(data.classes)}
     if not label.keys() & set(other.classes):
         known, theirs = listed(data.classes), listed(other.classes)

@@ -17,15 +17,16 @@ def curves(history: Sequence[Mapping[str, Any]], kept_epoch: int | None) -> list
     """Draw loss, accuracy and learning rate over the epochs; empty where no epoch is recorded.
 
     The epoch whose weights were kept is marked where it is not the last. A multi-label run has no top-1, but mean
-    average precision on the validation images.
+    average precision on the validation images; one with several tasks the mean of their figures.
     """
     if not history:
         return []
     figure = "top-1" if _column(history, "top1") else "mean average precision"
+    figure = "figure of the tasks" if _column(history, "val_mean") else figure
     loss = {"train": _column(history, "loss"), "val": _column(history, "val_loss")}
     rates = {
         "train": _column(history, "top1"),
-        "val": _column(history, "val_top1") or _column(history, "val_map"),
+        "val": _column(history, "val_top1") or _column(history, "val_map") or _column(history, "val_mean"),
     }
     rates = {name: [100 * value for value in values] for name, values in rates.items()}
     mark = kept_epoch if kept_epoch and kept_epoch != len(history) else None

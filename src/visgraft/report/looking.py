@@ -4,12 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from visgraft.data.images import Images
-from visgraft.measure.evaluation import probabilities_of
+from visgraft.measure.evaluation import answers_of
 
 
 def occlusion(model: nn.Module, images: Images, index: int, label: int, cells: int = 7) -> Tensor:
     """Return how far the probability of `label` falls when one cell of the picture is painted over: [cells, cells].
 
+    Of a number, how far that falls, in its unit.
     The cover is the mean colour of the picture. It works for every model, is measured rather than read from inside,
     and a cell that does not matter gets 0. Negative values (the answer gains) are kept.
     """
@@ -27,5 +28,5 @@ def occlusion(model: nn.Module, images: Images, index: int, label: int, cells: i
     device = next(model.parameters()).device
     with torch.inference_mode():
         logits = model(images.normalised(torch.stack(covered), device)).float()
-        probability = probabilities_of(logits, images.multi_label)[:, label].cpu()
-    return (probability[0] - probability[1:]).view(cells, cells).clone()
+        answer = answers_of(logits, images.tasks, images.multi_label)[:, label].cpu()
+    return (answer[0] - answer[1:]).view(cells, cells).clone()

@@ -1,4 +1,4 @@
-"""The most confident mistakes of a run, each with its picture and what the answer depends on."""
+"""The most confident mistakes of a run and its worst numbers, each with its picture and what it depends on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from torch import nn
 
 from visgraft.data.images import Images
 from visgraft.measure.evaluation import Evaluation, is_multi_label
+from visgraft.measure.numbers import NumberFigures
 from visgraft.pictures import Picture, PixelArray, heat_map, photograph
 from visgraft.report.looking import occlusion
 
@@ -59,6 +60,35 @@ def find_mistakes(
         _mistake(model, images, i, classes[int(evaluation.labels[i])], classes, int(best.indices[i]), best.values[i])
         for i in worst
     ]
+
+
+@dataclass(frozen=True)
+class FarOff:
+    """A number far from the true one, both in their unit.
+
+    `strongest` says how far the number moves when the part of the picture that matters most is covered.
+    """
+
+    file: str
+    true: float
+    answered: float
+    picture: Picture
+    map: Picture
+    strongest: float
+
+
+def find_far_off(model: nn.Module, images: Images, found: NumberFigures, most: int = MOST) -> list[FarOff]:
+    """Return the answers furthest from the truth, the worst first; `images` are of that task alone."""
+    order = (found.answers - found.truth).abs().argsort(descending=True, stable=True)[:most].tolist()
+    return [_far_off(model, images, i, float(found.truth[i]), float(found.answers[i])) for i in order]
+
+
+def _far_off(model: nn.Module, images: Images, index: int, true: float, answered: float) -> FarOff:
+    pixels, file = picture_of(images, index), images.paths[index].name if images.paths else f"image {index}"
+    moved = occlusion(model, images, index, 0).abs().numpy().astype(np.float64)
+    strongest, task = float(moved.max()), images.tasks[0]
+    heat = heat_map(pixels, moved / max(strongest, FAINT * task.std), f"What {task.name} depends on")
+    return FarOff(file, true, answered, photograph(pixels, f"{file}, answered {answered:.4g}"), heat, strongest)
 
 
 def _label_mistakes(

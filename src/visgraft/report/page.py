@@ -10,11 +10,13 @@ from visgraft.adapters.directory import CONFIG, read_record
 from visgraft.adapters.hub import on_hub, settled
 from visgraft.data.images import Loading
 from visgraft.data.read import AnySource
+from visgraft.data.tasks import LabelTask, figure_name
 from visgraft.errors import AdapterError, VisgraftError, nearest
 from visgraft.files import new_file
 from visgraft.measure.evaluation import is_multi_label
 from visgraft.report import compare
 from visgraft.report.section import PART_NAMES, ReportedRun, RunSection, Say, make_section
+from visgraft.report.task_rows import TaskRow, task_rows
 
 _DEFAULT_LOADING = Loading()
 MARKER = '<meta name="generator" content="visgraft report">'
@@ -34,13 +36,20 @@ class ReportPage:
     verdict: str
     notes: list[str]
     differences: list[compare.Lead | None]
+    task_rows: list[TaskRow]
     sections: list[RunSection]
     classes: list[str]
 
     @property
     def rows(self) -> list[dict[str, Any]]:
         """The table that compares the runs, as plain JSON values."""
-        return [dataclasses.asdict(section.row) for section in self.sections]
+        rows = [dataclasses.asdict(section.row) for section in self.sections]
+        return [{name: value for name, value in row.items() if name != "tasks" or value} for row in rows]
+
+    @property
+    def tasks(self) -> tuple[LabelTask, ...]:
+        """What is asked, where that are several things."""
+        return self.sections[0].record.tasks
 
 
 def build_report(
@@ -85,8 +94,10 @@ def gather(
     known, say = _read(runs), on_step or (lambda text: None)
     made = [make_section(run, f"run-{i}", data, weights, part, loading, say) for i, run in enumerate(known, 1)]
     sections = sorted(made, key=lambda section: (section.row.figure is None, -(section.row.figure or 0)))
-    differences = [_difference(sections[0], section) for section in sections]
+    leads = [_leads(sections[0], section) for section in sections]
+    differences = [whole for whole, _ in leads]
     figure = "mean average precision" if any(section.row.multi_label for section in sections) else "top-1"
+    figure = figure_name(sections[0].record.tasks) if sections[0].record.tasks else figure
     return ReportPage(
         part=PART_NAMES[part],
         data="" if data is None else Path(str(data)).name,
@@ -94,6 +105,7 @@ def gather(
         verdict=compare.verdict([section.row for section in sections], figure, differences, PART_NAMES[part]),
         notes=_notes(sections, differences, part),
         differences=differences,
+        task_rows=task_rows([section.row for section in sections], [each for _, each in leads], known[0].record.tasks),
         sections=sections,
         classes=known[0].classes,
     )
@@ -121,28 +133,42 @@ def _read(runs: Sequence[str | Path]) -> list[ReportedRun]:
                 f"the classes of {run.path} are not those of {found[0].path}, so the two cannot be compared; "
                 "report on each alone"
             )
+        if _asked(run) != _asked(found[0]):
+            raise AdapterError(
+                f"{run.path} does not answer the same tasks as {found[0].path}, so the two cannot be compared; report "
+                "on each alone"
+            )
     return found
 
 
-def _difference(best: RunSection, other: RunSection) -> compare.Lead | None:
-    """The paired difference to another run; None where there is no other run, or not the same images."""
-    if best is other or best.measured is None or other.measured is None:
-        return None
-    same = best.measured.paths == other.measured.paths
-    same = same and is_multi_label(best.measured.evaluation) == is_multi_label(other.measured.evaluation)
-    measured = best.measured
-    return compare.paired_difference(measured.evaluation, other.measured.evaluation, measured.members) if same else None
+def _asked(run: ReportedRun) -> list[tuple[str, str]]:
+    return [(task.name, task.kind) for task in run.record.tasks]
+
+
+def _leads(best: RunSection, other: RunSection) -> tuple[compare.Lead | None, dict[str, compare.Lead]]:
+    """The paired difference to another run, and that in each of several tasks; None and {} where there is none.
+
+    That is where there is no other run, or not the same images.
+    """
+    seen, others = best.seen, other.seen
+    if best is other or seen is None or others is None or seen.paths != others.paths:
+        return None, {}
+    if is_multi_label(seen.evaluation) != is_multi_label(others.evaluation):
+        return None, {}
+    if best.record.tasks:
+        return compare.task_leads(seen.evaluation, others.evaluation, best.record.tasks, seen.members)
+    return compare.paired_difference(seen.evaluation, others.evaluation, seen.members), {}
 
 
 def _notes(sections: Sequence[RunSection], differences: Sequence[compare.Lead | None], part: str) -> list[str]:
     """What a reader must know to take the table for what it is."""
-    notes, measured = [], sections[0].measured is not None
+    notes, measured = [], sections[0].seen is not None
     prints = {section.record.fingerprint for section in sections}
     if len(prints) > 1:
         notes.append("The runs were trained on different data (see the fingerprints), which may be why they differ.")
     if measured and len(sections) > 1 and None in differences[1:]:
         notes.append("Some runs hold out other images than the best one, so they cannot be compared image by image.")
-    if measured and any(section.measured and section.measured.groups for section in sections):
+    if measured and any(section.seen and section.seen.grouped for section in sections):
         notes.append("Images of one group are alike, so they count together in the intervals.")
     if part == "val" and any(section.record.training.get("select") == "val" for section in sections):
         notes.append("Runs that kept the epoch best on the validation images look slightly better here than they are.")
@@ -163,13 +189,18 @@ def render(report: ReportPage) -> str:
 
     loader = PackageLoader("visgraft", "report")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, lstrip_blocks=True)
-    environment.filters |= {"percent": compare.percent, "signed": compare.signed, "number": _number}
+    environment.filters |= {"percent": compare.percent, "signed": compare.signed, "number": _number, "short": _short}
     return environment.get_template("template.html").render(report=report, marker=MARKER)
 
 
 def _number(value: float | None, unit: str = "", scale: float = 1.0, digits: int = 0) -> str:
     """A number with thousands separated, divided by `scale`, and its unit; a dash for None."""
     return "–" if value is None else f"{value / scale:,.{digits}f}{' ' if unit else ''}{unit}"
+
+
+def _short(value: float | None) -> str:
+    """A number of any size with four digits that count, and a minus sign; a dash for None."""
+    return "–" if value is None else f"{value:.4g}".replace("-", "−")
 
 
 def check_page(path: Path) -> None:

@@ -191,7 +191,7 @@ def count_alone(
 
     def figure(kept: Collection[int]) -> float:
         changed = keep_parts(model, kept)
-        return evaluate(folded(changed) if folds else changed, images, precision).figure
+        return evaluate(folded(changed) if folds else changed, images, precision, resamples=0).figure
 
     rows = tuple(
         Alone(f"{name} {i + 1}", figure((i,)), figure([other for other in everything if other != i]))

@@ -127,12 +127,20 @@ def configuration_rows(record: AdapterRecord) -> list[tuple[str, list[tuple[str,
         "Method": {"method": config["method"], **config["method_config"]},
         "Training": facts.get("train", {}),
         "Backbone": config["backbone"],
-        "Data": {"classes": len(config["classes"]), **facts.get("data", {})},
+        "Data": {"classes": len(config["classes"]), **facts.get("data", {}), **_tasks(record)},
         "Preprocessing": config["data_config"],
         "Recorded figures": {k: v for k, v in facts.items() if k not in ("train", "data", "history")},
         "Versions": config.get("versions", {}),
     }
     return [(heading, list(_flat(values))) for heading, values in parts.items() if values]
+
+
+def _tasks(record: AdapterRecord) -> dict[str, Any]:
+    return (
+        {"tasks": {task.name: str(task).removeprefix(f"{task.name}: ") for task in record.tasks}}
+        if record.tasks
+        else {}
+    )
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

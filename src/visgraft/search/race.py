@@ -132,7 +132,7 @@ class Race:
         chosen = images if seen is None else select(images, seen)
         rows = slice(None) if seen is None else torch.from_numpy(seen)
         return {
-            method: Predictions(given[: max(repeats, 1), rows], chosen.labels, chosen.groups)
+            method: Predictions(given[: max(repeats, 1), rows], chosen.labels, chosen.groups, chosen.tasks)
             for method, given in answers.items()
         }
 

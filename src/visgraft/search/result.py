@@ -36,7 +36,9 @@ class Progress:
 class MethodResult:
     """A method at its best setting; rates lie between 0 and 1.
 
-    `figure` is top-1, or mean average precision where images have several classes, on the images compared on;
+    `figure` is top-1, mean average precision where images have several classes, or the mean of several tasks' figures
+    (then `tasks` holds those of each, `task_gains` its differences from the reference, and `macro_f1` is None), on the
+    images compared on;
     `interval` its 95 % interval; `search_figure` what chose the setting, on the validation images. `gain` is the
     difference from the reference on the same images, None for the reference itself. `parameters` are those trained
     beside the head; `trials` counts those that were pruned or diverged too.
@@ -47,7 +49,7 @@ class MethodResult:
     epochs: int
     figure: float
     interval: tuple[float, float]
-    macro_f1: float
+    macro_f1: float | None
     search_figure: float
     gain: Difference | None
     parameters: int
@@ -56,11 +58,16 @@ class MethodResult:
     trials: int
     pruned: int
     diverged: int
+    tasks: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    task_gains: Mapping[str, Difference] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        gain = None if self.gain is None else {"mean": self.gain.mean, "half_width": self.gain.half_width}
-        return {**vars(self), "setting": dict(self.setting), "interval": list(self.interval), "gain": gain}
+        gain = None if self.gain is None else self.gain._asdict()
+        values = {name: value for name, value in vars(self).items() if name not in ("tasks", "task_gains")}
+        values |= {"setting": dict(self.setting), "interval": list(self.interval), "gain": gain}
+        gains = {name: one._asdict() for name, one in self.task_gains.items()}
+        return values | ({"tasks": dict(self.tasks), "task_gains": gains} if self.tasks else {})
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ from dataclasses import asdict, replace
 from visgraft.backbones.creation import Backbone
 from visgraft.core.configure import AUTO_METHODS
 from visgraft.data.dataset import Dataset, Example, Split
-from visgraft.data.images import Loading
+from visgraft.data.images import Images, Loading
 from visgraft.data.read import AnySource, read_data
 from visgraft.errors import VisgraftError
 from visgraft.executors.job import Executor
 from visgraft.export.merge import mergeable
+from visgraft.measure.intervals import Difference
 from visgraft.measure.precision import resolve_precision
 from visgraft.methods import get_method
 from visgraft.options import AUTO
@@ -161,17 +162,18 @@ def _conclude(race: Race, dataset: Dataset, crossed: Mapping[str, Predictions], 
     count = len(next(iter(found.values())).labels)
     guessing = all(is_guessing(predictions) for predictions in found.values())
     pairs = [] if guessing else confused_pairs(list(found.values()))
+    unanswered = [] if guessing else _unanswered(list(found.values()))
     verdict = decide(
         candidates,
         lambda first, second: difference(found[first], found[second]),
         count,
         guessing=guessing,
-        points="points of mean average precision" if task.val.multi_label else "points",
+        points=_points(task.val),
         most_accurate=automatic,
     )
     return Comparison(
         results=tuple(_row(s, c, found, verdict) for s, c in zip(race.found, candidates, strict=True)),
-        measure="mean_average_precision" if task.val.multi_label else "top1",
+        measure=_measure(task.val),
         measured_on="cross-validation" if crossed else "validation",
         images=count,
         folds=plan.folds if crossed else 0,
@@ -181,7 +183,7 @@ def _conclude(race: Race, dataset: Dataset, crossed: Mapping[str, Predictions], 
         recommended=verdict.recommended,
         sentence=verdict.sentence,
         guessing=guessing,
-        warnings=tuple(_warnings(pairs, dataset.classes)),
+        warnings=(*_warnings(pairs, dataset.classes), *unanswered),
         notes=tuple(_notes(race, count if crossed else 0)),
         backbone=task.bench.backbone.to_dict(),
         seed=task.seed,
@@ -194,7 +196,22 @@ def _conclude(race: Race, dataset: Dataset, crossed: Mapping[str, Predictions], 
 
 def _validated(search: Search, task: TuningTask) -> Predictions:
     assert search.best is not None
-    return Predictions(search.best[2].probabilities[None], task.val.labels, task.val.groups)
+    val = task.val
+    return Predictions(search.best[2].probabilities[None], val.labels, val.groups, val.tasks)
+
+
+def _points(images: Images) -> str:
+    """What the figures are counted in."""
+    if images.tasks:
+        return "points of the mean of the tasks"
+    return "points of mean average precision" if images.multi_label else "points"
+
+
+def _measure(images: Images) -> str:
+    """What the figures are."""
+    if images.tasks:
+        return "mean"
+    return "mean_average_precision" if images.multi_label else "top1"
 
 
 def _candidate(search: Search, task: TuningTask, found: Predictions) -> Candidate:
@@ -223,7 +240,13 @@ def _row(search: Search, candidate: Candidate, found: Mapping[str, Predictions],
         trials=search.trials,
         pruned=search.pruned,
         diverged=search.diverged,
+        tasks=predictions.task_figures(),
+        task_gains={} if predictions is reference else _task_gains(predictions, reference),
     )
+
+
+def _task_gains(found: Predictions, reference: Predictions) -> dict[str, Difference]:
+    return {name: difference(one, reference.by_task[name]) for name, one in found.by_task.items()}
 
 
 def _warnings(pairs: Sequence[tuple[int, int]], classes: Sequence[str]) -> list[str]:
@@ -235,6 +258,17 @@ def _warnings(pairs: Sequence[tuple[int, int]], classes: Sequence[str]) -> list[
     return [
         f"no method tells {told} better than guessing: is what tells them apart smaller than a patch? "
         "try a larger --image-size before another method"
+    ]
+
+
+def _unanswered(methods: Sequence[Predictions]) -> list[str]:
+    """Name the tasks that no method answers better than a constant, of several."""
+    guessed = [name for name in methods[0].by_task if all(is_guessing(one.by_task[name]) for one in methods)]
+    if not guessed:
+        return []
+    return [
+        f"no method is shown to answer {', '.join(guessed)} better than a constant answer: look at the labels and the "
+        "image size, give more images, or leave it out of what is learned"
     ]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from visgraft.core.configure import default_setting
+from visgraft.data.tasks import output_slices
 from visgraft.measure.intervals import RESAMPLES, Difference, paired_difference, spread
 from visgraft.option_types import written as option_text
 from visgraft.training.crossval import Predictions
@@ -59,7 +60,7 @@ def typed(method: str, setting: Mapping[str, Any]) -> list[str]:
 
 def difference(first: Predictions, second: Predictions) -> Difference:
     """Return by how much the first's figure is above the second's, on the same images, with its 95 % half-width."""
-    if first.multi_label:
+    if first.multi_label or first.tasks:
         return Difference(first.figure - second.figure, spread(first.resampled - second.resampled))
     return paired_difference(first.right, second.right, first.members)
 
@@ -181,8 +182,13 @@ def is_guessing(found: Predictions) -> bool:
 
     The mean over the classes of the share of right answers is then not above 1 / classes by more than 1.96 standard
     errors, whatever the classes' shares; with several classes per image, mean average precision is then not above what
-    97.5 % of the random exchanges of answers between the images reach.
+    97.5 % of the random exchanges of answers between the images reach. Numbers are guessed where R² is not shown to
+    be above 0, which the best constant answer reaches, and several tasks where each of them is.
     """
+    if found.tasks:
+        if found.labels.shape[1] == 1 and found.tasks[0].kind == "number":
+            return bool(np.nanquantile(found.resampled, 0.025) <= 0)
+        return all(is_guessing(one) for one in found.by_task.values())
     if found.multi_label:
         everything, generator = np.arange(len(found.labels)), np.random.default_rng(0)
         exchanged = [found.precision(everything, generator.permutation(everything)) for _ in range(RESAMPLES)]
@@ -203,8 +209,19 @@ def _balanced(right: np.ndarray, labels: np.ndarray, classes: Sequence[int] | np
 def confused_pairs(methods: Sequence[Predictions]) -> list[tuple[int, int]]:
     """Return pairs of classes that no method tells apart better than guessing, where the images suffice to say so.
 
-    Of two classes, the one that a method finds likelier counts as its answer.
+    Of two classes, the one that a method finds likelier counts as its answer. With several tasks, the pairs are those
+    of all outputs.
     """
+    if methods[0].tasks:
+        starts = {
+            task.name: own.start for task, own in zip(methods[0].tasks, output_slices(methods[0].tasks), strict=True)
+        }
+        return [
+            (starts[name] + first, starts[name] + second)
+            for name, one in methods[0].by_task.items()
+            if not one.tasks
+            for first, second in confused_pairs([method.by_task[name] for method in methods])
+        ]
     if methods[0].multi_label:
         return []
     labels = methods[0].labels.numpy()

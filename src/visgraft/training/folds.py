@@ -15,6 +15,7 @@ from visgraft.data.dataset import Dataset
 from visgraft.data.examples import joined
 from visgraft.data.images import Loading
 from visgraft.data.read import AnySource, read_data
+from visgraft.data.tasks import LabelTask
 from visgraft.executors.gather import gather
 from visgraft.executors.here import Here
 from visgraft.executors.job import Event, Executor, Job, Note
@@ -29,14 +30,15 @@ from visgraft.training.resume import Epoch
 class CrossValidation:
     """What a setting reaches in repeated k-fold cross-validation; rates lie between 0 and 1.
 
-    `figure` is top-1, or mean average precision where images have several classes, its mean over the repeats;
+    `figure` is top-1, mean average precision where images have several classes, or the mean of several tasks' figures
+    (then without `macro_f1`), its mean over the repeats;
     `interval` its 95 % interval over the images (over the groups where there are any), `fold_figures` [repeats, folds]
     what each fold reached and `fold_spread` their standard deviation. `predictions` holds what it was computed from.
     """
 
     figure: float
     interval: tuple[float, float]
-    macro_f1: float
+    macro_f1: float | None
     images: int
     folds: int
     repeats: int
@@ -49,13 +51,20 @@ class CrossValidation:
         """Return plain JSON values, without the predictions."""
         values = {name: value for name, value in vars(self).items() if name != "predictions"}
         named = {True: "mean_average_precision", False: "top1"}[self.predictions.multi_label]
-        return values | {"measure": named, "interval": list(self.interval), "fold_figures": list(self.fold_figures)}
+        told: dict[str, Any] = {
+            "measure": named,
+            "interval": list(self.interval),
+            "fold_figures": list(self.fold_figures),
+        }
+        if self.predictions.tasks:
+            told |= {"measure": "mean", "tasks": self.predictions.task_figures()}
+        return values | told
 
 
 class _HeldOut(NamedTuple):
     """What a fold's training answered: images [held out], probabilities [held out, classes] and its figure.
 
-    `labels` and `groups` are those of all images that decode.
+    `labels`, `groups` and `tasks` are those of all images that decode.
     """
 
     images: np.ndarray
@@ -63,6 +72,7 @@ class _HeldOut(NamedTuple):
     figure: float
     labels: Tensor
     groups: tuple[str | None, ...]
+    tasks: tuple[LabelTask, ...]
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,7 @@ class _Folds:
         fold = crossval.folds(examples, self.folds, self.repeats, self.seed)[number]
         fit = fit_fold(bench, self.method, self.config, images, fold, seldom(note, lambda epoch: epoch.complete))
         figure = fit.evaluation.figure if fit.labels.ndim == 1 or bool(fit.labels.any()) else float("nan")
-        return _HeldOut(fold[1], fit.probabilities, figure, images.labels, images.groups)
+        return _HeldOut(fold[1], fit.probabilities, figure, images.labels, images.groups, images.tasks)
 
 
 def cross_validate(
@@ -147,11 +157,11 @@ def cross_validate(
 
 def _concluded(plan: _Folds, held_out: list[_HeldOut], classes: int, seconds: float) -> CrossValidation:
     """Put the folds' answers together."""
-    labels, groups = held_out[0].labels, held_out[0].groups
+    labels, groups, tasks = held_out[0].labels, held_out[0].groups, held_out[0].tasks
     answers = torch.zeros(plan.repeats, len(labels), classes)
     for number, one in enumerate(held_out):
         answers[number // plan.folds, torch.from_numpy(one.images)] = one.probabilities
-    found, figures = Predictions(answers, labels, groups), [one.figure for one in held_out]
+    found, figures = Predictions(answers, labels, groups, tasks), [one.figure for one in held_out]
     reached = tuple(tuple(figures[start : start + plan.folds]) for start in range(0, len(figures), plan.folds))
     spread = float(np.nanstd(reached, ddof=1))
     return CrossValidation(
