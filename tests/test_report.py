@@ -28,7 +28,7 @@ BACKBONE = Backbone("test_vit", "none", 32)
 NAMES = ("<b>x</b>", 'a & "b"', "c$2^x$ c")
 COLOURS = ((200, 40, 40), (40, 190, 60), (40, 60, 200))
 GROUPS = ("cam <1>", "cam 2")
-SECTIONS = ("curves", "confusion", "calibration", "mistakes", "classes", "costs", "configuration")
+SECTIONS = ("curves", "confusion", "calibration", "coverage", "mistakes", "classes", "costs", "configuration")
 
 
 class Page(HTMLParser):
