@@ -80,6 +80,11 @@ class AdapterRecord:
         return self.task == "several_classes"
 
     @property
+    def has_several(self) -> bool:
+        """Whether one of several tasks is one whose images may have several classes, or none."""
+        return any(task.kind == "several_classes" for task in self.tasks)
+
+    @property
     def training(self) -> Facts:
         """The options of the training; empty where they are not known."""
         return dict(self.facts.get("train", {}))

@@ -82,7 +82,8 @@ def predict(
     from visgraft.bank.opening import check_same_backbone, load_bank
     from visgraft.cli.predict_images import find_images, find_work, split_arguments
     from visgraft.cli.predict_parts import PartOptions, predict_in_parts
-    from visgraft.serve.prediction import most_columns, predict_rows, predict_stream
+    from visgraft.serve.layout import table_layout
+    from visgraft.serve.prediction import predict_rows, predict_stream
 
     in_parts = PartOptions(part_size, shard, on, workers, cpus_per_worker, gpus_per_worker)
     by_folder = in_parts.for_folder(out)
@@ -109,8 +110,8 @@ def predict(
         partial(predict_rows, bank, work.pairs()) if work else partial(predict_stream, bank, paths, ensemble=ensemble)
     )
     answering = ["ensemble of " + " and ".join(named)] if ensemble else list(named)
-    width = most_columns(map(bank.record, bank.names), top)
-    sink = table(out, width) if out and table else printed(len(answering), json, streamed)
+    records = {name: bank.record(name) for name in bank.names}
+    sink = table(out, table_layout(records, top)) if out and table else printed(len(answering), json, streamed)
     rows = _write_all(each(**options), sink, progress, broken)
     _report(out, answering, rows if work else rows // len(answering), progress, broken, json, bool(work))
 

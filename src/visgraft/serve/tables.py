@@ -4,22 +4,21 @@ import csv
 import io
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from visgraft.errors import VisgraftError
 from visgraft.files import new_file
 from visgraft.serve.decoding import AnyPath
-from visgraft.serve.prediction import Classes, Prediction
+from visgraft.serve.layout import ERROR, Column, TableLayout, joined
+from visgraft.serve.prediction import Prediction
 
 ROWS_AT_ONCE = 10_000  # row group of a .parquet file
-ERROR = "error"
 
 Row = list[Any]
 Write = Callable[[Prediction], None]
-TableWriter = Callable[[Path, int], AbstractContextManager[Write]]
-"""Given a file's name and how many classes a row names at most."""
+TableWriter = Callable[[Path, TableLayout], AbstractContextManager[Write]]
+"""Given a file's name and the columns of the table."""
 
 
 def written(path: AnyPath) -> str:
@@ -37,42 +36,33 @@ def check_pyarrow(out: Path) -> None:
 
 
 @contextmanager
-def csv_table(out: Path, width: int) -> Iterator[Write]:
+def csv_table(out: Path, layout: TableLayout) -> Iterator[Write]:
     """Yield a writer of predictions to a .csv file, that becomes `out` when all went well."""
     with _new_table(out) as file:
         text = io.TextIOWrapper(file, "utf-8", newline="")
         rows = csv.writer(text)
-        rows.writerow(_columns(width))
-        yield lambda found: rows.writerow(_row(found.image, found.adapter, found.classes, width))
+        rows.writerow([column.name for column in layout.columns()])
+        yield lambda found: rows.writerow(map(joined, _row(layout, found)))
         text.flush()
         text.detach()  # the file below stays open, for its owner to close
 
 
 @contextmanager
-def parquet_table(out: Path, width: int) -> Iterator[Write]:
+def parquet_table(out: Path, layout: TableLayout) -> Iterator[Write]:
     """Yield a writer of predictions to a .parquet file, that becomes `out` when all went well."""
-    with _parquet(out, _columns(width)) as write:
-        yield lambda found: write(_row(found.image, found.adapter, found.classes, width))
+    with _parquet(out, layout.columns()) as write:
+        yield lambda found: write(_row(layout, found))
 
 
 @contextmanager
-def parquet_part(out: Path, width: int) -> Iterator[Callable[[AnyPath, str, Classes, str | None], None]]:
-    """Yield a writer of image, adapter, classes and, where it is broken, the reason, to a part of a table."""
-    with _parquet(out, [*_columns(width), ERROR]) as write:
-        yield lambda image, adapter, classes, error: write(
-            [*_row(image, adapter, classes, width), None if error is None else written(error)]
-        )
+def parquet_part(out: Path, layout: TableLayout) -> Iterator[Callable[[Prediction, str | None], None]]:
+    """Yield a writer of predictions and, where an image is broken, the reason, to a part of a table."""
+    with _parquet(out, [*layout.columns(), Column(ERROR, "text")]) as write:
+        yield lambda found, error: write([*_row(layout, found), None if error is None else written(error)])
 
 
-def _columns(width: int) -> list[str]:
-    numbers = ["", *(f"_{number}" for number in range(2, width + 1))]
-    return ["image", "adapter", *(f"{name}{number}" for number in numbers for name in ("class", "probability"))]
-
-
-def _row(image: AnyPath, adapter: str, classes: Classes, width: int) -> Row:
-    """Return a row of the table; None where fewer classes are named."""
-    missing = [(None, None)] * (width - len(classes))
-    return [written(image), adapter, *chain.from_iterable([*classes, *missing])]
+def _row(layout: TableLayout, found: Prediction) -> Row:
+    return layout.row(written(found.image), found.adapter, found.classes, found.tasks)
 
 
 @contextmanager
@@ -86,13 +76,19 @@ def _new_table(out: Path) -> Iterator[Any]:
 
 
 @contextmanager
-def _parquet(out: Path, columns: list[str]) -> Iterator[Callable[[Row], None]]:
+def _parquet(out: Path, columns: list[Column]) -> Iterator[Callable[[Row], None]]:
     import pyarrow
     import pyarrow.parquet
 
     rows = list[Row]()
-    kinds = [pyarrow.float64() if name.startswith("probability") else pyarrow.string() for name in columns]
-    schema = pyarrow.schema(list(zip(columns, kinds, strict=True)))
+    kinds = {"text": pyarrow.string(), "number": pyarrow.float64()}
+    kinds |= {"texts": pyarrow.list_(kinds["text"]), "numbers": pyarrow.list_(kinds["number"])}
+    schema = pyarrow.schema(
+        [
+            pyarrow.field(one.name, kinds[one.holds], metadata={"unit": one.unit} if one.unit else None)
+            for one in columns
+        ]
+    )
     with _new_table(out) as file, pyarrow.parquet.ParquetWriter(file, schema) as writer:
 
         def flush() -> None:
