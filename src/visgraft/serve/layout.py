@@ -15,7 +15,7 @@ ERROR = "error"
 Cell = str | float | list[str] | list[float] | None
 
 
-class Column(NamedTuple):
+class TableColumn(NamedTuple):
     """A column of a table: its name, what its cells hold, and the unit of numbers."""
 
     name: str
@@ -41,17 +41,17 @@ class TaskColumns:
     width: int
     name: str
 
-    def columns(self) -> Iterator[Column]:
+    def columns(self) -> Iterator[TableColumn]:
         """Yield them."""
         if self.kind == "number":
-            yield Column(self.name, "number", self.unit)
+            yield TableColumn(self.name, "number", self.unit)
         elif self.kind == "several_classes":
-            yield Column(self.name, "texts")
-            yield Column(f"{self.name}_probability", "numbers")
+            yield TableColumn(self.name, "texts")
+            yield TableColumn(f"{self.name}_probability", "numbers")
         else:
             for number in _numbers(self.width):
-                yield Column(f"{self.name}{number}", "text")
-                yield Column(f"{self.name}_probability{number}", "number")
+                yield TableColumn(f"{self.name}{number}", "text")
+                yield TableColumn(f"{self.name}_probability{number}", "number")
 
     def cells(self, answer: Classes | NumberAnswer | None) -> list[Cell]:
         """Return what a row holds there; None: the adapter is not asked this."""
@@ -76,12 +76,12 @@ class TableLayout:
     width: int
     tasks: tuple[TaskColumns, ...] = ()
 
-    def columns(self) -> list[Column]:
+    def columns(self) -> list[TableColumn]:
         """Return all columns in order, without that for errors."""
         pairs = ((f"class{number}", f"probability{number}") for number in _numbers(self.width))
-        of_classes = chain.from_iterable((Column(name, "text"), Column(p, "number")) for name, p in pairs)
+        of_classes = chain.from_iterable((TableColumn(name, "text"), TableColumn(p, "number")) for name, p in pairs)
         of_tasks = chain.from_iterable(one.columns() for one in self.tasks)
-        return [Column("image", "text"), Column("adapter", "text"), *of_classes, *of_tasks]
+        return [TableColumn("image", "text"), TableColumn("adapter", "text"), *of_classes, *of_tasks]
 
     def row(self, image: str, adapter: str, classes: Classes, tasks: TaskAnswers | None) -> list[Cell]:
         """Return a row of the table; None where fewer classes are named, or nothing is asked."""

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from visgraft.data.tasks import LabelTask, output_slices
 
+THRESHOLD = 0.5
+"""Least probability of a class, where an image may have several, unless the user says otherwise."""
+
 Classes = list[tuple[str, float]]
 """Names of classes with their probabilities, most probable first."""
 

@@ -21,10 +21,9 @@ from visgraft.data.decode import colour_of
 from visgraft.errors import AdapterError, DataError, VisgraftError
 from visgraft.measure.precision import Compute, resolve_precision
 from visgraft.serve.decoding import AnyPath, batches, decoded, path_of, prepared, readable, stacked
-from visgraft.serve.naming import Classes, TaskAnswers, answers_to_tasks, best_classes
+from visgraft.serve.naming import THRESHOLD, Classes, TaskAnswers, answers_to_tasks, best_classes
 
 BATCH_SIZE = 64  # that of `evaluate`, so that both see the same rounding
-THRESHOLD = 0.5
 ENSEMBLE = "ensemble"
 """What the adapters of an ensemble are called together."""
 

@@ -10,7 +10,7 @@ from typing import Any
 from visgraft.errors import VisgraftError
 from visgraft.files import new_file
 from visgraft.serve.decoding import AnyPath
-from visgraft.serve.layout import ERROR, Column, TableLayout, joined
+from visgraft.serve.layout import ERROR, TableColumn, TableLayout, joined
 from visgraft.serve.prediction import Prediction
 
 ROWS_AT_ONCE = 10_000  # row group of a .parquet file
@@ -57,7 +57,7 @@ def parquet_table(out: Path, layout: TableLayout) -> Iterator[Write]:
 @contextmanager
 def parquet_part(out: Path, layout: TableLayout) -> Iterator[Callable[[Prediction, str | None], None]]:
     """Yield a writer of predictions and, where an image is broken, the reason, to a part of a table."""
-    with _parquet(out, [*layout.columns(), Column(ERROR, "text")]) as write:
+    with _parquet(out, [*layout.columns(), TableColumn(ERROR, "text")]) as write:
         yield lambda found, error: write([*_row(layout, found), None if error is None else written(error)])
 
 
@@ -76,7 +76,7 @@ def _new_table(out: Path) -> Iterator[Any]:
 
 
 @contextmanager
-def _parquet(out: Path, columns: list[Column]) -> Iterator[Callable[[Row], None]]:
+def _parquet(out: Path, columns: list[TableColumn]) -> Iterator[Callable[[Row], None]]:
     import pyarrow
     import pyarrow.parquet
 
