@@ -228,6 +228,8 @@ def _verdict(measured: Mapping[str, Any]) -> str:
     """
     difference, allowed = measured["largest_difference"], measured["tolerance"]
     agreement, least = measured["agreement"], measured["least_agreement"]
+    by_task = measured["tasks"]
+    to = f" to {min(by_task, key=lambda name: by_task[name]['agreement'])}" if by_task else ""
     where = f"on {measured['images']} {measured['source']}"
     if allowed is not None:
         if not difference <= allowed:
@@ -238,8 +240,8 @@ def _verdict(measured: Mapping[str, Any]) -> str:
         return f"no logit differs by more than {difference:.1e} {where} ({allowed:.1e} allowed)"
     if not agreement >= least:
         raise ExportError(
-            f"only {agreement:.1%} of the answers are the model's {where}, below {least:.1%}; nothing was written: "
+            f"only {agreement:.1%} of the answers{to} are the model's {where}, below {least:.1%}; nothing was written: "
             "export with --precision fp32 (of peft: a larger --rank), or accept it with --least-agreement "
             f"{max(0.0, agreement - 0.001):.3f}"
         )
-    return f"{agreement:.1%} of the answers are the model's {where} ({least:.0%} demanded)"
+    return f"{agreement:.1%} of the answers{to} are the model's {where} ({least:.0%} demanded)"

@@ -285,7 +285,7 @@ def attach_as_asked(
     """Attach the method afresh, with a look at the task's batches where it takes one, or from an earlier adapter."""
     torch.manual_seed(seed)
     if init_from is not None:
-        for note in start_from(model, init_from, config, dataset.classes):
+        for note in start_from(model, init_from, config, dataset.classes, dataset.tasks):
             watch.warning(note)
     else:
         attach(model, config, batches)
