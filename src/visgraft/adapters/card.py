@@ -24,11 +24,11 @@ MEASURES = {
 OF_NUMBERS = {
     "mae": ("mean absolute error", "mae"),
     "rmse": ("root mean squared error", "rmse"),
-    "constant_mae": ("mean absolute error of a constant answer", "mae"),
+    "constant_mae": ("mean absolute error of a constant answer", ""),
     "r2": ("R²", "r_squared"),
     "spearman": ("Spearman's rank correlation", "spearmanr"),
 }
-"""The same of numbers; the errors are in the number's unit."""
+"""The same of numbers; the errors are in the number's unit, and that of a constant answer is none of the adapter's."""
 ERRORS = ("mae", "rmse", "constant_mae")
 NAMES_SHOWN = 300
 FEW_IMAGES = 10  # of a class, below which the card warns of it
@@ -105,6 +105,7 @@ def _metadata(record: AdapterRecord, figures: Sequence[Mapping[str, Any]], place
             metric_value=figure["value"],
         )
         for figure in figures
+        if figure["kind"]
     ]
     base = base_model(record.backbone)
     relation: dict[str, Any] = {"base_model_relation": "adapter"} if base else {}
@@ -113,7 +114,7 @@ def _metadata(record: AdapterRecord, figures: Sequence[Mapping[str, Any]], place
         pipeline_tag=task,
         base_model=base,
         tags=["visgraft", "timm", "adapter", "parameter-efficient-fine-tuning", record.method.method],
-        metrics=[figure["kind"] for figure in figures] or None,
+        metrics=list(dict.fromkeys(figure["kind"] for figure in figures if figure["kind"])) or None,
         model_name=title if results else None,
         eval_results=results or None,
         **relation,
@@ -143,7 +144,8 @@ def _rates(stored: Mapping[str, Any], measures: Mapping[str, tuple[str, str]]) -
     """Return the figures among these measures that are numbers."""
     found = list[dict[str, Any]]()
     for key, (name, kind) in measures.items():
-        value, limits = stored.get(key), stored.get(f"{key}_ci95")
+        value: Any = stored.get(key)
+        limits: Any = stored.get(f"{key}_ci95")
         if _is_number(value):
             both = isinstance(limits, list | tuple) and len(limits) == 2 and all(map(_is_number, limits))
             low, high = limits if both else (0.0, 0.0)
