@@ -169,6 +169,7 @@ def check_alike(paths: Sequence[Path], records: Sequence[AdapterRecord]) -> None
             "options": dataclasses.replace(record.method, blend=None).to_dict(),
             "classes": record.classes or record.outputs,
             "task": record.task,
+            "tasks": record.tasks,  # with their means: heads of other ones say other numbers
             "preprocessing": dict(record.data_config),
             "tensors of the backbone that train besides": record.own,
         }
