@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from browser import browser, served
 from predicting import TASKS, make, make_tasks, pictures, shop
+from test_web import real_runtime
 
 from visgraft import blend, diff_adapters, export_adapter, load, merge_adapter, predict_stream
 from visgraft.adapters.card import make_card
@@ -116,3 +118,26 @@ def test_the_card_tells_tasks_units_and_figures(tmp_path: Path) -> None:
     assert "| size\\: mean absolute error in cm | 2.5 | 2.000–3.000 |" in card
     assert "| a\\|\\<b\\>\\: top-1 accuracy | 0.75 | 0.600–0.900 |" in card
     assert card.count("- type: mae") == 1 and "val\\_tasks" not in card
+
+
+@pytest.mark.long
+def test_the_page_in_a_browser_shows_each_task(
+    shop: Path, pictures: list[Path], real_runtime: str, tmp_path: Path
+) -> None:
+    export_adapter(shop, tmp_path / "web", "web", precision="fp32", runtime=real_runtime)
+    expected = next(iter(predict_stream([shop], pictures[:1], top=3))).tasks
+    assert expected
+    with served(tmp_path / "web") as address, browser() as tab:
+        assert tab.open(address) == "ready"
+        found = tab.choose(pictures[0])
+        told = {task["name"]: task for task in found["tasks"]}
+        size = expected["size"].value  # type: ignore[union-attr]
+        assert told["size"]["value"] == pytest.approx(size, abs=0.01) and told["size"]["unit"] == "cm"
+        assert dict(zip(told["colour"]["classes"], told["colour"]["probabilities"], strict=True)) == pytest.approx(
+            dict(expected["colour"]), abs=1e-3
+        )
+        rows = tab.evaluate(
+            "[...document.querySelectorAll('#answers li')].map((e) => e.className + '|' + e.textContent)"
+        )
+        assert [row for row in rows if row.startswith("task|")] == ["task|colour", "task|size", "task|tags"]
+        assert f"number|{size:.4g} cm" in rows and rows[1].startswith(f"|{expected['colour'][0][0]}")
