@@ -52,6 +52,7 @@ from visgraft.executors.processes import Processes
 from visgraft.measure.precision import frozen_weights_in_bf16, make_compute, resolve_precision, unfused_attention
 from visgraft.protocols.row import Parts
 from visgraft.protocols.vtab import VTAB
+from visgraft.serve.layout import TableLayout
 from visgraft.serve.prediction import Prediction
 
 HERE = Path(__file__).parent
@@ -166,7 +167,7 @@ def answers(rounds: int) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         for suffix in ("csv", "parquet"):
             out = Path(folder) / f"answers.{suffix}"
-            with choose_table(out)(out, 1) as write:
+            with choose_table(out)(out, TableLayout(1)) as write:
                 for number in range(count):
                     classes = ((f"class_{rng.integers(100):03d}", float(np.float32(rng.random()))),)
                     write(Prediction(Path(f"images/{number // 1000:06d}/{number:09d}.jpg"), "adapter_0001", classes))

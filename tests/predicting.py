@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,14 +21,27 @@ from visgraft.cli import predict as verb
 from visgraft.cli.show import progress_console
 from visgraft.core.attach import attach
 from visgraft.core.registry import get_method
+from visgraft.data.tasks import LabelTask, outputs_of
 from visgraft.errors import VisgraftError
 
 BACKBONE = Backbone("test_vit", "none", image_size=32)
 CLASSES = {"linear": "abc", "sct": "abc", "alore": "abc", "lora": "xyz", "full": "abc"}
 
 
+TASKS = (
+    LabelTask("colour", "one_class", ("red", "green", "blue")),
+    LabelTask("size", "number", unit="cm", mean=40.0, std=10.0, low=20.0, high=60.0),
+    LabelTask("tags", "several_classes", ("ring", "dot")),
+)
+
+
 def make(
-    folder: Path, method: str, backbone: Backbone = BACKBONE, seed: int = 1, classes: str = "", **record: Any
+    folder: Path,
+    method: str,
+    backbone: Backbone = BACKBONE,
+    seed: int = 1,
+    classes: Sequence[str] = "",
+    **record: Any,
 ) -> Path:
     """Write an adapter that has been moved off its start."""
     classes = classes or CLASSES[method]
@@ -36,6 +50,17 @@ def make(
     task = [(images(8, size=size), torch.arange(8) % len(classes))]
     enliven(attach(model, get_method(method).Config(), task), seed)
     return save(model, folder, classes=tuple(classes), record=record)
+
+
+def make_tasks(folder: Path, tasks: Sequence[LabelTask] = TASKS, method: str = "lora", seed: int = 1) -> Path:
+    """Write an adapter that answers several tasks."""
+    data = {"tasks": [task.to_json() for task in tasks]}
+    return make(folder, method, seed=seed, classes=outputs_of(tasks), data=data)
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tasks(tmp_path_factory.mktemp("shop") / "shop")
 
 
 @pytest.fixture(scope="module")

@@ -126,7 +126,7 @@ def blended(
         facts={**facts, **({"data": data} if data else {}), "blend": told},
         parameters=dataclasses.asdict(count_parameters(model)),
         canary=None,
-        calibrated=None,
+        calibrated={},
         unlike=None,
     )
     return Adapted(model.eval(), record)
@@ -171,6 +171,7 @@ def check_alike(paths: Sequence[Path], records: Sequence[AdapterRecord]) -> None
             "options": dataclasses.replace(record.method, blend=None).to_dict(),
             "classes": record.classes or record.outputs,
             "task": record.task,
+            "tasks": record.tasks,  # with their means: heads of other ones say other numbers
             "preprocessing": dict(record.data_config),
             "tensors of the backbone that train besides": record.own,
         }

@@ -1,9 +1,12 @@
 """What validation images say of how sure an adapter is: a temperature, and the scores that conformal answers need."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+ONE_LABEL = ""
+"""Of an adapter that answers one question: what stands in place of a task's name."""
 
 
 @dataclass(frozen=True)
@@ -47,3 +50,24 @@ class Calibrated:
         if not all(math.isfinite(score) for score in scores) or not 0 < temperature < math.inf:
             raise ValueError("a score or the temperature is not finite")
         return cls(images, tuple(ranks), tuple(map(float, scores)), float(temperature))
+
+
+def stored_calibration(by_task: Mapping[str, Calibrated]) -> dict[str, Any]:
+    """Return the calibration of an adapter as plain JSON values: of its one question, or of each task by name."""
+    if ONE_LABEL in by_task:
+        return by_task[ONE_LABEL].to_json()
+    return {"tasks": {name: one.to_json() for name, one in by_task.items()}}
+
+
+def read_calibration(stored: Mapping[str, Any], tasks: Collection[str]) -> dict[str, Calibrated]:
+    """Return it from `stored_calibration`'s form; `tasks` are the names of the adapter's tasks, if it has any.
+
+    Raises:
+        TypeError, ValueError, KeyError: it is damaged.
+    """
+    if not tasks:
+        return {ONE_LABEL: Calibrated.from_json(stored)}
+    found = {name: Calibrated.from_json(one) for name, one in stored["tasks"].items()}
+    if not found.keys() <= set(tasks):
+        raise ValueError(f"there is no task {', '.join(found.keys() - set(tasks))}")
+    return found

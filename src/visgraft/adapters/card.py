@@ -21,6 +21,15 @@ MEASURES = {
     "mean_average_precision": ("mean average precision", "mean_average_precision"),
 }
 """What a training measures on its validation images: how people and how the hub call it."""
+OF_NUMBERS = {
+    "mae": ("mean absolute error", "mae"),
+    "rmse": ("root mean squared error", "rmse"),
+    "constant_mae": ("mean absolute error of a constant answer", ""),
+    "r2": ("R²", "r_squared"),
+    "spearman": ("Spearman's rank correlation", "spearmanr"),
+}
+"""The same of numbers; the errors are in the number's unit, and that of a constant answer is none of the adapter's."""
+ERRORS = ("mae", "rmse", "constant_mae")
 NAMES_SHOWN = 300
 FEW_IMAGES = 10  # of a class, below which the card warns of it
 WIDE = 0.1  # an interval
@@ -96,6 +105,7 @@ def _metadata(record: AdapterRecord, figures: Sequence[Mapping[str, Any]], place
             metric_value=figure["value"],
         )
         for figure in figures
+        if figure["kind"]
     ]
     base = base_model(record.backbone)
     relation: dict[str, Any] = {"base_model_relation": "adapter"} if base else {}
@@ -104,7 +114,7 @@ def _metadata(record: AdapterRecord, figures: Sequence[Mapping[str, Any]], place
         pipeline_tag=task,
         base_model=base,
         tags=["visgraft", "timm", "adapter", "parameter-efficient-fine-tuning", record.method.method],
-        metrics=[figure["kind"] for figure in figures] or None,
+        metrics=list(dict.fromkeys(figure["kind"] for figure in figures if figure["kind"])) or None,
         model_name=title if results else None,
         eval_results=results or None,
         **relation,
@@ -112,20 +122,36 @@ def _metadata(record: AdapterRecord, figures: Sequence[Mapping[str, Any]], place
 
 
 def _measured() -> set[str]:
-    return {*MEASURES, "top1_ci95", "images"}
+    return {*MEASURES, "top1_ci95", "images", "tasks"}
 
 
 def _figures(record: AdapterRecord) -> list[dict[str, Any]]:
     """Return the figures on validation images that are numbers, with their intervals."""
-    found, stored = list[dict[str, Any]](), record.figures
-    for key, (name, kind) in MEASURES.items():
-        value: Any = stored.get(f"val_{key}")
-        limits: Any = stored.get(f"val_{key}_ci95")
+    found = _rates({name.removeprefix("val_"): value for name, value in record.figures.items()}, MEASURES)
+    by_task = record.figures.get("val_tasks")
+    for task in record.tasks:
+        stored = by_task.get(task.name) if isinstance(by_task, Mapping) else None
+        if isinstance(stored, Mapping):
+            measures = OF_NUMBERS if task.kind == "number" else MEASURES
+            found += _rates(stored, {
+                key: (f"{task.name}: {name}{f' in {task.unit}' if key in ERRORS and task.unit else ''}", kind)
+                for key, (name, kind) in measures.items()
+            })  # fmt: skip
+    return found
+
+
+def _rates(stored: Mapping[str, Any], measures: Mapping[str, tuple[str, str]]) -> list[dict[str, Any]]:
+    """Return the figures among these measures that are numbers."""
+    found = list[dict[str, Any]]()
+    for key, (name, kind) in measures.items():
+        value: Any = stored.get(key)
+        limits: Any = stored.get(f"{key}_ci95")
         if _is_number(value):
             both = isinstance(limits, list | tuple) and len(limits) == 2 and all(map(_is_number, limits))
-            interval = f"{limits[0]:.3f}–{limits[1]:.3f}" if both else None
-            found.append({"name": name, "kind": kind, "value": round(float(value), 4), "interval": interval,
-                          "wide": both and limits[1] - limits[0] > WIDE})  # fmt: skip
+            low, high = limits if both else (0.0, 0.0)
+            found.append({"name": name, "kind": kind, "value": round(float(value), 4),
+                          "interval": f"{low:.3f}–{high:.3f}" if both else None,
+                          "wide": both and key not in ERRORS and high - low > WIDE})  # fmt: skip
     return found
 
 
@@ -153,6 +179,8 @@ def _limits(record: AdapterRecord, figures: Sequence[Mapping[str, Any]]) -> list
     closed = "It gives each class that it knows a probability of its own" if record.multi_label else (
         "It names one of the classes that it knows for every picture, whatever that shows"
     )  # fmt: skip
+    if record.tasks:
+        closed = "It answers every task for every picture, whatever that shows"
     found = [f"{closed}; it was not taught to say that a picture shows none of them."]
     if figures:
         chosen = " and ".join(

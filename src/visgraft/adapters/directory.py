@@ -83,7 +83,7 @@ def save(
     classes: Sequence[str] = (),
     data_config: Mapping[str, Any] | None = None,
     record: Mapping[str, Any] | None = None,
-    calibrated: Calibrated | None = None,
+    calibrated: Mapping[str, Calibrated] | None = None,
     reference: Reference | None = None,
 ) -> Path:
     """Write the adapter of a model to a directory, atomically; an earlier adapter there is replaced.
@@ -94,7 +94,7 @@ def save(
         classes: names of the head's outputs, in order: a list, a tuple, a NumPy array of text.
         data_config: timm's preprocessing facts; what it does not say of size, mean and std, and None: the model's own.
         record: further facts to keep, e.g. how it was trained and what was measured (plain JSON values).
-        calibrated: how sure this very model is, by `visgraft.measure.conformal.calibrate`; None: not known.
+        calibrated: how sure this very model is, by `visgraft.measure.conformal.calibrate_tasks`; None: not known.
         reference: by which unlike pictures are told, by `visgraft.measure.unlike.fit_reference`; None: they are not.
 
     Raises:
@@ -107,7 +107,10 @@ def save(
     canary = measure_canary(model, record_.data_config)
     unlike = None if reference is None else reference.to_bytes()
     record_ = dataclasses.replace(
-        record_, canary=canary, calibrated=calibrated, unlike=None if unlike is None else digest_of_reference(unlike)
+        record_,
+        canary=canary,
+        calibrated=calibrated or {},
+        unlike=None if unlike is None else digest_of_reference(unlike),
     )
     path = Path(path)
     with new_directory(path, CONFIG) as folder:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from visgraft.adapters.calibrated import Calibrated
+from visgraft.adapters.calibrated import Calibrated, read_calibration, stored_calibration
 from visgraft.adapters.canary import Canary, check_facts
 from visgraft.backbones.creation import KINDS, Backbone
 from visgraft.data.dataset import Split
@@ -48,8 +48,8 @@ class AdapterRecord:
         versions: of Python and the libraries that wrote it.
         canary: what it answered to a seeded picture when it was saved; None: not known.
         tasks: what the outputs answer, in order, where that is not one label: several, or a number.
-        calibrated: how sure it is of these very tensors' answers, so that no copy of the facts carries it on; None: not
-            measured.
+        calibrated: how sure it is of these very tensors' answers, by task, or as `ONE_LABEL`, so that no copy of the
+            facts carries it on; empty: not measured.
         unlike: sha256 of the file by which it tells unlike pictures; None: there is none.
     """
 
@@ -71,7 +71,7 @@ class AdapterRecord:
     versions: Facts = field(default_factory=dict)
     canary: Canary | None = None
     tasks: tuple[LabelTask, ...] = ()
-    calibrated: Calibrated | None = None
+    calibrated: Mapping[str, Calibrated] = field(default_factory=dict)
     unlike: str | None = None
 
     def answers(self, logits: Tensor) -> Tensor:
@@ -84,6 +84,11 @@ class AdapterRecord:
     def multi_label(self) -> bool:
         """Whether an image may have several classes, or none."""
         return self.task == "several_classes"
+
+    @property
+    def has_several(self) -> bool:
+        """Whether one of several tasks is one whose images may have several classes, or none."""
+        return any(task.kind == "several_classes" for task in self.tasks)
 
     @property
     def training(self) -> Facts:
@@ -115,7 +120,7 @@ class AdapterRecord:
             "record": dict(self.facts),
             "versions": dict(self.versions),
             **({"canary": self.canary.to_json()} if self.canary else {}),
-            **({"calibration": self.calibrated.to_json()} if self.calibrated else {}),
+            **({"calibration": stored_calibration(self.calibrated)} if self.calibrated else {}),
             **({"unlike": self.unlike} if self.unlike else {}),
         }
 
@@ -168,7 +173,8 @@ class AdapterRecord:
             canary = Canary.from_json(config["canary"]) if config.get("canary") is not None else None
         with _damage(file, "calibration"):
             stored = config.get("calibration")
-            calibrated = None if stored is None else Calibrated.from_json(stored)
+            named = [task.name for task in tasks]
+            calibrated = {} if stored is None else read_calibration(stored, named)
         return cls(
             method, backbone, outputs, digest, precision, own, config["data_config"], tuple(config["classes"]),
             "several_tasks" if tasks else "several_classes" if data.get("multi_label") else "one_class",

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -11,22 +12,38 @@ from visgraft.adapters.hub import TENSORS, settled
 from visgraft.adapters.record import AdapterRecord
 from visgraft.backbones.heads import output_layers
 from visgraft.core.attach import assemble, detach
+from visgraft.data.tasks import LabelTask
 from visgraft.errors import AdapterError
 from visgraft.options import MethodConfig
 
 
+class TakenRow(NamedTuple):
+    """A row of the new head, the old one it begins as, and what is done to it: output * `scale` + `shift`."""
+
+    new: int
+    old: int
+    scale: float = 1.0
+    shift: float = 0.0
+
+
 @settled()
-def start_from(model: nn.Module, adapter: Path, config: MethodConfig, classes: Sequence[str]) -> list[str]:
+def start_from(
+    model: nn.Module, adapter: Path, config: MethodConfig, classes: Sequence[str], tasks: Sequence[LabelTask] = ()
+) -> list[str]:
     """Attach an adapter's method with its weights to a plain model whose head may have other classes.
 
     The rows of the head are taken over class by class, by name; those of new classes start as in the model. Nothing is
     chosen or scored anew: SCT keeps its channels.
+
+    With several tasks, outputs are matched by task and class. Where only one of both has tasks, the one label of the
+    other is that task which has all of its classes. A number's row is scaled so that it says the same number.
 
     Args:
         model: the plain backbone with a head for `classes`, in place.
         adapter: the folder of the earlier adapter, or `hf:USER/NAME`.
         config: the method's options, which must be those of the adapter.
         classes: names of the head's outputs.
+        tasks: what they answer, where that is not one label.
 
     Returns:
         Lines that name the classes that came and went.
@@ -40,8 +57,7 @@ def start_from(model: nn.Module, adapter: Path, config: MethodConfig, classes: S
             f"{adapter} is {stored.method.method} with {stored.method.to_dict()}; leave the method's options out to go "
             "on with these"
         )
-    before = {name: row for row, name in enumerate(stored.classes)}
-    rows = [(row, before[name]) for row, name in enumerate(classes) if name in before]
+    rows = _matched(stored, classes, tasks)
     if not rows:
         raise AdapterError(f"{adapter} knows none of the classes {', '.join(classes[:5])}; train without --init-from")
     assemble(model, config)
@@ -50,14 +66,38 @@ def start_from(model: nn.Module, adapter: Path, config: MethodConfig, classes: S
     except AdapterError:
         detach(model)
         raise
-    added = [name for name in classes if name not in before]
-    gone = [name for name in before if name not in classes]
+    new, old = {row.new for row in rows}, {row.old for row in rows}
+    added = [name for number, name in enumerate(classes) if number not in new]
+    gone = [name for number, name in enumerate(stored.classes) if number not in old]
     told = [f"new classes, whose part of the head starts at random: {', '.join(added)}"] if added else []
     return told + ([f"classes of {adapter} that are gone: {', '.join(gone)}"] if gone else [])
 
 
-def _take_over(model: nn.Module, adapter: Path, stored: AdapterRecord, rows: Sequence[tuple[int, int]]) -> None:
-    """Copy an adapter's tensors into a model with the method attached; of the outputs' layer only `rows` (new, old).
+def _matched(stored: AdapterRecord, classes: Sequence[str], tasks: Sequence[LabelTask]) -> list[TakenRow]:
+    """Return which rows of the new head begin as which of the old one."""
+    before, now = stored.classes, tuple(classes)
+    if bool(tasks) != bool(stored.tasks):
+        before, now = _called(before, tasks), _called(now, stored.tasks)
+    numbers = {task.name: task for task in tasks if task.kind == "number"}
+    old_numbers = {task.name: task for task in stored.tasks if task.kind == "number"}
+    places, rows = {name: row for row, name in enumerate(before)}, []
+    for row, name in enumerate(now):
+        new, old = numbers.get(name), old_numbers.get(name)
+        if new is not None and old is not None and (new.unit == old.unit or "" in (new.unit, old.unit)):
+            rows.append(TakenRow(row, places[name], old.std / new.std, (old.mean - new.mean) / new.std))
+        elif new is None and old is None and name in places:
+            rows.append(TakenRow(row, places[name]))
+    return rows
+
+
+def _called(classes: tuple[str, ...], tasks: Sequence[LabelTask]) -> tuple[str, ...]:
+    """Return what the classes of one label are called as outputs of the first task that has them all, if one does."""
+    task = next((task for task in tasks if classes and set(classes) <= set(task.classes)), None)
+    return classes if task is None else tuple(f"{task.name}={name}" for name in classes)
+
+
+def _take_over(model: nn.Module, adapter: Path, stored: AdapterRecord, rows: Sequence[TakenRow]) -> None:
+    """Copy an adapter's tensors into a model with the method attached; of the outputs' layer only `rows`.
 
     Raises:
         AdapterError: the backbone is another, or the tensors are damaged or do not fit.
@@ -76,10 +116,15 @@ def _take_over(model: nn.Module, adapter: Path, stored: AdapterRecord, rows: Seq
             f"{adapter / TENSORS} does not fit its config: {', '.join(wrong[:3])}; restore it or train again"
         )
     state = model.state_dict()
-    new_rows, old_rows = (list(column) for column in zip(*rows, strict=True))
+    new_rows, old_rows, scales, shifts = (list(column) for column in zip(*rows, strict=True))
     with torch.no_grad():
         for name, tensor in tensors.items():
             if name.startswith(last):
-                state[name][new_rows] = tensor[old_rows].to(state[name])
+                taken = tensor[old_rows].to(state[name])
+                by_row = (-1, *[1] * (taken.ndim - 1))
+                taken = taken * taken.new_tensor(scales).view(by_row)
+                if name.endswith(".bias"):
+                    taken = taken + taken.new_tensor(shifts).view(by_row)
+                state[name][new_rows] = taken
             else:
                 state[name].copy_(tensor)

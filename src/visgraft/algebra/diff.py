@@ -47,7 +47,7 @@ class AdapterDiff:
     `parts` are the blocks, in order, and what lies outside of them. `total` compares the maps of all of them,
     `tensors` those of each tensor, by name; a position's key stands for a map that no layer takes over. `no_maps` says
     why maps were not compared. `pooled` compares the features that enter the head on `images` images; `agreement` says
-    how often their answers are alike, and is None where their classes differ.
+    how often their answers are alike, and is None where their classes, or tasks, differ.
     """
 
     first: str
@@ -109,7 +109,7 @@ def diff_adapters(
     if images is not None:
         loaded = load_pictures(images, records[0])
         compared = compare_features(bank, FIRST, SECOND, loaded)
-        agreement = find_agreement(compared.logits, (records[0].classes, records[1].classes))
+        agreement = find_agreement(compared.logits, records)
         found = replace(found, images=len(loaded), pooled=compared.pooled.apart, agreement=agreement)
     return replace(found, parts=_parts(maps, compared, blocks))
 

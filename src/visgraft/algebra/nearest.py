@@ -161,9 +161,10 @@ def nearest_adapters(
 def _read_single(photos: AnySource) -> Dataset:
     """Return labelled images, undivided, each of one class."""
     dataset = read_data(photos, Split(0.0, 0.0))
-    if dataset.multi_label:
+    if dataset.multi_label or dataset.tasks:
+        found = "tasks" if dataset.tasks else "classes"
         raise DataError(
-            f"{dataset.root} has several classes per image, but nearest compares by one; give one per image"
+            f"{dataset.root} has several {found} per image, but nearest compares by one; give one per image"
         )
     return dataset
 
@@ -238,7 +239,7 @@ def _score(bank: Bank, name: str, dataset: Dataset, ready: _Prepared, full: bool
     probed = probe_features(features, images, ready.folds)
     gain = paired_difference(probed.right, ready.plain.right, members)
     own: dict[str, Any] = {}
-    if full and not record.multi_label and set(record.classes) == set(dataset.classes):
+    if full and record.task == "one_class" and set(record.classes) == set(dataset.classes):
         numbers = np.array([dataset.classes.index(known) for known in record.classes])
         right = (numbers[logits.argmax(-1).numpy()] == images.labels.numpy()).astype(np.float64)
         own = {"own": float(right.mean()), "own_interval": rate_interval(right, members)}

@@ -121,7 +121,7 @@ def truncate_adapter(
     save(model, out, classes=adapted.classes, data_config=record.data_config, record={**kept, "truncation": told})
     agreement = None
     if loaded is not None and answers is not None:
-        agreement = find_agreement((answers, logits_of(model, loaded, compute)), (adapted.classes, adapted.classes))
+        agreement = find_agreement((answers, logits_of(model, loaded, compute)), (record, record))
     energies = {name: _energy(of_block, rank) for name, of_block in _by_block(maps).items()}
     return Truncation(str(out), held.config.method, rank, most, energy, energies, after, before, agreement)
 

@@ -22,9 +22,10 @@ from visgraft.bank.reading import read_adapter
 from visgraft.bank.trees import Compile, MixedTree, UniformTree
 from visgraft.core.fitting import check_shape
 from visgraft.data.decode import open_image
+from visgraft.data.tasks import LabelTask
 from visgraft.data.urls import path_or_url
 from visgraft.errors import DataError, VisgraftError, nearest
-from visgraft.measure.evaluation import probabilities_of
+from visgraft.measure.evaluation import answers_of
 from visgraft.measure.precision import Compute, resolve_precision
 
 MOST_TREES = 64
@@ -32,17 +33,24 @@ MOST_TREES = 64
 
 
 class BankAnswer(NamedTuple):
-    """What an adapter says of an image: `logits` [outputs], in the order of `classes` (empty: not named)."""
+    """What an adapter says of an image: `logits` [outputs], in the order of `classes` (empty: not named).
+
+    `tasks` are what the outputs answer where that is not one label.
+    """
 
     adapter: str
     logits: Tensor
     classes: tuple[str, ...]
     multi_label: bool
+    tasks: tuple[LabelTask, ...] = ()
 
     @property
     def probabilities(self) -> Tensor:
-        """The probability of each output [outputs]: over all, or of each alone where an image may have several."""
-        return probabilities_of(self.logits.float(), self.multi_label)
+        """The probability of each output [outputs]: over all, or of each alone where an image may have several.
+
+        With `tasks`, over the classes of each; in place of a number's output stands the number, in its unit.
+        """
+        return answers_of(self.logits.float(), self.tasks, self.multi_label)
 
 
 class BankMemory(NamedTuple):
@@ -374,7 +382,8 @@ def _named(adapters: dict[str, BankAdapter], name: str) -> BankAdapter:
 def _answer(adapter: BankAdapter, row: Tensor) -> BankAnswer:
     """Return what an adapter says, of a row of logits that may be padded."""
     record, outputs = adapter.record, adapter.head.outputs
-    return BankAnswer(adapter.name, row[:outputs] if outputs else row, record.classes, record.multi_label)
+    row = row[:outputs] if outputs else row
+    return BankAnswer(adapter.name, row, record.classes, record.multi_label, record.tasks)
 
 
 def _prepared(image: Any, adapter: BankAdapter, background: str | None = None) -> Tensor:

@@ -110,7 +110,7 @@ def merge(
     json: Json = False,
 ) -> None:
     """Fold an adapter into its backbone and certify the plain timm model."""
-    from visgraft.cli.show import emit, result_console
+    from visgraft.cli.show import emit, print_agreement, result_console
     from visgraft.data.images import Loading
     from visgraft.export.plain import merge_adapter
 
@@ -118,11 +118,14 @@ def merge(
     result = merge_adapter(adapter, out, data=data, weights=weights, loading=loading)
 
     def text() -> None:
+        tasks = result.get("tasks", {})
         result_console.print(
             f"{out}: largest logit difference {result['max_abs_difference']:.1e}, "
-            f"top-1 agreement {result['top1_agreement']:.1%} on {result['images']} {result['source']}\n"
-            f"{result['verdict']}\nopen it with {result['open_with']}"
+            f"{'lowest' if tasks else 'top-1'} agreement {result['top1_agreement']:.1%} on {result['images']} "
+            f"{result['source']}"
         )
+        print_agreement(tasks)
+        result_console.print(f"{result['verdict']}\nopen it with {result['open_with']}")
 
     emit(result, json, text)
 
@@ -130,10 +133,11 @@ def merge(
 def info(adapter: AdapterFolder, json: Json = False) -> None:
     """Show what an adapter is, without loading its backbone."""
     from visgraft.adapters.directory import read_record
-    from visgraft.cli.show import emit, result_console
+    from visgraft.cli.show import emit, print_tasks, result_console
     from visgraft.measure.measuring import adapter_bytes
 
-    config = {**read_record(adapter).to_json(), "adapter_bytes": adapter_bytes(adapter)}
+    record = read_record(adapter)
+    config = {**record.to_json(), "adapter_bytes": adapter_bytes(adapter)}
 
     def text() -> None:
         facts, numbers = config["backbone"], config.get("parameters", {})
@@ -141,9 +145,16 @@ def info(adapter: AdapterFolder, json: Json = False) -> None:
         result_console.print(f"options: {config['method_config']}")
         result_console.print(f"parameters: {numbers}")
         result_console.print(f"input: {config['data_config']['input_size']}, {config['adapter_bytes'] / 1000:.0f} KB")
-        result_console.print(f"classes: {', '.join(config['classes'])}")
+        for task in record.tasks:
+            result_console.print(": ".join([str(task), ", ".join(task.classes)][: 2 if task.classes else 1]))
+        if not record.tasks:
+            result_console.print(f"classes: {', '.join(config['classes'])}")
         for name, value in config["record"].get("metrics", {}).items():
-            result_console.print(f"{name}: {value}")
+            if record.tasks and isinstance(value, dict):
+                result_console.print(f"{name}:")
+                print_tasks(value)
+            else:
+                result_console.print(f"{name}: {value}")
 
     emit(config, json, text)
 

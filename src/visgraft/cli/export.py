@@ -80,7 +80,7 @@ def _print_list(rows: list[dict[str, Any]], adapter: str, json: bool) -> None:
 
 
 def _print_result(result: dict[str, Any], json: bool) -> None:
-    from visgraft.cli.show import emit, percent, print_pairs, result_console
+    from visgraft.cli.show import emit, percent, print_agreement, print_pairs, result_console
 
     def text() -> None:
         ratio = result["seconds_per_image"] / result["torch_seconds_per_image"]
@@ -99,6 +99,7 @@ def _print_result(result: dict[str, Any], json: bool) -> None:
         if result["why_not_merged"]:
             pairs["not merged"] = result["why_not_merged"]
         print_pairs(pairs)
+        print_agreement(result.get("tasks", {}))
         result_console.print(f"open it with {result['open_with']}")
 
     emit(result, json, text)

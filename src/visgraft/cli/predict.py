@@ -98,7 +98,8 @@ def predict(
     from visgraft.cli.predict_images import find_images, find_work, split_arguments
     from visgraft.cli.predict_parts import PartOptions, predict_in_parts
     from visgraft.serve.covering import check_covering
-    from visgraft.serve.prediction import most_columns, predict_rows, predict_stream
+    from visgraft.serve.layout import table_layout
+    from visgraft.serve.prediction import predict_rows, predict_stream
     from visgraft.serve.unlike import check_references
 
     in_parts = PartOptions(part_size, shard, on, workers, cpus_per_worker, gpus_per_worker)
@@ -136,8 +137,9 @@ def predict(
         partial(predict_rows, bank, work.pairs()) if work else partial(predict_stream, bank, paths, ensemble=ensemble)
     )
     answering = ["ensemble of " + " and ".join(named)] if ensemble else list(named)
-    width = most_columns(map(bank.record, bank.names), top, coverage)
-    sink = table(out, width, unlike is not None) if out and table else printed(len(answering), json, streamed)
+    records = {name: bank.record(name) for name in bank.names}
+    layout = table_layout(records, top, coverage, unlike is not None)
+    sink = table(out, layout) if out and table else printed(len(answering), json, streamed)
     rows = _write_all(each(**options), sink, progress, broken)
     _report(out, answering, rows if work else rows // len(answering), progress, broken, json, bool(work))
 

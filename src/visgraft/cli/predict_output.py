@@ -24,6 +24,7 @@ SECONDS_BETWEEN_LINES = 10
 def printed(adapters: int, json: bool, streamed: bool) -> Iterator["Write"]:
     """Yield a writer to standard output; unless `streamed`, nothing appears there before all has gone well."""
     from visgraft.cli.text import json_text, visible
+    from visgraft.serve.naming import in_words
     from visgraft.serve.tables import written
 
     with tempfile.SpooledTemporaryFile(HELD_IN_MEMORY, "w+", encoding="utf-8") as held:
@@ -32,14 +33,16 @@ def printed(adapters: int, json: bool, streamed: bool) -> Iterator["Write"]:
 
         def write_json(found: "Prediction") -> None:
             nonlocal between
-            classes = [{"class": name, "probability": p} for name, p in found.classes]
-            row: dict[str, Any] = {"image": written(found.image), "adapter": found.adapter, "classes": classes}
+            row: dict[str, Any] = {"image": written(found.image), "adapter": found.adapter, **_fields(found)}
             row |= {} if found.unlike is None else {"as_far": found.as_far, "unlike": found.unlike}
             file.write(between + json_text(row))
             between = ", "
 
         def write_line(found: "Prediction") -> None:
-            named = ", ".join(f"{name} {100 * p:.1f} %" for name, p in found.classes) or "–"
+            if found.tasks is None:
+                named = in_words(found.classes)
+            else:
+                named = "; ".join(f"{name}: {in_words(answer)}" for name, answer in found.tasks.items())
             prefix = f"{found.adapter}: " if adapters > 1 else ""
             far = f" (unlike: {100 * (found.as_far or 0):.1f} % as far)" if found.unlike else ""
             line = visible(f"{prefix}{written(found.image)}: {named}{far}").replace("\n", "\\n")
@@ -51,6 +54,22 @@ def printed(adapters: int, json: bool, streamed: bool) -> Iterator["Write"]:
         if not streamed:
             held.seek(0)
             shutil.copyfileobj(held, sys.stdout)
+
+
+def _fields(found: "Prediction") -> dict[str, Any]:
+    """Return what a prediction says, as JSON values: its classes, or the answer to each task."""
+    from visgraft.serve.naming import NumberAnswer
+
+    def of_task(answer: Any) -> dict[str, Any]:
+        return answer._asdict() if isinstance(answer, NumberAnswer) else {"classes": _classes(answer)}
+
+    if found.tasks is None:
+        return {"classes": _classes(found.classes)}
+    return {"tasks": {name: of_task(answer) for name, answer in found.tasks.items()}}
+
+
+def _classes(named: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:
+    return [{"class": name, "probability": p} for name, p in named]
 
 
 def choose_table(out: Path, read: Sequence[str] = ()) -> "TableWriter":

@@ -220,6 +220,21 @@ def main_figure(found: Mapping[str, Any]) -> tuple[str, str, str]:
     return name, percent(found[key]), f"{percent(limits[0])}–{percent(limits[1])}" if limits else "–"
 
 
+def print_agreement(tasks: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print how two models agree on each task, as a certificate has it."""
+    for name, found in tasks.items():
+        told = [f"same answers {percent(found['agreement'])} %"]
+        if "largest_difference" in found:
+            apart = f"{found['largest_difference']:.2g} {found['unit']}".rstrip()
+            told = [f"largest difference {apart}, {found['largest_difference_of_std']:.1e} of its standard deviation"]
+        if "accuracy" in found:
+            told.append(f"right {percent(found['accuracy'])} % (torch: {percent(found['torch_accuracy'])} %)")
+        if "mean_absolute_error" in found:
+            error, by_torch = found["mean_absolute_error"], found["torch_mean_absolute_error"]
+            told.append(f"mean absolute error {error:.4g} (torch: {by_torch:.4g})")
+        result_console.print(f"  {name}: {', '.join(told)}")
+
+
 def _limits(found: Mapping[str, Any], name: str) -> str:
     limits = found.get(f"{name}_ci95")
     return f" ({limits[0]:.3g} to {limits[1]:.3g})" if limits else ""

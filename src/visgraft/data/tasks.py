@@ -118,6 +118,12 @@ def output_slices(tasks: Sequence[LabelTask]) -> list[slice]:
     return _slices([task.outputs for task in tasks])
 
 
+def class_outputs(tasks: Sequence[LabelTask]) -> list[int]:
+    """Return the numbers of the outputs that stand for classes, without those that answer a number."""
+    places = zip(tasks, output_slices(tasks), strict=True)
+    return [number for task, place in places if task.classes for number in range(place.start, place.stop)]
+
+
 def column_slices(tasks: Sequence[LabelTask]) -> list[slice]:
     """Return which columns of `Images.labels` hold each task's labels."""
     return _slices([task.columns for task in tasks])

@@ -7,8 +7,8 @@ float64: the merged one may err little more than the adapted one does, because i
 steps, with one more rounding, of the weights.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from visgraft.backbones.input_size import input_size
 from visgraft.core.fitting import check_shape
+from visgraft.data.tasks import LabelTask
 from visgraft.errors import MergeError
+from visgraft.export.task_proof import agreement_by_task, least_of_tasks
 
 REFERENCE_IMAGES = 16
 """Images that are run in float64; errors are compared over so many, because over a few a ratio says nothing."""
@@ -45,7 +47,8 @@ class Certificate:
     are the medians over all logits of what each model, in its own precision, errs against the adapted one in float64,
     and `error_tolerance` what the latter had to stay below; all three are None of a model in float64. These five were
     measured on `reference_images` images, with seeded noise in place of those that were lacking or alike. `verdict`
-    says all this in a sentence.
+    says all this in a sentence. With several tasks, `tasks` holds what `agreement_by_task` says of each, and
+    `top1_agreement` is the lowest of them.
     """
 
     method: str
@@ -61,6 +64,13 @@ class Certificate:
     error_tolerance: float | None
     reference_images: int
     verdict: str
+    tasks: Mapping[str, Any] = field(default_factory=dict)
+
+
+def told_of(certificate: Any) -> dict[str, Any]:
+    """Return a certificate's fields as plain values, without `tasks` where there is one label."""
+    told = asdict(certificate)
+    return told if told.get("tasks") else {name: value for name, value in told.items() if name != "tasks"}
 
 
 def image_batches(images: Any, model: nn.Module) -> tuple[Tensor, Iterator[Tensor], str]:
@@ -154,6 +164,7 @@ def certify(
     first: Tensor,
     truth: Tensor,
     fold: tuple[float, float],
+    tasks: Sequence[LabelTask] = (),
 ) -> dict[str, Any]:
     """Measure both models, in eval mode, in their own precision; return all fields of a certificate but two.
 
@@ -163,11 +174,12 @@ def certify(
         batches: images [B, 3, H, W] to compare both on.
         first: images on which both are held against `truth`, the answers of the adapted model in float64.
         fold: what `fold_difference` returned.
+        tasks: what the outputs answer, where that is not one label.
 
     Raises:
         MergeError: the merged model errs more than rounding explains.
     """
-    largest, agree, count = 0.0, 0, 0
+    largest, agree, count, pairs = 0.0, 0, 0, list[tuple[Tensor, Tensor]]()
     for batch in batches:
         before, after = answers(model, batch), answers(merged, batch)
         if not torch.equal(before.isfinite(), after.isfinite()) or bool(before.isnan().any()):
@@ -178,6 +190,7 @@ def certify(
         largest = max(largest, _differences(before, after).max().item())
         agree += int((before.argmax(-1) == after.argmax(-1)).sum())
         count += len(batch)
+        pairs += [(before, after)] if tasks else []
     dtype = next(model.parameters()).dtype
     adapted_error, merged_error, allowed = (
         (None, None, None) if dtype == torch.float64 else _errors(model, merged, first, truth)
@@ -188,9 +201,11 @@ def certify(
             f"; against float64 the merged model errs by {merged_error:.1e} (allowed {allowed:.1e}), the adapted one "
             f"by {adapted_error:.1e}"
         )
+    compared = [torch.cat(each) for each in zip(*pairs, strict=True)]
+    by_task = agreement_by_task(compared[0], compared[1], tasks) if tasks else {}
     return {
         "max_abs_difference": largest,
-        "top1_agreement": agree / count,
+        "top1_agreement": least_of_tasks(by_task) if tasks else agree / count,
         "images": count,
         "dtype": str(dtype).removeprefix("torch."),
         "fold_difference": fold[0],
@@ -200,6 +215,7 @@ def certify(
         "error_tolerance": allowed,
         "reference_images": len(first),
         "verdict": verdict,
+        "tasks": by_task,
     }
 
 

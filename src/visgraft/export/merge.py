@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from visgraft.core.method import Position, TokenMethod
 from visgraft.core.placing import find_positions
 from visgraft.core.sites import Sites
 from visgraft.core.tensors import eval_mode
+from visgraft.data.tasks import LabelTask
 from visgraft.errors import MergeError, VisgraftError
 from visgraft.export.affine import FoldTarget, add_missing_biases, fold, fold_target, probe, refusal
 from visgraft.export.certificate import Certificate, answers, certify, fold_difference, image_batches
@@ -143,7 +144,9 @@ def _rounded(exact: nn.Module, like: nn.Module) -> nn.Module:
 
 
 @torch.inference_mode(False)  # in it, the merged model's tensors could not be trained later
-def merge(model: nn.Module, images: Any = None, *, allow_new_bias: bool = False) -> tuple[nn.Module, Certificate]:
+def merge(
+    model: nn.Module, images: Any = None, *, allow_new_bias: bool = False, tasks: Sequence[LabelTask] = ()
+) -> tuple[nn.Module, Certificate]:
     """Return a plain copy of the model with the method folded into its weights, and the measured certificate.
 
     The fold is made and proven in float64 and rounded once; meanwhile two copies of the model are held in float64.
@@ -153,6 +156,7 @@ def merge(model: nn.Module, images: Any = None, *, allow_new_bias: bool = False)
         images: preprocessed images [B, 3, H, W], or an iterable of such or of (images, labels); None: seeded noise.
         allow_new_bias: give a linear layer without bias one, where the adapter adds a constant; the merged model then
             has tensors that timm's constructor does not make.
+        tasks: what the outputs answer, where that is not one label; the certificate then says how each agrees.
 
     Raises:
         MergeError: the method cannot be folded exactly here, the folded model is another function, rounding does more
@@ -169,5 +173,5 @@ def merge(model: nn.Module, images: Any = None, *, allow_new_bias: bool = False)
     del reference
     plain = _rounded(exact, model)
     with eval_mode(model):
-        measured = certify(model, plain, batches, first, truth, difference)
+        measured = certify(model, plain, batches, first, truth, difference, tasks)
     return plain, Certificate(attached.config.method, source=source, **measured)

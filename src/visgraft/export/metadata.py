@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from visgraft.adapters.record import AdapterRecord
 from visgraft.export.format import Subject
 
 SHAPES = {
@@ -26,6 +27,7 @@ def metadata(subject: Subject, options: Any) -> dict[str, str]:
     facts = {
         "classes": list(record.classes),
         "task": record.task,
+        **tasks_of(record),
         "preprocessing": dict(record.data_config),
         "background": record.background,
         "input": f"{SHAPES[options.pixels]}: {options.pixels}",
@@ -35,6 +37,14 @@ def metadata(subject: Subject, options: Any) -> dict[str, str]:
         "written_by": "visgraft",
     }
     return {key: value if isinstance(value, str) else as_json(value) for key, value in facts.items()}
+
+
+def tasks_of(record: AdapterRecord) -> dict[str, Any]:
+    """Return `tasks` where there are several: what the outputs answer, in their order.
+
+    A class task has an output per class; a number one, and the answer is output * std + mean, in its unit.
+    """
+    return {"tasks": [task.to_json() for task in record.tasks]} if record.tasks else {}
 
 
 def as_json(value: Any) -> str:

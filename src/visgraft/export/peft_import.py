@@ -93,7 +93,7 @@ def import_peft(
     facts = dict(read.told.preprocessing or model_data_config(plain))
     measured = _prove(read, model, plain, facts)
     _check_told(read, plain, facts)
-    save(plain, out, classes=names, data_config=facts, record=_record(read, measured["largest_difference"]))
+    save(plain, out, classes=names, data_config=facts, record=_record(read, names, measured["largest_difference"]))
     told = {"rank": config.rank, "targets": list(config.targets or ()), "last_blocks": config.last_blocks}
     return {"out": str(out), **told, "outputs": outputs, "classes": names, **measured}
 
@@ -351,10 +351,12 @@ def _check_told(read: PeftFolder, model: nn.Module, data_config: Mapping[str, An
         )
 
 
-def _record(read: PeftFolder, difference: float) -> dict[str, Any]:
-    """Return what is kept of where an adapter came from."""
+def _record(read: PeftFolder, names: Sequence[str], difference: float) -> dict[str, Any]:
+    """Return what is kept of where an adapter came from; tasks only where no other names were given."""
     told = read.told
-    several = {"multi_label": True} if told.task == "several_classes" else {}
+    several: dict[str, Any] = {"multi_label": True} if told.task == "several_classes" else {}
+    if told.tasks and tuple(names) == told.classes:
+        several = {"tasks": [task.to_json() for task in told.tasks]}
     data = {**({"background": told.background} if told.background else {}), **several}
     imported = {"from": f"peft {read.config.get('peft_version') or 'of unknown version'}", "difference": difference}
     return {"imported": imported, **({"data": data} if data else {})}

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from visgraft.adapters.directory import Adapted
+from visgraft.adapters.record import AdapterRecord
 from visgraft.backbones.creation import Backbone, create_backbone
 from visgraft.backbones.weights import first_line
 from visgraft.core.attached import get_attached
 from visgraft.export.affine import fold_target
 from visgraft.export.format import AGREEMENT, ExportError, Format, Subject, register_format
 from visgraft.export.merge import why_not_merged
+from visgraft.export.metadata import tasks_of
 from visgraft.export.peft_change import Changes, LayerChange, changes_of, never_called, owners
 from visgraft.export.peft_open import FACTS, NAME, PREFIXES, hosted, open_peft, peft_answers, timm_arguments, timm_name
 from visgraft.export.proof import compare_logits, torch_answers
@@ -281,6 +283,7 @@ def _facts(adapted: Adapted, options: Any) -> dict[str, Any]:
         "for": options.for_,
         "classes": list(record.classes),
         "task": record.task,
+        **tasks_of(record),
         "preprocessing": dict(record.data_config),
         "background": record.background,
         "method": record.method.to_dict() | {"method": record.method.method},
@@ -315,11 +318,23 @@ def _card(adapted: Adapted, options: Any) -> str:
             *lines,
             "```\n",
             *([] if backbone.weights == "hub" else [_weights_line(backbone), ""]),
+            *_task_lines(record),
             f"`{FACTS}` holds the class names, in the order of the logits, and how pictures are prepared: "
             "`timm.data.create_transform` takes `preprocessing`. `certificate.json` says how closely the answers "
             "were found to agree.\n",
         ]
     )
+
+
+def _task_lines(record: AdapterRecord) -> list[str]:
+    """Return what peft has no place for, where the outputs answer several tasks."""
+    if not record.tasks:
+        return []
+    told = (
+        f"The logits answer several tasks; `{FACTS}` holds them as `tasks`, in the order of the logits: a softmax over "
+        "the classes of a `one_class`, a sigmoid of each of `several_classes`, and of a `number` logit * std + mean."
+    )
+    return [told, "", *(f"- {task}" for task in record.tasks), ""]
 
 
 def _weights_line(backbone: Backbone) -> str:

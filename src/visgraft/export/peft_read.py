@@ -14,6 +14,7 @@ from torch import Tensor
 from visgraft.adapters.canary import Canary, normalised
 from visgraft.backbones.creation import Backbone, image_transform
 from visgraft.backbones.weights import first_line, read_safetensors
+from visgraft.data.tasks import LabelTask, outputs_of
 from visgraft.errors import AdapterError, VisgraftError
 from visgraft.export.peft_open import FACTS, KEYS, PREFIXES, Host
 
@@ -42,6 +43,7 @@ class Told:
         preprocessing: timm's facts on how images are prepared.
         task, background: as in an adapter's record.
         canary: what the adapter answered to the seeded picture.
+        tasks: what the outputs answer, where that is not one label.
     """
 
     backbone: Backbone | None = None
@@ -50,6 +52,7 @@ class Told:
     task: str = "one_class"
     background: str | None = None
     canary: Canary | None = None
+    tasks: tuple[LabelTask, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,11 +184,15 @@ def _read_told(folder: Path) -> Told:
         if not 0 < height * width < MOST_PIXELS:
             raise ValueError(f"images of {height} x {width} pixels")
         background, task = facts.get("background"), facts["task"]
-        if not isinstance(background, str | None) or task not in ("one_class", "several_classes"):
+        tasks = tuple(LabelTask.from_json(one) for one in facts.get("tasks", ()))
+        if tasks and outputs_of(tasks) != classes:
+            raise ValueError("the tasks do not have the outputs that the classes name")
+        kinds = ("several_tasks",) if tasks else ("one_class", "several_classes")
+        if not isinstance(background, str | None) or task not in kinds:
             raise TypeError(f"background is {background!r:.80}, task is {task!r:.80}")
         return Told(
             Backbone.from_dict(facts["backbone"]), classes, facts["preprocessing"], task, background,
-            None if canary is None else Canary.from_json(canary),
+            None if canary is None else Canary.from_json(canary), tasks,
         )  # fmt: skip
     except (TypeError, KeyError, ValueError, AttributeError, RuntimeError, VisgraftError) as error:
         raise AdapterError(f"{file} is damaged ({first_line(error)}); restore it, or remove it") from error

@@ -1,6 +1,5 @@
 """A merged model as a folder in timm's own format: written, opened, and made of an adapter directory."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,9 @@ from visgraft.backbones.creation import origin_of
 from visgraft.backbones.input_size import built_size
 from visgraft.data.images import Loading
 from visgraft.data.read import AnySource
+from visgraft.data.tasks import LabelTask
 from visgraft.errors import MergeError, VisgraftError
+from visgraft.export.certificate import told_of
 from visgraft.export.merge import merge
 from visgraft.files import check_target, new_directory, write_json
 from visgraft.measure.measuring import adapter_data, load_as_trained
@@ -24,16 +25,27 @@ _DEFAULT_LOADING = Loading()
 
 
 def save_plain(
-    model: nn.Module, path: str | Path, classes: Sequence[str], data_config: Mapping[str, Any], certificate: Any
+    model: nn.Module,
+    path: str | Path,
+    classes: Sequence[str],
+    data_config: Mapping[str, Any],
+    certificate: Any,
+    tasks: Sequence[LabelTask] = (),
 ) -> Path:
     """Write a merged plain model in timm's own format; `create_model("local-dir:PATH", pretrained=True)` opens it."""
     with new_directory(Path(path), "config.json") as folder:
-        write_plain(model, folder, classes, data_config)
-        write_json(folder / "certificate.json", dataclasses.asdict(certificate))
+        write_plain(model, folder, classes, data_config, tasks)
+        write_json(folder / "certificate.json", told_of(certificate))
     return Path(path)
 
 
-def write_plain(model: nn.Module, folder: Path, classes: Sequence[str], data_config: Mapping[str, Any]) -> None:
+def write_plain(
+    model: nn.Module,
+    folder: Path,
+    classes: Sequence[str],
+    data_config: Mapping[str, Any],
+    tasks: Sequence[LabelTask] = (),
+) -> None:
     """Fill a folder with a plain model in timm's own format.
 
     Raises:
@@ -56,6 +68,8 @@ def write_plain(model: nn.Module, folder: Path, classes: Sequence[str], data_con
     config: dict[str, Any] = {"pretrained_cfg": facts, "model_args": arguments}
     if classes:
         config["label_names"] = list(classes)
+    if tasks:  # which timm passes over
+        config["tasks"] = [task.to_json() for task in tasks]
     timm.models.save_for_hf(model, str(folder), model_config=config, safe_serialization=True)
 
 
@@ -89,7 +103,7 @@ def merge_adapter(
         examples = (dataset.val or dataset.train or dataset.test)[:CERTIFICATE_IMAGES]
         images = load_as_trained(examples, record, len(dataset.classes), loading).batches()
     adapted = load(adapter, weights=weights)
-    plain, certificate = merge(adapted.model, images)
-    save_plain(plain, out, adapted.classes, record.data_config, certificate)
+    plain, certificate = merge(adapted.model, images, tasks=record.tasks)
+    save_plain(plain, out, adapted.classes, record.data_config, certificate, record.tasks)
     reopen = f"timm.create_model({f'local-dir:{out}'!r}, pretrained=True)"
-    return {"out": str(out), "method": record.method.method, **dataclasses.asdict(certificate), "open_with": reopen}
+    return {"out": str(out), "method": record.method.method, **told_of(certificate), "open_with": reopen}

@@ -2,16 +2,18 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from visgraft.adapters.canary import canary_pixels, compare_canary
+from visgraft.data.tasks import LabelTask
 from visgraft.export.format import ExportError, Subject
 from visgraft.export.samples import Samples
+from visgraft.export.task_proof import agreement_by_task, least_of_tasks, rightness_by_task
 
 TOLERANCE = 1e-4
 """Largest difference of a logit between two runtimes in float32, per unit of the largest logit, but at least of 1: both
@@ -33,6 +35,9 @@ class ExportCertificate:
     `accuracy` and `torch_accuracy` are the share of right answers, where the images have labels. `computed_by` names
     runtime and version. `seconds_per_image` and `torch_seconds_per_image` are medians on a batch of `timed_batch`, the
     latter by the same model in eager torch with as many threads. `facts` are the format's own.
+
+    With several tasks, `tasks` holds for each what `agreement_by_task` says, and with labels what `rightness_by_task`
+    says of the file and, with `torch_` before it, of torch; `agreement` is the lowest of them, `accuracy` None.
     """
 
     format: str
@@ -58,6 +63,7 @@ class ExportCertificate:
     facts: Mapping[str, Any]
     versions: Mapping[str, str]
     verdict: str
+    tasks: Mapping[str, Any] = field(default_factory=dict)
 
 
 def torch_answers(model: nn.Module, samples: Samples) -> Tensor:
@@ -145,7 +151,8 @@ def measure(
         )
     check_finite(expected, found)
     difference, allowed = compare_logits(expected, found)
-    agreement = agreement_of(expected, found, record.multi_label)
+    by_task = _by_task(expected, found, samples.labels, record.tasks)
+    agreement = least_of_tasks(by_task) if by_task else agreement_of(expected, found, record.multi_label)
     measured = {
         "largest_difference": difference,
         "tolerance": allowed if least_agreement is None else None,
@@ -153,14 +160,27 @@ def measure(
         "least_agreement": least_agreement,
         "images": len(samples),
         "source": samples.source,
-        "accuracy": accuracy_of(found, samples.labels),
-        "torch_accuracy": accuracy_of(expected, samples.labels),
+        "accuracy": None if by_task else accuracy_of(found, samples.labels),
+        "torch_accuracy": None if by_task else accuracy_of(expected, samples.labels),
         # To a file that resizes by itself, the seeded picture would be another one.
         "canary_difference": None if prepares else _canary(subject, answer, least_agreement is None),
         **_times(subject, answer, images_each),
+        "tasks": by_task,
     }
     measured["verdict"] = _verdict(measured)
     return measured
+
+
+def _by_task(
+    expected: Tensor, found: Tensor, labels: Tensor | None, tasks: Sequence[LabelTask]
+) -> dict[str, dict[str, Any]]:
+    """Return what the certificate says of each task."""
+    told = agreement_by_task(expected, found, tasks)
+    for name, right in rightness_by_task(found, labels, tasks).items():
+        told[name] |= right
+    for name, right in rightness_by_task(expected, labels, tasks).items():
+        told[name] |= {f"torch_{figure}": value for figure, value in right.items()}
+    return told
 
 
 def _canary(subject: Subject, answer: Callable[[Samples], Tensor], demanded: bool) -> float | None:
@@ -208,6 +228,8 @@ def _verdict(measured: Mapping[str, Any]) -> str:
     """
     difference, allowed = measured["largest_difference"], measured["tolerance"]
     agreement, least = measured["agreement"], measured["least_agreement"]
+    by_task = measured["tasks"]
+    to = f" to {min(by_task, key=lambda name: by_task[name]['agreement'])}" if by_task else ""
     where = f"on {measured['images']} {measured['source']}"
     if allowed is not None:
         if not difference <= allowed:
@@ -218,8 +240,8 @@ def _verdict(measured: Mapping[str, Any]) -> str:
         return f"no logit differs by more than {difference:.1e} {where} ({allowed:.1e} allowed)"
     if not agreement >= least:
         raise ExportError(
-            f"only {agreement:.1%} of the answers are the model's {where}, below {least:.1%}; nothing was written: "
+            f"only {agreement:.1%} of the answers{to} are the model's {where}, below {least:.1%}; nothing was written: "
             "export with --precision fp32 (of peft: a larger --rank), or accept it with --least-agreement "
             f"{max(0.0, agreement - 0.001):.3f}"
         )
-    return f"{agreement:.1%} of the answers are the model's {where} ({least:.0%} demanded)"
+    return f"{agreement:.1%} of the answers{to} are the model's {where} ({least:.0%} demanded)"

@@ -23,6 +23,7 @@ from visgraft.core.tensors import eval_mode
 from visgraft.data.images import Loading
 from visgraft.data.read import AnySource
 from visgraft.errors import VisgraftError
+from visgraft.export.certificate import told_of
 from visgraft.export.format import ExportError, Format, Subject, find_format, missing_packages
 from visgraft.export.formats import FORMATS
 from visgraft.export.proof import ExportCertificate, measure
@@ -129,7 +130,7 @@ def export_adapter(
     subject = Subject(load(adapter, weights=weights), str(adapter), samples, calibration)
     certificate = export_subject(subject, form, chosen, out)
     told = {"out": str(out), "seconds": time.perf_counter() - begin, "open_with": form.usage(out, chosen)}
-    return {**dataclasses.asdict(certificate), **told}
+    return {**told_of(certificate), **told}
 
 
 def export_model(adapted: Adapted, out: str | Path, format: str = "onnx", **options: Any) -> ExportCertificate:
@@ -175,7 +176,7 @@ def export_subject(subject: Subject, form: type[Format], chosen: Options, out: P
     with _writing(out, form) as target, eval_mode(subject.adapted.model):
         facts = form.write(subject, chosen, target)
         certificate = _prove(form, chosen, subject, target, facts)
-        write_json(_certificate_of(target, form), dataclasses.asdict(certificate))
+        write_json(_certificate_of(target, form), told_of(certificate))
     return certificate
 
 

@@ -27,7 +27,8 @@ class TimmFolder(Format):
 
     @classmethod
     def write(cls, subject: Subject, options: Any, target: Path) -> Mapping[str, Any]:
-        write_plain(subject.plain(), target, subject.adapted.classes, subject.adapted.record.data_config)
+        record = subject.adapted.record
+        write_plain(subject.plain(), target, subject.adapted.classes, record.data_config, record.tasks)
         return {}
 
     @classmethod

@@ -17,9 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from visgraft.adapters.calibrated import Calibrated
+from visgraft.adapters.calibrated import ONE_LABEL, Calibrated
 from visgraft.errors import VisgraftError
 from visgraft.measure.evaluation import Evaluation, is_multi_label
+from visgraft.measure.numbers import NumberFigures
 from visgraft.measure.temperature import fit_temperature, recalibrated
 
 MOST_KEPT = 1000
@@ -98,6 +99,19 @@ def calibrate(evaluation: Evaluation) -> Calibrated:
     temperature = fit_temperature(evaluation.probabilities, evaluation.labels)
     logs = recalibrated(evaluation.probabilities, temperature, is_multi_label(evaluation))
     return condense(class_scores(logs, evaluation.labels), temperature)
+
+
+def calibrate_tasks(evaluation: Evaluation) -> dict[str, Calibrated]:
+    """Return it for every task that has labels; of one label per image as `ONE_LABEL`."""
+    if not evaluation.by_task:
+        return {ONE_LABEL: calibrate(evaluation)}
+    found = {}
+    for name, one in evaluation.by_task.items():
+        if isinstance(one, NumberFigures):
+            found[name] = condense(number_scores(one.truth.double().numpy(), one.answers.double().numpy()))
+        else:
+            found[name] = calibrate(one)
+    return found
 
 
 def class_scores(logs: Tensor, labels: Tensor) -> NDArray[np.float64]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from visgraft.adapters.calibrated import Calibrated
+from visgraft.adapters.calibrated import ONE_LABEL, Calibrated
 from visgraft.adapters.directory import Adapted
 from visgraft.adapters.record import AdapterRecord
 from visgraft.core.attach import detach
@@ -179,7 +179,7 @@ def _questions(
 ) -> list[AskedQuestion]:
     """Make the tables and pictures of each question; tasks without a known label are left out."""
     if not images.tasks:
-        answers = _class_answers(evaluation, images, adapted.model, run.classes, run.record.calibrated)
+        answers = _class_answers(evaluation, images, adapted.model, run.classes, run.record.calibrated.get(ONE_LABEL))
         return [AskedQuestion(anchor, None, run.classes, len(images), answers)]
     found = list[AskedQuestion]()
     for number, (task, outputs) in enumerate(zip(images.tasks, output_slices(images.tasks), strict=True)):
@@ -190,7 +190,7 @@ def _questions(
         shown = (
             _number_answers(one, own, model)
             if isinstance(one, NumberFigures)
-            else _class_answers(one, own, model, task.classes, None)
+            else _class_answers(one, own, model, task.classes, run.record.calibrated.get(task.name))
         )
         found.append(AskedQuestion(f"{anchor}-task-{number + 1}", task, list(task.classes), len(own), shown))
     return found

@@ -17,7 +17,6 @@ from torch import Tensor
 from visgraft.data.dataset import Example
 from visgraft.data.decode import open_image
 from visgraft.errors import DataError, VisgraftError
-from visgraft.measure.evaluation import probabilities_of
 from visgraft.serve.engine import Answered, Ticket
 from visgraft.serve.hosting import HostedAdapter, Hosting
 from visgraft.serve.settings import ServeConfig
@@ -47,7 +46,10 @@ class Seconds:
 
 
 class SaidOf(NamedTuple):
-    """What one adapter says of one picture: logits and probabilities [outputs], or why there is no answer."""
+    """What one adapter says of one picture: logits and probabilities [outputs], or why there is no answer.
+
+    With several tasks, a number in its unit stands in place of a probability.
+    """
 
     image: str
     adapter: HostedAdapter | None
@@ -137,5 +139,4 @@ class Answerer:
 def _said(image: str, adapter: HostedAdapter, answered: Answered, seconds: Seconds) -> SaidOf:
     seconds.wait = max(seconds.wait, answered.wait)
     seconds.forward = max(seconds.forward, answered.forward)
-    probabilities = probabilities_of(answered.logits, adapter.record.multi_label)
-    return SaidOf(image, adapter, answered.logits, probabilities)
+    return SaidOf(image, adapter, answered.logits, adapter.record.answers(answered.logits))

@@ -14,10 +14,13 @@ import numpy as np
 import torch
 from fastapi import FastAPI, HTTPException, Request, Response
 
+from visgraft.data.tasks import class_outputs, output_slices
 from visgraft.errors import VisgraftError
 from visgraft.serve.answering import SaidOf, SentPicture
 from visgraft.serve.bodies import CLASSIFY, INFER
-from visgraft.serve.replies import AsciiJson, ClassScore, answer_to
+from visgraft.serve.layout import joined
+from visgraft.serve.naming import THRESHOLD, Classes, NumberAnswer, answers_to_tasks
+from visgraft.serve.replies import AsciiJson, ClassScore, answer_to, ranked, task_facts
 from visgraft.serve.server import Server
 from visgraft.version import __version__
 
@@ -49,10 +52,13 @@ def _add_hugging_face(app: FastAPI, server: Server) -> None:
         found, _ = await server.answer(request, [SentPicture("the picture", content)], [name])
         if found[0].adapter is None:
             raise HTTPException(422, found[0].error)
-        said = found[0]
+        record, scores = found[0].adapter.record, found[0].probabilities
+        if record.tasks and not class_outputs(record.tasks):
+            raise HTTPException(422, f"{name!r:.40} answers numbers only, which are no classes; send it to /predict")
         if function is not None:
-            said = said._replace(probabilities=FUNCTIONS[function](said.logits, -1))
-        return AsciiJson([one.model_dump() for one in answer_to(said, top).classes or []])
+            places = output_slices(record.tasks) or [slice(None)]
+            scores = torch.cat([FUNCTIONS[function](found[0].logits[place], -1) for place in places])
+        return AsciiJson([one.model_dump() for one in ranked(record, scores, top)])
 
 
 def _inputs(body: bytes) -> tuple[bytes, int, str | None]:
@@ -124,6 +130,8 @@ def _add_models(app: FastAPI, server: Server) -> None:
         """Tell what an adapter takes and answers."""
         record = (await server.current()).get(name).record
         size = list(record.data_config["input_size"])
+        told = {"parameters": {"tasks": task_facts(record)}} if record.tasks else {}
+        labels = [-1, len(record.tasks)] if record.tasks else [-1]
         return AsciiJson(
             {
                 "name": name,
@@ -136,8 +144,9 @@ def _add_models(app: FastAPI, server: Server) -> None:
                 "outputs": [
                     {"name": PROBABILITIES, "datatype": "FP32", "shape": [-1, record.outputs]},
                     {"name": LOGITS, "datatype": "FP32", "shape": [-1, record.outputs]},
-                    {"name": LABEL, "datatype": "BYTES", "shape": [-1]},
+                    {"name": LABEL, "datatype": "BYTES", "shape": labels},
                 ],
+                **told,
             }
         )
 
@@ -283,20 +292,34 @@ def _output(name: Any, most: Any, found: Sequence[SaidOf]) -> tuple[str, list[in
     """Return datatype, shape and values of an output; `most` asks for its highest values with their classes."""
     if name not in OUTPUTS:
         raise HTTPException(422, f"output {name!r:.40} is none of {', '.join(OUTPUTS)}")
+    record = found[0].adapter.record if found[0].adapter else None
+    tasks = record.tasks if record else ()
+    if name == LABEL and tasks:
+        answers = answers_to_tasks(tasks, torch.stack([one.probabilities for one in found]), None, THRESHOLD)
+        return "BYTES", [len(found), len(tasks)], [_as_label(each) for one in answers for each in one.values()]
     if name == LABEL:
         return "BYTES", [len(found)], [(answer_to(one, 1).classes or [])[0].label for one in found]
     rows = torch.stack([one.logits if name == LOGITS else one.probabilities for one in found])
     if most:
         if type(most) is not int or not 1 <= most <= 1000:
             raise HTTPException(422, "parameters.classification must be a whole number from 1 to 1000")
-        classes = found[0].adapter.record.classes if found[0].adapter else ()
-        best = rows.topk(min(most, rows.shape[1]))
+        classes = record.classes if record else ()
+        if numbers := sorted({*range(rows.shape[1])} - {*class_outputs(tasks)}) if tasks else []:
+            rows = rows.index_fill(1, torch.tensor(numbers), -torch.inf)
+        best = rows.topk(min(most, rows.shape[1] - len(numbers)))
         texts = [
             f"{value:f}:{index}" + (f":{classes[index]}" if classes else "")
             for value, index in zip(best.values.flatten().tolist(), best.indices.flatten().tolist(), strict=True)
         ]
         return "BYTES", list(best.values.shape), texts
     return "FP32", list(rows.shape), rows.flatten().tolist()
+
+
+def _as_label(answer: Classes | NumberAnswer) -> str:
+    """Return an answer to one task as a table of labels has it."""
+    if isinstance(answer, NumberAnswer):
+        return f"{answer.value:.6g}"
+    return str(joined([name for name, _ in answer]))
 
 
 def _encoded(kind: str, values: Sequence[Any]) -> bytes:

@@ -1,13 +1,16 @@
 """Answers that hold the truth as often as is asked: the whole set of classes, with calibrated probabilities."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
+from visgraft.adapters.calibrated import ONE_LABEL, Calibrated
 from visgraft.adapters.record import AdapterRecord
+from visgraft.data.tasks import output_slices
 from visgraft.errors import AdapterError, VisgraftError
-from visgraft.measure.conformal import CoverageError, bound, check_coverage, class_sets
+from visgraft.measure.conformal import CoverageError, bound, check_coverage, class_sets, interval
 from visgraft.measure.temperature import recalibrated
+from visgraft.serve.naming import Classes, NumberAnswer, TaskAnswers
 
 
 def check_covering(
@@ -34,19 +37,25 @@ def check_covering(
             what = "the mean of adapters is not calibrated" if ensemble else "the set holds what the coverage takes"
             raise VisgraftError(f"{name} ({option}) does not go with coverage: {what}; leave one of them out")
     for name, record in adapters:
-        _bound(name, record, coverage)
+        for task in (task.name for task in record.tasks) if record.tasks else (ONE_LABEL,):
+            _bound(name, record, coverage, task)
 
 
-def _bound(name: str, record: AdapterRecord, coverage: float) -> float:
-    if record.calibrated is None:
+def _bound(name: str, record: AdapterRecord, coverage: float, task: str = ONE_LABEL) -> float:
+    if not record.calibrated:
         raise AdapterError(
             f"{name} is not calibrated, so it cannot answer with a coverage: it was trained without validation images, "
             "by an earlier version, or changed since; train it anew with a validation part"
         )
+    of_task = f", task {task}" if task else ""
+    if task not in record.calibrated:
+        raise AdapterError(
+            f"{name}{of_task} is not calibrated, as no validation image had its label; train anew with some that have"
+        )
     try:
-        return bound(record.calibrated, coverage)
+        return bound(record.calibrated[task], coverage)
     except CoverageError as error:
-        raise CoverageError(f"{name}: {error}") from None
+        raise CoverageError(f"{name}{of_task}: {error}") from None
 
 
 def name_sets(record: AdapterRecord, probabilities: Tensor, coverage: float) -> list[list[tuple[str, float]]]:
@@ -61,8 +70,41 @@ def name_sets(record: AdapterRecord, probabilities: Tensor, coverage: float) -> 
         AdapterError, CoverageError: the adapter cannot answer so.
     """
     highest = _bound("the adapter", record, coverage)
-    assert record.calibrated is not None
-    logs = recalibrated(probabilities, record.calibrated.temperature, record.multi_label)
-    inside, order = class_sets(logs, highest, record.multi_label), logs.argsort(dim=-1, descending=True)
-    names, sure = record.classes or tuple(map(str, range(logs.shape[-1]))), logs.exp().tolist()
+    names = record.classes or tuple(map(str, range(probabilities.shape[-1])))
+    return _sets(names, probabilities, record.multi_label, record.calibrated[ONE_LABEL], highest)
+
+
+def tasks_covered(record: AdapterRecord, answers: Tensor, coverage: float) -> list[TaskAnswers]:
+    """Return, for each image and task, the set of classes or the interval of a number with this coverage.
+
+    The coverage is that of each task by itself.
+
+    Args:
+        record: of a calibrated adapter with several tasks.
+        answers: what its outputs say, [B, outputs] on the CPU.
+        coverage: see `visgraft.measure.conformal`.
+
+    Raises:
+        AdapterError, CoverageError: the adapter cannot answer so.
+    """
+    found: list[TaskAnswers] = [{} for _ in answers]
+    for task, place in zip(record.tasks, output_slices(record.tasks), strict=True):
+        highest, own = _bound("the adapter", record, coverage, task.name), answers[:, place]
+        column: Sequence[Classes | NumberAnswer]
+        if task.kind == "number":
+            column = [NumberAnswer(value, task.unit, *interval(value, highest)) for value in own[:, 0].tolist()]
+        else:
+            several = task.kind == "several_classes"
+            column = _sets(task.classes, own, several, record.calibrated[task.name], highest)
+        for of_image, answer in zip(found, column, strict=True):
+            of_image[task.name] = answer
+    return found
+
+
+def _sets(
+    names: Sequence[str], probabilities: Tensor, several: bool, calibrated: Calibrated, highest: float
+) -> list[Classes]:
+    logs = recalibrated(probabilities, calibrated.temperature, several)
+    inside, order = class_sets(logs, highest, several), logs.argsort(dim=-1, descending=True)
+    sure = logs.exp().tolist()
     return [[(names[i], sure[row][i]) for i in best if inside[row, i]] for row, best in enumerate(order.tolist())]

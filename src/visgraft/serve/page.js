@@ -2,7 +2,8 @@
 
 import { ask, inWords, keep, kept, Told } from "./asking.js";
 import {
-  aboutAdapter, at, bestInWords, card, commandParts, counted, element, inSentence, megabytes, number, showFacts, thumbnail,
+  aboutAdapter, answered, at, bestInWords, card, commandParts, counted, element, inSentence, kindOf, megabytes, number, showFacts,
+  thumbnail,
 } from "./showing.js";
 
 const MOST_ADDRESS = 4000; // characters of adapters' names in one request
@@ -46,7 +47,7 @@ function lacking(picture) {
 
 function words(names) {
   const found = new URLSearchParams(names.map((name) => ["adapter", name]));
-  const several = names.filter((name) => adapters.get(name).multi_label).map((name) => adapters.get(name).outputs);
+  const several = names.map((name) => adapters.get(name)).filter((one) => one.multi_label || one.tasks).map((one) => one.outputs);
   found.set("top", Math.min(limits.top, Math.max(10, ...several))); // of several classes, all over the threshold
   return String(found);
 }
@@ -179,9 +180,9 @@ function summary() {
   if (!chosen.size) return "Choose an adapter that is to answer.";
   const wrong = pictures.filter((one) => one.error).length;
   const said = `${counted(pictures.length - wrong, "picture")} answered by ${counted(chosen.size, "adapter")}.`;
-  const best = [...(pictures[0].answers.values())].filter((one) => chosen.has(one.adapter) && one.classes.length);
+  const best = [...(pictures[0].answers.values())].filter((one) => chosen.has(one.adapter) && answered(one));
   if (pictures.length === 1 && !wrong && best.length && best.length <= 3) {
-    return bestInWords(best);
+    return bestInWords(best, adapters);
   }
   return wrong ? `${said} ${counted(wrong, "picture")} could not be answered.` : said;
 }
@@ -255,8 +256,7 @@ function row(about) {
   called.title = about.name;
   label.append(box, called);
   const more = item.appendChild(document.createElement("details"));
-  const kind = about.multi_label ? ", several per picture" : "";
-  more.append(element("summary", `${about.method}, ${counted(about.outputs, "class", "classes")}${kind}`));
+  more.append(element("summary", `${about.method}, ${kindOf(about)}`));
   const place = more.appendChild(element("div", "", "about"));
   more.addEventListener("toggle", () => place.childElementCount || aboutAdapter(about, place)); // thousands of classes, perhaps
   return { item, box, name: about.name, sought: [about.name, about.method, ...about.classes].join("\n").toLowerCase() };

@@ -20,12 +20,12 @@ from visgraft.data.urls import from_folder
 from visgraft.errors import AdapterError, DataError
 from visgraft.executors.job import Note
 from visgraft.serve.decoding import AnyPath, path_of
+from visgraft.serve.layout import TableLayout, table_layout
 from visgraft.serve.prediction import (
     BATCH_SIZE,
     ENSEMBLE,
     Prediction,
     check_question,
-    most_columns,
     predict_rows,
     predict_stream,
 )
@@ -43,14 +43,14 @@ class PinnedAdapter(NamedTuple):
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of each image: adapters, how many classes a row names at most, and options of `predict_stream`.
+    """What is asked of each image: adapters, the columns of their answers, and options of `predict_stream`.
 
     With `mixed` each image names its adapter. With `skip_broken` an image that cannot be read is a row with its reason,
     otherwise it is an error.
     """
 
     adapters: tuple[PinnedAdapter, ...]
-    width: int
+    layout: TableLayout
     weights: str | None = None
     top: int | None = None
     threshold: float | None = None
@@ -84,7 +84,8 @@ def make_question(adapters: Mapping[str, str], **options: Any) -> Question:
     pinned = tuple(PinnedAdapter(name, _pinned(path), _digest(path)) for name, path in adapters.items())
     if (weights := options.get("weights")) not in (None, *KINDS):
         options["weights"] = os.path.abspath(str(weights))
-    return Question(pinned, most_columns(records.values(), options.get("top"), options.get("coverage")), **options)
+    layout = table_layout(records, options.get("top"), options.get("coverage"), options.get("unlike") is not None)
+    return Question(pinned, layout, **options)
 
 
 def answer_part(question: Question, images: Sequence[Named], folder: str, out: str, note: Note) -> None:
@@ -105,7 +106,7 @@ def answer_part(question: Question, images: Sequence[Named], folder: str, out: s
     if os.path.exists(out):
         return
     bank = _opened(question.adapters, question.weights)
-    with parquet_part(Path(out), question.width, question.unlike is not None) as write:
+    with parquet_part(Path(out), question.layout) as write:
         for (image, adapter), answers, error in _answered(question, bank, images, folder, note):
             for found in answers:
                 write(found._replace(image=image), None)

@@ -17,8 +17,9 @@ from visgraft.data.image_list import ImageList
 from visgraft.errors import VisgraftError
 from visgraft.executors.job import Event, Executor, Job
 from visgraft.files import check_target, check_writable, one_at_a_time, write_json
+from visgraft.serve.layout import ERROR
 from visgraft.serve.part import Question, answer_part
-from visgraft.serve.tables import ERROR, check_pyarrow
+from visgraft.serve.tables import check_pyarrow
 from visgraft.version import __version__
 
 MARKER = "_predict.json"  # pyarrow and others pass over what begins so when they read the folder as one table

@@ -17,46 +17,47 @@ from visgraft.bank.opening import check_same_backbone, load_bank
 from visgraft.core.tensors import eval_mode
 from visgraft.data.decode import colour_of
 from visgraft.errors import AdapterError, DataError, VisgraftError
-from visgraft.measure.evaluation import probabilities_of
 from visgraft.measure.precision import Compute, resolve_precision
-from visgraft.serve.covering import check_covering, name_sets
+from visgraft.serve.covering import check_covering, name_sets, tasks_covered
 from visgraft.serve.decoding import AnyPath, batches, decoded, path_of, prepared, readable, stacked
+from visgraft.serve.naming import THRESHOLD, Classes, TaskAnswers, answers_to_tasks, best_classes
 from visgraft.serve.ready import ReadyAdapter, background_of, check_prepared, transform_of
 from visgraft.serve.unlike import Distances, apart, check_alone, no_distances
 
 BATCH_SIZE = 64  # that of `evaluate`, so that both see the same rounding
-THRESHOLD = 0.5
 ENSEMBLE = "ensemble"
 """What the adapters of an ensemble are called together."""
 
-Classes = list[tuple[str, float]]
-"""Names of classes with their probabilities, most probable first."""
 
-
-Naming = Callable[[AdapterRecord, Tensor], list[Classes]]
-"""Of an adapter's probabilities [B, classes] on the CPU."""
+Naming = Callable[[AdapterRecord, Tensor], list[tuple[Classes, TaskAnswers | None]]]
+"""Of what an adapter's outputs say [B, outputs] on the CPU: the classes, or the answers to tasks, of each image."""
 
 
 class Prediction(NamedTuple):
     """What one adapter says of one image; `adapter` is its path or name as given, or an `Adapted`'s number, from 1.
 
-    `image` is its path, or, as text, its URL. Where it was asked, `as_far` is the share of validation images that
-    lie at least as far from the training's, and `unlike` whether that is no more than the level asked for.
+    `image` is its path, or, as text, its URL. Of an adapter with several tasks, or a number, `tasks` holds the answer
+    to each, and `classes` is empty; of others `tasks` is None. Where it was asked, `as_far` is the share of validation
+    images that lie at least as far from the training's, and `unlike` whether that is no more than the level asked for.
     """
 
     image: AnyPath
     adapter: str
     classes: Classes
+    tasks: TaskAnswers | None = None
     as_far: float | None = None
     unlike: bool | None = None
 
 
 def predict(
     adapted: Adapted, paths: Sequence[str | Path], top: int | None = None, *, coverage: float | None = None
-) -> list[Classes]:
+) -> list[Any]:
     """Return per image the `top` most probable classes (None: one) with their probabilities, most probable first.
 
     With `coverage`, return the set of classes that holds the truth so often instead (see `predict_stream`).
+
+    Of an adapter with several tasks, or a number, an image's entry holds the answer to each by its name: such classes,
+    or a `NumberAnswer`.
 
     Raises:
         AdapterError: the transform makes other images than the model takes, or the adapter is not calibrated.
@@ -64,7 +65,8 @@ def predict(
         VisgraftError: `paths` is one path and no list.
     """
     top = 1 if top is None and coverage is None else top
-    return [found.classes for found in predict_stream([adapted], paths, top=top, coverage=coverage)]
+    found = predict_stream([adapted], paths, top=top, coverage=coverage)
+    return [one.classes if one.tasks is None else one.tasks for one in found]
 
 
 @settled()
@@ -94,14 +96,15 @@ def predict_stream(
         adapters: a bank; or directories of adapters, `hf:USER/NAME`, or loaded ones, all of one backbone.
         images: paths or URLs (see the page on predicting), which may be an endless stream.
         weights: where the backbone's weights come from, in place of what the adapters say.
-        top: how many classes to name at most; None: one, or, where images may have several classes, no limit.
+        top: how many classes to name at most, of each task; None: one, or, where images may have several classes, no
+            limit.
         threshold: least probability of a class to be named, of adapters trained on images with several classes; 0.5.
         coverage: name, in place of the most probable classes, a set that holds the truth with this probability, such as
             0.95, of adapters that were calibrated when they were trained; probabilities are then calibrated ones.
         unlike: also tell pictures unlike those of the training, of which so few like them are taken for such, as 0.05.
         batch_size: images per forward.
         background: the colour behind transparent places, by name or as #rrggbb; None: as in training.
-        ensemble: answer once for all adapters, by the mean of their probabilities.
+        ensemble: answer once for all adapters, by the mean of their probabilities, and of numbers in their unit.
         on_broken: called with path and reason for each file that is no image, which is left out; None: it is an error.
         on_progress: called with the number of images read so far, after each batch.
 
@@ -184,7 +187,7 @@ def predict_rows(
                 fars = apart(look, [x for _, (x, _) in good], [name for _, (_, name) in good])
                 for (path, _), answer, far in zip(good, answers, fars, strict=True):
                     record, found = bank.record(answer.adapter), answer.probabilities.cpu()
-                    yield Prediction(path, answer.adapter, named(record, found[None])[0], *far)
+                    yield Prediction(path, answer.adapter, *named(record, found[None])[0], *far)
                 done += len(batch)
                 if on_progress is not None:
                     on_progress(done)
@@ -239,7 +242,7 @@ def check_question(
 
 
 def _check_threshold(threshold: float | None, records: Iterable[AdapterRecord]) -> None:
-    if threshold is not None and not any(record.multi_label for record in records):
+    if threshold is not None and not any(record.multi_label or record.has_several for record in records):
         raise VisgraftError("threshold is for adapters of images with several classes, and none is; leave it out")
 
 
@@ -270,7 +273,7 @@ def _run(
                 far = look(x, [name for name, _ in columns])
                 for row, (path, _) in enumerate(good):
                     each = zip(columns, far[row], strict=True)
-                    yield from (Prediction(path, name, answers[row], *told) for (name, answers), told in each)
+                    yield from (Prediction(path, name, *answers[row], *told) for (name, answers), told in each)
             done += len(batch)
             if on_progress is not None:
                 on_progress(done)
@@ -279,7 +282,7 @@ def _run(
 def _answers(
     bank: Bank | None, ready: Sequence[ReadyAdapter], x: Tensor, ensemble: bool
 ) -> list[tuple[str, AdapterRecord, Tensor]]:
-    """Return who answers a batch: the name, the record that names the classes, and probabilities [B, classes]."""
+    """Return who answers a batch: the name, the record that names the outputs, and what they say [B, outputs]."""
     of_bank = [one.name for one in ready if one.adapted is None]
     banked = iter(zip(*bank.every(x, of_bank), strict=True)) if bank else iter(())
     each = []
@@ -288,7 +291,7 @@ def _answers(
             logits = torch.stack([answer.logits for answer in next(banked)]).float()
         else:
             logits = _logits(one.adapted, x)
-        each.append(probabilities_of(logits, one.record.multi_label).cpu())
+        each.append(one.record.answers(logits).cpu())
     if ensemble:
         return [(ENSEMBLE, ready[0].record, torch.stack(each).mean(0))]
     return [(one.name, one.record, found) for one, found in zip(ready, each, strict=True)]
@@ -303,45 +306,47 @@ def _logits(adapted: Adapted, x: Tensor) -> Tensor:
 
 
 def _check_ensemble(ready: Sequence[ReadyAdapter]) -> None:
-    """Raise an AdapterError where there is one adapter only, or two answer other classes."""
+    """Raise an AdapterError where there is one adapter only, or two answer other classes or tasks."""
     if len(ready) < 2:
         raise AdapterError("an ensemble needs two adapters or more; name another, or leave out ensemble (--ensemble)")
-    kinds = [(one.record.classes, one.record.outputs, one.record.multi_label) for one in ready]
+    kinds = [
+        (one.record.classes, one.record.outputs, one.record.task, [(t.name, t.kind, t.unit) for t in one.record.tasks])
+        for one in ready
+    ]
     for one, kind in zip(ready, kinds, strict=True):
         if kind != kinds[0]:
             raise AdapterError(
-                f"{ready[0].name} and {one.name} do not answer the same classes in one order, so no mean says anything"
+                f"{ready[0].name} and {one.name} do not answer the same {'tasks' if kinds[0][3] else 'classes'} in one "
+                "order, so no mean says anything"
             )
+
+
+def _named(
+    record: AdapterRecord, answers: Tensor, top: int | None, threshold: float
+) -> list[tuple[Classes, TaskAnswers | None]]:
+    """Return the classes, or the answers to tasks, of each image, of what its outputs say [B, outputs] on the CPU."""
+    if record.tasks:
+        return [([], found) for found in answers_to_tasks(record.tasks, answers, top, threshold)]
+    return [(found, None) for found in name_classes(record, answers, top, threshold)]
 
 
 def name_classes(record: AdapterRecord, probabilities: Tensor, top: int | None, threshold: float) -> list[Classes]:
     """Name the classes of each image, of probabilities [B, classes] on the CPU."""
-    outputs = probabilities.shape[-1]
-    names = record.classes or tuple(str(number) for number in range(outputs))
-    best = probabilities.topk(most_named(outputs, record.multi_label, top))
-    least = threshold if record.multi_label else 0.0
-    return [
-        [(names[i], p) for p, i in zip(values, indices, strict=True) if p >= least]
-        for values, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-    ]
+    names = record.classes or tuple(str(number) for number in range(probabilities.shape[-1]))
+    return best_classes(names, probabilities, record.multi_label, top, threshold)
 
 
 def _naming(top: int | None, threshold: float | None, coverage: float | None) -> Naming:
     if coverage is not None:
-        return partial(name_sets, coverage=coverage)
-    return partial(name_classes, top=top, threshold=THRESHOLD if threshold is None else threshold)
+        return partial(_covered, coverage=coverage)
+    return partial(_named, top=top, threshold=THRESHOLD if threshold is None else threshold)
 
 
-def most_named(outputs: int, multi_label: bool, top: int | None) -> int:
-    """Return how many classes of `outputs` are named at most."""
-    return min(top or (outputs if multi_label else 1), outputs)
-
-
-def most_columns(records: Iterable[AdapterRecord], top: int | None, coverage: float | None = None) -> int:
-    """Return how many classes any of these adapters names at most."""
-    if coverage is not None:
-        return max(record.outputs for record in records)
-    return max(most_named(record.outputs, record.multi_label, top) for record in records)
+def _covered(record: AdapterRecord, answers: Tensor, coverage: float) -> list[tuple[Classes, TaskAnswers | None]]:
+    """Return what `_named` does, of sets and intervals with a coverage."""
+    if record.tasks:
+        return [([], found) for found in tasks_covered(record, answers, coverage)]
+    return [(found, None) for found in name_sets(record, answers, coverage)]
 
 
 def _prepare(

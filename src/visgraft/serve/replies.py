@@ -6,10 +6,14 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
+from torch import Tensor
 
+from visgraft.adapters.record import AdapterRecord
+from visgraft.data.tasks import class_outputs, output_slices
 from visgraft.serve.answering import SaidOf
-from visgraft.serve.covering import name_sets
+from visgraft.serve.covering import name_sets, tasks_covered
 from visgraft.serve.hosting import HostedAdapter
+from visgraft.serve.naming import Classes, NumberAnswer, answers_to_tasks
 
 
 class AsciiJson(JSONResponse):
@@ -33,13 +37,30 @@ class ClassScore(BaseModel):
     score: float
 
 
+class TaskReply(BaseModel):
+    """What is answered to one task of several: its classes, most probable first, or a number in its unit.
+
+    With a coverage, the number lies between `low` and `high`.
+    """
+
+    classes: list[ClassScore] | None = None
+    value: float | None = None
+    unit: str | None = None
+    low: float | None = None
+    high: float | None = None
+
+
 class AnswerTo(BaseModel):
-    """What an adapter says of a picture, most probable first; or why the picture cannot be answered."""
+    """What an adapter says of a picture, most probable first; or why the picture cannot be answered.
+
+    Of an adapter with several tasks, `tasks` stand in place of `classes`.
+    """
 
     image: str
     adapter: str | None = None
     digest: str | None = None
     classes: list[ClassScore] | None = None
+    tasks: dict[str, TaskReply] | None = None
     error: str | None = None
 
 
@@ -53,7 +74,8 @@ class AnswerList(BaseModel):
 class OneAdapter(BaseModel):
     """An adapter: `digest` is the sha256 over its two files, `figures` what was measured when it was trained.
 
-    One that is `calibrated` answers with a coverage.
+    `tasks` are what its outputs answer, in their order, where that is not one label. One that is `calibrated` answers
+    with a coverage.
     """
 
     name: str
@@ -65,6 +87,7 @@ class OneAdapter(BaseModel):
     calibrated: bool
     figures: dict[str, Any]
     pinned: bool
+    tasks: list[dict[str, Any]] = []
 
 
 class Adapters(BaseModel):
@@ -83,14 +106,44 @@ def answer_to(one: SaidOf, top: int, coverage: float | None = None) -> AnswerTo:
     """
     if one.adapter is None:
         return AnswerTo(image=one.image, error=one.error)
-    if coverage is not None:
-        named = name_sets(one.adapter.record, one.probabilities[None].cpu(), coverage)[0]
+    record, name, digest = one.adapter.record, one.adapter.adapter.name, one.adapter.digest
+    if record.tasks:
+        if coverage is None:
+            (found,) = answers_to_tasks(record.tasks, one.probabilities[None], top, 0.0)
+        else:
+            (found,) = tasks_covered(record, one.probabilities[None].cpu(), coverage)
+        tasks = {task: _task_reply(answer) for task, answer in found.items()}
+        return AnswerTo(image=one.image, adapter=name, digest=digest, tasks=tasks)
+    if coverage is None:
+        classes = ranked(record, one.probabilities, top)
     else:
-        best = one.probabilities.topk(min(top, len(one.probabilities)))
-        names = one.adapter.record.classes or tuple(map(str, range(len(one.probabilities))))
-        named = [(names[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
-    classes = [ClassScore(label=name, score=p) for name, p in named]
-    return AnswerTo(image=one.image, adapter=one.adapter.adapter.name, digest=one.adapter.digest, classes=classes)
+        (named,) = name_sets(record, one.probabilities[None].cpu(), coverage)
+        classes = [ClassScore(label=label, score=p) for label, p in named]
+    return AnswerTo(image=one.image, adapter=name, digest=digest, classes=classes)
+
+
+def ranked(record: AdapterRecord, scores: Tensor, top: int) -> list[ClassScore]:
+    """Return the classes with the highest of an adapter's scores [outputs]; with tasks, those of all, without numbers.
+
+    Those are called as the outputs are, such as colour=red.
+    """
+    kept = class_outputs(record.tasks) if record.tasks else list(range(len(scores)))
+    best = scores[kept].topk(min(top, len(kept)))
+    names = record.classes or tuple(map(str, kept))
+    pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    return [ClassScore(label=names[kept[i]], score=p) for p, i in pairs]
+
+
+def _task_reply(answer: Classes | NumberAnswer) -> TaskReply:
+    if isinstance(answer, NumberAnswer):
+        return TaskReply(value=answer.value, unit=answer.unit, low=answer.low, high=answer.high)
+    return TaskReply(classes=[ClassScore(label=label, score=score) for label, score in answer])
+
+
+def task_facts(record: AdapterRecord) -> list[dict[str, Any]]:
+    """Return what is told of each task, with the first of the outputs that answer it and how many those are."""
+    places = zip(record.tasks, output_slices(record.tasks), strict=True)
+    return [{**task.to_json(), "first_output": place.start, "outputs": task.outputs} for task, place in places]
 
 
 def one_adapter(name: str, hosted: HostedAdapter, pinned: bool) -> OneAdapter:
@@ -103,9 +156,10 @@ def one_adapter(name: str, hosted: HostedAdapter, pinned: bool) -> OneAdapter:
         classes=list(record.classes),
         outputs=record.outputs,
         multi_label=record.multi_label,
-        calibrated=record.calibrated is not None,
+        calibrated=bool(record.calibrated),
         figures=_finite(record.figures),
         pinned=pinned,
+        tasks=task_facts(record),
     )
 
 

@@ -25,7 +25,7 @@ def add_adapters(app: FastAPI, server: Server) -> None:
     def about(name: str, hosted: HostedAdapter) -> OneAdapter:
         return one_adapter(name, hosted, name in config.pinned)
 
-    @app.get("/adapters", response_model=Adapters)
+    @app.get("/adapters", response_model=Adapters, response_model_exclude_defaults=True)
     async def adapters() -> Any:
         """List the adapters, with their classes and figures."""
         hosted = (await server.current()).adapters
@@ -34,12 +34,18 @@ def add_adapters(app: FastAPI, server: Server) -> None:
         backbone = next(iter(hosted.values())).record.backbone.name if hosted else None
         return {"backbone": backbone, "limits": limits, "adapters": [about(*one) for one in hosted.items()]}
 
-    @app.get("/adapters/{name:path}", response_model=OneAdapter)
+    @app.get("/adapters/{name:path}", response_model=OneAdapter, response_model_exclude_defaults=True)
     async def adapter(name: str) -> Any:
         """Tell of one adapter."""
         return about(name, (await server.current()).get(name))
 
-    @app.put("/adapters/{name:path}", response_model=OneAdapter, status_code=201, openapi_extra=ADAPTER)
+    @app.put(
+        "/adapters/{name:path}",
+        response_model=OneAdapter,
+        response_model_exclude_defaults=True,
+        status_code=201,
+        openapi_extra=ADAPTER,
+    )
     async def put(name: str, request: Request, response: Response) -> Any:
         """Add an adapter, or put it in place of another: its two files, or a path below the server's folder."""
         form = request.headers.get("content-type", "").lower().startswith("multipart/")

@@ -60,27 +60,56 @@ function inShort(classes, outputs) {
   return line;
 }
 
+/** What is asked of a picture, with what is answered: the one question of most adapters, or each task. */
+function questionsOf(answer, { tasks = [], multi_label: several, outputs }) {
+  if (!tasks.length) return [{ several, outputs, classes: answer.classes }];
+  return tasks.map(({ name, kind, outputs }) => ({ task: name, several: kind === "several_classes", outputs, ...answer.tasks[name] }));
+}
+
+export const answered = ({ classes, tasks }) => Boolean(classes?.length || tasks);
+
+function measured({ value, unit }) {
+  const digits = Math.abs(value) < 1e4 ? 4 : 6;
+  return `${new Intl.NumberFormat("en", { maximumSignificantDigits: digits }).format(value)} ${unit}`.trim();
+}
+
+const overThreshold = (classes) => classes.filter((one) => one.score >= THRESHOLD);
+
+/** An answer in short: what it is, and how probable. */
+function brief({ several, classes, ...number }) {
+  if (!classes) return [measured(number), ""];
+  const best = several ? overThreshold(classes) : classes.slice(0, 1);
+  if (!best.length) return ["no class", ""];
+  return [best[0].label, percent(best[0].score) + (best.length > 1 ? ` and ${best.length - 1} more` : "")];
+}
+
+/** An answer at length, as elements. */
+function atLength({ several, outputs, classes, ...number }, top) {
+  if (!classes) return [element("p", measured(number), "number")];
+  if (!several) return [shares(classes.slice(0, top))];
+  const over = overThreshold(classes);
+  const said = element("p", over.length ? "Each class by itself:" : `No class reaches ${percent(THRESHOLD)}.`, "soft");
+  const rest = classes.slice(over.length);
+  return [said, shares(over), ...(rest.length ? [inShort(rest, outputs - over.length)] : [])];
+}
+
 /** What one adapter says of a picture. */
 export function card(answer, about, few, top) {
-  const { classes, digest } = answer;
-  const { name, multi_label: several, outputs } = about;
+  const { name } = about;
   const made = document.createElement("details");
   made.open = few;
   const summary_ = made.appendChild(document.createElement("summary"));
   const from = summary_.appendChild(element("span", name, "name clamp from"));
-  from.title = `${name}\nsha256 ${digest}`;
-  const over = classes.filter((one) => one.score >= THRESHOLD);
-  const best = several ? over : classes.slice(0, 1);
-  const short = summary_.appendChild(element("span", "", "best"));
-  short.append(element("span", best.length ? best[0].label : "no class", "name"));
-  short.append(element("span", best.length ? percent(best[0].score) + (best.length > 1 ? ` and ${best.length - 1} more` : "") : "", "share"));
-  if (several) {
-    made.append(element("p", over.length ? "Each class by itself:" : `No class reaches ${percent(THRESHOLD)}.`, "soft"));
-    made.append(shares(over));
-    const rest = classes.slice(over.length);
-    if (rest.length) made.append(inShort(rest, outputs - over.length));
-  } else {
-    made.append(shares(classes.slice(0, top)));
+  from.title = `${name}\nsha256 ${answer.digest}`;
+  for (const question of questionsOf(answer, about)) {
+    const [what, share] = brief(question);
+    const short = summary_.appendChild(element("span", "", "best"));
+    if (question.task !== undefined) {
+      short.append(element("span", question.task, "task name"));
+      made.append(element("h4", question.task, "name"));
+    }
+    short.append(element("span", what, "name"), element("span", share, "share"));
+    made.append(...atLength(question, top));
   }
   return made;
 }
@@ -94,15 +123,26 @@ export function thumbnail(picture) {
   return image;
 }
 
-export function aboutAdapter({ digest, classes, figures }, place) {
+/** The kind of an adapter's answers, in a few words. */
+export function kindOf({ outputs, multi_label: several, tasks = [] }) {
+  if (tasks.length) return counted(tasks.length, "task");
+  return `${counted(outputs, "class", "classes")}${several ? ", several per picture" : ""}`;
+}
+
+function labelOf({ name, kind, classes, unit, low, high }) {
+  if (kind === "number") return `${name}: a number, ${measured({ value: low, unit: "" })} to ${measured({ value: high, unit })} in training`;
+  return `${name}: ${kind === "one_class" ? "one" : "any"} of ${classes.join(", ")}`;
+}
+
+export function aboutAdapter({ digest, classes, figures, tasks = [] }, place) {
   const code = element("code", digest.slice(0, 12));
   code.title = digest;
   const line = element("p", "sha256 ");
   line.append(code);
   const list = element("ul", "", "labels");
   list.tabIndex = 0;
-  list.setAttribute("aria-label", "Classes");
-  list.append(...classes.map((label) => element("li", label, "name")));
+  list.setAttribute("aria-label", tasks.length ? "Tasks" : "Classes");
+  list.append(...(tasks.length ? tasks.map(labelOf) : classes).map((label) => element("li", label, "name")));
   const told = element("dl", "");
   told.append(...pairsOf(figuresOf(figures)));
   place.append(line, told, classes.length ? list : element("p", "Its classes have no names.", "soft"));
@@ -129,9 +169,15 @@ export function showFacts({ decode, wait, forward, all }) {
   at("facts").hidden = false;
 }
 
-/** The most probable class by each of a few adapters. */
-export function bestInWords(answers) {
-  const said = answers.map(({ adapter, classes: [{ label, score }] }) => `${inSentence(adapter)}: ${inSentence(label)}, ${percent(score)}`);
+/** What each of a few adapters answers, in short; `about` has their facts by name. */
+export function bestInWords(answers, about) {
+  const said = answers.map((answer) => {
+    const words = questionsOf(answer, about.get(answer.adapter)).map((question) => {
+      const [what, share] = brief({ ...question, several: question.several && question.task !== undefined });
+      return [...(question.task === undefined ? [] : [inSentence(question.task)]), `${inSentence(what)}${share && `, ${share}`}`].join(" ");
+    });
+    return `${inSentence(answer.adapter)}: ${words.join("; ")}`;
+  });
   return `${said.join("; ")}.`;
 }
 

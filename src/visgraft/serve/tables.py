@@ -4,23 +4,21 @@ import csv
 import io
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from visgraft.errors import VisgraftError
 from visgraft.files import new_file
 from visgraft.serve.decoding import AnyPath
+from visgraft.serve.layout import ERROR, TableColumn, TableLayout, joined
 from visgraft.serve.prediction import Prediction
 
 ROWS_AT_ONCE = 10_000  # row group of a .parquet file
-ERROR = "error"
 
 Row = list[Any]
 Write = Callable[[Prediction], None]
-TableWriter = Callable[[Path, int, bool], AbstractContextManager[Write]]
-"""Given a file's name, how many classes a row names at most, and whether it says how far the picture lies."""
-FAR = ("as_far", "unlike")
+TableWriter = Callable[[Path, TableLayout], AbstractContextManager[Write]]
+"""Given a file's name and the columns of the table."""
 
 
 def written(path: AnyPath) -> str:
@@ -38,45 +36,34 @@ def check_pyarrow(out: Path) -> None:
 
 
 @contextmanager
-def csv_table(out: Path, width: int, far: bool = False) -> Iterator[Write]:
+def csv_table(out: Path, layout: TableLayout) -> Iterator[Write]:
     """Yield a writer of predictions to a .csv file, that becomes `out` when all went well."""
     with _new_table(out) as file:
         text = io.TextIOWrapper(file, "utf-8", newline="")
         rows = csv.writer(text)
-        rows.writerow(_columns(width, far))
-        yield lambda found: rows.writerow(_row(found, width, far))
+        rows.writerow([column.name for column in layout.columns()])
+        yield lambda found: rows.writerow(map(joined, _row(layout, found)))
         text.flush()
         text.detach()  # the file below stays open, for its owner to close
 
 
 @contextmanager
-def parquet_table(out: Path, width: int, far: bool = False) -> Iterator[Write]:
+def parquet_table(out: Path, layout: TableLayout) -> Iterator[Write]:
     """Yield a writer of predictions to a .parquet file, that becomes `out` when all went well."""
-    with _parquet(out, _columns(width, far)) as write:
-        yield lambda found: write(_row(found, width, far))
+    with _parquet(out, layout.columns()) as write:
+        yield lambda found: write(_row(layout, found))
 
 
 @contextmanager
-def parquet_part(out: Path, width: int, far: bool = False) -> Iterator[Callable[[Prediction, str | None], None]]:
+def parquet_part(out: Path, layout: TableLayout) -> Iterator[Callable[[Prediction, str | None], None]]:
     """Yield a writer of predictions and, where an image is broken, the reason, to a part of a table."""
-    with _parquet(out, [*_columns(width, far), ERROR]) as write:
-        yield lambda found, error: write([*_row(found, width, far), None if error is None else written(error)])
+    with _parquet(out, [*layout.columns(), TableColumn(ERROR, "text")]) as write:
+        yield lambda found, error: write([*_row(layout, found), None if error is None else written(error)])
 
 
-def _columns(width: int, far: bool) -> list[str]:
-    numbers = ["", *(f"_{number}" for number in range(2, width + 1))]
-    return [
-        "image",
-        "adapter",
-        *(f"{name}{number}" for number in numbers for name in ("class", "probability")),
-        *(FAR if far else ()),
-    ]
-
-
-def _row(found: Prediction, width: int, far: bool) -> Row:
-    """Return a row of the table; None where fewer classes are named."""
-    named = chain.from_iterable([*found.classes, *[(None, None)] * (width - len(found.classes))])
-    return [written(found.image), found.adapter, *named, *((found.as_far, found.unlike) if far else ())]
+def _row(layout: TableLayout, found: Prediction) -> Row:
+    far = (found.as_far, found.unlike)
+    return layout.row(written(found.image), found.adapter, found.classes, found.tasks, far)
 
 
 @contextmanager
@@ -90,14 +77,20 @@ def _new_table(out: Path) -> Iterator[Any]:
 
 
 @contextmanager
-def _parquet(out: Path, columns: list[str]) -> Iterator[Callable[[Row], None]]:
+def _parquet(out: Path, columns: list[TableColumn]) -> Iterator[Callable[[Row], None]]:
     import pyarrow
     import pyarrow.parquet
 
     rows = list[Row]()
-    number, of_name = pyarrow.float64(), {"as_far": pyarrow.float64(), "unlike": pyarrow.bool_()}
-    kinds = [number if name.startswith("probability") else of_name.get(name, pyarrow.string()) for name in columns]
-    schema = pyarrow.schema(list(zip(columns, kinds, strict=True)))
+    kinds = {"text": pyarrow.string(), "number": pyarrow.float64()}
+    kinds["flag"] = pyarrow.bool_()
+    kinds |= {"texts": pyarrow.list_(kinds["text"]), "numbers": pyarrow.list_(kinds["number"])}
+    schema = pyarrow.schema(
+        [
+            pyarrow.field(one.name, kinds[one.holds], metadata={"unit": one.unit} if one.unit else None)
+            for one in columns
+        ]
+    )
     with _new_table(out) as file, pyarrow.parquet.ParquetWriter(file, schema) as writer:
 
         def flush() -> None:

@@ -34,7 +34,7 @@ from visgraft.errors import Interrupted, TrainingDiverged, VisgraftError
 from visgraft.executors import distributed
 from visgraft.executors.distributed import ProcessLost
 from visgraft.files import check_target
-from visgraft.measure.conformal import calibrate
+from visgraft.measure.conformal import calibrate_tasks
 from visgraft.measure.evaluation import evaluate
 from visgraft.measure.measuring import figures_of, sizes_of, skipped_of
 from visgraft.measure.precision import resolve_precision
@@ -127,7 +127,7 @@ def train_folder(
 
     kept = {**_record(dataset, split, train_config, loading.background or "white"), **(record or {})}
 
-    def write(calibrated: Calibrated | None = None, **more: Any) -> None:
+    def write(calibrated: Mapping[str, Calibrated] | None = None, **more: Any) -> None:
         if distributed.is_first():
             facts = kept | more
             save(model, out, classes=dataset.classes, record=facts, calibrated=calibrated, reference=reference)
@@ -157,7 +157,7 @@ def _conclude(
     costs = {**dataclasses.asdict(fitted.training), "seconds": fitted.seconds}
     found = None if val is None else evaluate(model, val, precision)
     figures = figures_of(found)
-    calibrated = None if found is None or found.by_task else calibrate(found)
+    calibrated = None if found is None else calibrate_tasks(found)
     metrics = {f"val_{name}": value for name, value in figures.items()}
     _finish(out, watch.again, partial(write, calibrated=calibrated, metrics=metrics, **costs))
     return figures, costs
@@ -296,7 +296,7 @@ def attach_as_asked(
     """Attach the method afresh, with a look at the task's batches where it takes one, or from an earlier adapter."""
     torch.manual_seed(seed)
     if init_from is not None:
-        for note in start_from(model, init_from, config, dataset.classes):
+        for note in start_from(model, init_from, config, dataset.classes, dataset.tasks):
             watch.warning(note)
     else:
         attach(model, config, batches)

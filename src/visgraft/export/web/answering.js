@@ -53,6 +53,16 @@ function probabilitiesOf(logits, several) {
   return powers.map((power) => power / sum);
 }
 
+/** What the outputs say of each task: its classes with their shares, or a number in its unit. */
+function answersTo(tasks, logits) {
+  let first = 0;
+  return tasks.map(({ name, kind, classes, unit, mean, std }) => {
+    const own = logits.slice(first, first += classes.length || 1);
+    if (kind === "number") return { name, kind, value: own[0] * std + mean, unit };
+    return { name, kind, classes, probabilities: probabilitiesOf(own, kind === "several_classes") };
+  });
+}
+
 /** The folder's model; adapters are loaded when they are first asked for. */
 export class Model {
   constructor(about, graphs) {
@@ -118,8 +128,9 @@ export class Model {
     const { logits, device } = await this.graphs.run(rgb, [height, width], tensors);
     const end = performance.now();
     const several = facts.task === "several_classes";
+    const said = facts.tasks ? { tasks: answersTo(facts.tasks, logits) } : { several, probabilities: probabilitiesOf(logits, several) };
     return {
-      adapter: name, device, several, logits, probabilities: probabilitiesOf(logits, several), from,
+      adapter: name, device, logits, ...said, from,
       size: [width, height], reduced, milliseconds: { decode: decoded - begin, answer: end - decoded },
     };
   }

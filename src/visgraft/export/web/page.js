@@ -51,13 +51,13 @@ function element(tag, text, name) {
   return made;
 }
 
-function showAnswers(answer) {
-  const { classes, outputs } = model.about.adapters[answer.adapter];
-  const named = answer.probabilities
-    .map((share, i) => ({ share, name: classes.length === outputs ? classes[i] : String(i) }))
-    .sort((one, other) => other.share - one.share);
-  const kept = answer.several ? named.filter((one) => one.share >= THRESHOLD) : named.slice(0, TOP);
-  at("answers").replaceChildren(...kept.map(({ share, name }) => {
+function best(probabilities, names, several) {
+  const named = probabilities.map((share, i) => ({ share, name: names[i] })).sort((one, other) => other.share - one.share);
+  return several ? named.filter((one) => one.share >= THRESHOLD) : named.slice(0, TOP);
+}
+
+function bars(kept) {
+  return kept.map(({ share, name }) => {
     const item = document.createElement("li");
     const bar = element("span", "", "bar");
     bar.setAttribute("aria-hidden", "true");
@@ -65,8 +65,25 @@ function showAnswers(answer) {
     fill.style.width = `${100 * share}%`;
     item.append(element("span", name, "name"), element("span", percent(share), "share"), bar);
     return item;
-  }));
-  say(kept.length ? "" : `No class reaches ${percent(THRESHOLD)}.`);
+  });
+}
+
+function rowsOf({ name, kind, value, unit, classes, probabilities }) {
+  const title = element("li", name, "task");
+  if (kind === "number") {
+    const digits = { maximumSignificantDigits: Math.abs(value) < 1e4 ? 4 : 6 };
+    return [title, element("li", `${new Intl.NumberFormat("en", digits).format(value)} ${unit}`.trim(), "number")];
+  }
+  const kept = best(probabilities, classes, kind === "several_classes");
+  return [title, ...(kept.length ? bars(kept) : [element("li", `No class reaches ${percent(THRESHOLD)}.`)])];
+}
+
+function showAnswers(answer) {
+  const { classes, outputs } = model.about.adapters[answer.adapter];
+  const names = classes.length === outputs ? classes : Array.from({ length: outputs }, (_, i) => String(i));
+  const rows = answer.tasks ? answer.tasks.flatMap(rowsOf) : bars(best(answer.probabilities, names, answer.several));
+  at("answers").replaceChildren(...rows);
+  say(rows.length ? "" : `No class reaches ${percent(THRESHOLD)}.`);
   const note = at("note");
   note.hidden = !answer.reduced;
   note.textContent = answer.reduced

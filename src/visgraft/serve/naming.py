@@ -1,0 +1,86 @@
+"""What answers are called: classes with their probabilities, and, of several tasks, numbers in their units."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from visgraft.data.tasks import LabelTask, output_slices
+
+THRESHOLD = 0.5
+"""Least probability of a class, where an image may have several, unless the user says otherwise."""
+
+Classes = list[tuple[str, float]]
+"""Names of classes with their probabilities, most probable first."""
+
+
+class NumberAnswer(NamedTuple):
+    """A number in its `unit`, which is empty where the user gave none; with a coverage between `low` and `high`."""
+
+    value: float
+    unit: str
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        said = f"{_digits(self.value)} {self.unit}".rstrip()
+        if self.low is None or self.high is None:
+            return said
+        return f"{said} ({_digits(self.low)} to {_digits(self.high)})"
+
+
+def _digits(value: float) -> str:
+    return f"{value:.4g}" if 1e-3 <= abs(value) < 1e4 or not value else f"{value:,.6g}"
+
+
+TaskAnswers = dict[str, Classes | NumberAnswer]
+"""What is answered to each task, by its name."""
+
+
+def best_classes(
+    names: Sequence[str], probabilities: Tensor, several: bool, top: int | None, threshold: float
+) -> list[Classes]:
+    """Return the most probable classes of each image, of probabilities [B, classes] on the CPU.
+
+    Args:
+        names: of the classes.
+        probabilities: see above.
+        several: an image may have several classes, or none: those of at least `threshold` are named.
+        top: how many at most; None: one, or of several all.
+        threshold: see above.
+    """
+    best = probabilities.topk(most_named(probabilities.shape[-1], several, top))
+    least = threshold if several else 0.0
+    return [
+        [(names[i], p) for p, i in zip(values, indices, strict=True) if p >= least]
+        for values, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    ]
+
+
+def most_named(outputs: int, several: bool, top: int | None) -> int:
+    """Return how many classes of `outputs` are named at most."""
+    return min(top or (outputs if several else 1), outputs)
+
+
+def answers_to_tasks(
+    tasks: Sequence[LabelTask], answers: Tensor, top: int | None, threshold: float
+) -> list[TaskAnswers]:
+    """Return what each image is answered, of what the adapter's record makes of outputs, [B, outputs] on the CPU."""
+    found: list[TaskAnswers] = [{} for _ in answers]
+    for task, place in zip(tasks, output_slices(tasks), strict=True):
+        own = answers[:, place]
+        column: Sequence[Classes | NumberAnswer]
+        if task.kind == "number":
+            column = [NumberAnswer(value, task.unit) for value in own[:, 0].tolist()]
+        else:
+            column = best_classes(task.classes, own, task.kind == "several_classes", top, threshold)
+        for of_image, answer in zip(found, column, strict=True):
+            of_image[task.name] = answer
+    return found
+
+
+def in_words(answer: Classes | NumberAnswer) -> str:
+    """Return an answer for people: classes with percentages, or a number with its unit."""
+    if isinstance(answer, NumberAnswer):
+        return str(answer)
+    return ", ".join(f"{name} {100 * p:.1f} %" for name, p in answer) or "–"
