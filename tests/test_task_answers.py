@@ -7,14 +7,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from predicting import BACKBONE, TASKS, make, make_tasks, pictures, refused, rows_of, run, shop
 
-from visgraft import load, load_bank, predict, predict_rows, predict_stream
+from visgraft import load, load_bank, predict, predict_rows, predict_stream, save
 from visgraft.data.label_columns import LabelColumns
 from visgraft.data.tasks import LabelTask
 from visgraft.errors import AdapterError, VisgraftError
+from visgraft.measure.conformal import condense
 from visgraft.serve.layout import table_layout
 from visgraft.serve.naming import NumberAnswer
 
@@ -165,3 +167,32 @@ def test_no_column_has_the_name_of_another(name: str, shop: Path, tmp_path: Path
     record = load(make_tasks(tmp_path / "odd", (TASKS[0], LabelTask(name, "number", mean=1.0)))).record
     names = [column.name for column in table_layout({"odd": record}, 2).columns()]
     assert len({*names, "error"}) == len(names) + 1, names
+
+
+def test_a_coverage_is_that_of_each_task(shop: Path, pictures: list[Path], tmp_path: Path) -> None:
+    one = load(shop)
+    sure = {"size": condense(np.arange(1.0, 20.0)), "tags": condense(np.full(19, -np.log(0.4)))}
+    sure["colour"] = condense(np.full(19, -np.log(0.3)))
+    path = save(one.model, tmp_path / "sure", classes=one.classes, record=one.record.facts, calibrated=sure)
+    assert load(path).record.calibrated == sure
+    plain = rows_of(path, pictures[0], "--top", 3, "--threshold", 0)[0]["tasks"]
+    row = rows_of(path, pictures[0], "--coverage", 0.9)[0]["tasks"]
+    size = row["size"]
+    assert (size["low"], size["high"]) == pytest.approx((size["value"] - 18, size["value"] + 18))
+    assert plain["size"] == {"value": size["value"], "unit": "cm"}
+    for task, least in (("tags", 0.4), ("colour", 0.3)):
+        inside = {found["class"] for found in plain[task]["classes"] if found["probability"] >= least}
+        first = {plain[task]["classes"][0]["class"]} if task == "colour" else set()
+        assert {found["class"] for found in row[task]["classes"]} == inside | first
+    status, out, _ = run(path, pictures[0], "--coverage", 0.9)
+    assert status == 0 and f"({size['low']:.4g} to {size['high']:.4g})" in out
+    table = tmp_path / "answers.csv"
+    assert run(path, *pictures, "--coverage", 0.9, "--out", table)[0] == 0
+    first_row = next(csv.DictReader(table.open(encoding="utf-8")))
+    assert float(first_row["size_low"]) < float(first_row["size"]) < float(first_row["size_high"])
+    status, _, err = run(path, pictures[0], "--coverage", 0.98)
+    assert status == 1 and "task colour: a coverage of 0.98 takes 49 validation images, and there were 19" in err
+    del sure["size"]
+    path = save(one.model, tmp_path / "part", classes=one.classes, record=one.record.facts, calibrated=sure)
+    status, _, err = run(path, pictures[0], "--coverage", 0.9)
+    assert status == 1 and "task size is not calibrated, as no validation image had its label" in err

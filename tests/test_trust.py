@@ -21,7 +21,7 @@ from sklearn.metrics import roc_auc_score
 
 import visgraft
 from visgraft import VisgraftError, blend, load, load_bank, predict, predict_rows, predict_stream, save, train_folder
-from visgraft.adapters.calibrated import Calibrated
+from visgraft.adapters.calibrated import ONE_LABEL, Calibrated
 from visgraft.adapters.directory import CONFIG, read_record
 from visgraft.adapters.hub import UNLIKE
 from visgraft.adapters.reference import read_reference
@@ -68,18 +68,17 @@ def images_of(gauges: Path) -> list[Path]:
 
 
 def test_training_calibrates_by_validation_images_alone(gauges: Path, trained: Path, tmp_path: Path) -> None:
-    known = read_record(trained).calibrated
-    assert known is not None and known.images == IMAGES["val"]
+    known = read_record(trained).calibrated[ONE_LABEL]
+    assert known.images == IMAGES["val"]
     assert visgraft.eval_adapter(trained, gauges, part="val")["images"] == known.images
     shutil.copytree(gauges, tmp_path / "data")
     shutil.rmtree(tmp_path / "data" / "test")
-    again = read_record(train(tmp_path / "data", tmp_path / "again")).calibrated
+    again = read_record(train(tmp_path / "data", tmp_path / "again")).calibrated[ONE_LABEL]
     assert again == known, "test images decide nothing"
 
 
 def test_sets_are_those_of_the_calibrated_probabilities(gauges: Path, trained: Path) -> None:
-    images, known = images_of(gauges), read_record(trained).calibrated
-    assert known is not None
+    images, known = images_of(gauges), read_record(trained).calibrated[ONE_LABEL]
     plain = predict(load(trained), images, top=3)
     for coverage in (0.5, 0.8, 0.95):
         found = sets_of(trained, images, coverage)
@@ -107,7 +106,7 @@ def test_sets_hold_the_truth_and_grow_with_the_coverage(gauges: Path, trained: P
 def test_without_validation_images_nothing_is_promised(gauges: Path, tmp_path: Path) -> None:
     out = train(gauges / "train", tmp_path / "out", split=visgraft.Split(0.0, 0.2))
     record = read_record(out)
-    assert record.calibrated is None and record.unlike is None and not (out / UNLIKE).exists()
+    assert not record.calibrated and record.unlike is None and not (out / UNLIKE).exists()
     for option, says in (("--coverage", "is not calibrated"), ("--unlike", "cannot tell unlike pictures")):
         code, _, err = run(out, gauges / "test", option, 0.9)
         assert code == 1 and len(err.splitlines()) == 1 and says in err and "without validation images" in err
@@ -121,16 +120,16 @@ def test_what_answers_otherwise_is_not_calibrated(gauges: Path, trained: Path, t
     }
     made = {name: save(found.model, tmp_path / name, classes=found.classes, record=dict(found.record.facts))
             for name, found in changed.items()}  # fmt: skip
-    assert all(found.record.calibrated is None and found.record.unlike is None for found in changed.values())
+    assert all(not found.record.calibrated and found.record.unlike is None for found in changed.values())
     made["saved again"] = save(one.model, tmp_path / "again", classes=one.classes, record=dict(one.record.facts))
     truncate_adapter(trained, 2, tmp_path / "ranked")
     made["ranked"] = tmp_path / "ranked"
     for name, path in made.items():
         record = read_record(path)
-        assert record.calibrated is None and record.unlike is None and not (path / UNLIKE).exists(), name
+        assert not record.calibrated and record.unlike is None and not (path / UNLIKE).exists(), name
     assert "calibration" not in json.dumps(dict(one.record.facts)), "no copy of the facts carries it"
     went_on = read_record(train(gauges, tmp_path / "on", init_from=trained)).calibrated
-    assert went_on is not None and went_on != one.record.calibrated
+    assert went_on and went_on != one.record.calibrated
 
 
 def test_every_way_of_asking_names_the_same_sets(gauges: Path, trained: Path, tmp_path: Path) -> None:
@@ -208,7 +207,8 @@ def test_several_classes_hold_all_true_ones(tmp_path: Path, pictures: list[Path]
     every = [dict(found.classes) for found in predict_stream([one], pictures, threshold=0)]
     for least in (0.2, 0.5, 0.99):
         known = condense(np.full(20, -np.log(least)), 1.0)
-        path = save(one.model, tmp_path / str(least), classes=one.classes, record=one.record.facts, calibrated=known)
+        sure = {ONE_LABEL: known}
+        path = save(one.model, tmp_path / str(least), classes=one.classes, record=one.record.facts, calibrated=sure)
         found = [dict(named) for named in sets_of(path, pictures, 0.9)]
         assert [set(named) for named in found] == [{n for n, p in of.items() if p >= least} for of in every]
 

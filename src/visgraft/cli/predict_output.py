@@ -61,7 +61,9 @@ def _fields(found: "Prediction") -> dict[str, Any]:
     from visgraft.serve.naming import NumberAnswer
 
     def of_task(answer: Any) -> dict[str, Any]:
-        return answer._asdict() if isinstance(answer, NumberAnswer) else {"classes": _classes(answer)}
+        if not isinstance(answer, NumberAnswer):
+            return {"classes": _classes(answer)}
+        return {name: value for name, value in answer._asdict().items() if value is not None}
 
     if found.tasks is None:
         return {"classes": _classes(found.classes)}
