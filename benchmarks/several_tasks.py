@@ -25,6 +25,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +139,10 @@ def wanted(asked: argparse.Namespace) -> Iterator[Trial]:
 
 @dataclass(frozen=True)
 class Pictures:
-    """The parts of a drawn table, each with all its labels."""
+    """The parts of a drawn table, each with all its labels, and a digest of all pixels and labels."""
 
     parts: dict[str, Images]
+    digest: str
 
     def of(self, part: str, labels: Sequence[str]) -> Images:
         """Return a part with some of its labels only; with a single class as if there were no other question."""
@@ -168,7 +170,11 @@ def read_pictures(folder: Path, facts: Mapping[str, Any]) -> Pictures:
         restyled = read_data(Source(table=folder / RESTYLED, labels=columns), Split(0.0, 0.0), tasks=dataset.tasks)
         found["restyled"] = restyled.test
     outputs = len(dataset.classes)
-    return Pictures({name: load_images(part, facts, outputs=outputs) for name, part in found.items()})
+    parts = {name: load_images(part, facts, outputs=outputs) for name, part in found.items()}
+    digest = sha256()
+    for images in parts.values():
+        digest.update(images.pixels[slice(None)].numpy().tobytes() + images.labels.numpy().tobytes())
+    return Pictures(parts, digest.hexdigest()[:12])
 
 
 def figures(pictures: Pictures, part: str, labels: Sequence[str], evaluation: Evaluation) -> dict[str, Any]:
@@ -211,6 +217,7 @@ def run(trial: Trial, pictures: Pictures, asked: argparse.Namespace) -> dict[str
         **trial.key(asked),
         "epochs": recipe.epochs,
         "images": len(images),
+        "pictures": pictures.digest,
         "lr": recipe.lr,
         "options": config.to_dict(),
         "parameters": counts.adapter,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from visgraft.drawn.painting import Curve, Scene, Solid, paint
@@ -36,7 +37,7 @@ from visgraft.drawn.table import PARTS, Drawn, check_counts, write_tables
 from visgraft.errors import DataError, nearest
 
 FOCUS = 0.46  # picture heights, as in `sprites`, but with a lower horizon, so that there is room above it
-EDGE, GAP = 0.02, 0.028  # what is left free at the border and between any two shapes, at least
+EDGE, GAP = 0.02, 0.036  # what is left free at the border and between any two shapes, at least: 3.5 pixels of 98
 TRIES = 40  # places that are tried for a shape before all begin anew
 
 
@@ -116,6 +117,11 @@ def _drawn(labels: Mapping[str, int], rng: Generator, size: int, style: str) -> 
     return paint(scene, look, size, restyled=style == "restyled"), numbers
 
 
+def draw_labels(count: int, rng: Generator) -> dict[str, NDArray[np.int64]]:
+    """Return labels of each task [count]: every class equally often, in orders that know nothing of each other."""
+    return {task: rng.permutation(np.arange(count) % classes) for task, classes in TASKS.items()}
+
+
 def draw_scenes(
     root: str | Path,
     *,
@@ -141,13 +147,12 @@ def draw_scenes(
 
     def drawn() -> Iterator[Drawn]:
         for number, (part, count) in enumerate(counts.items()):
-            orders = np.random.default_rng([seed, number, 0, 2])
-            drawn_labels = {task: orders.permutation(np.arange(count) % classes) for task, classes in TASKS.items()}
+            labels = draw_labels(count, np.random.default_rng([seed, number, 0, 2]))
             for index in range(count):
                 rng = np.random.default_rng([seed, number, index, 1])
-                labels = {task: int(order[index]) for task, order in drawn_labels.items()}
-                picture, numbers = _drawn(labels, rng, size, "restyled" if part == "restyled" else "plain")
-                named = {task: class_name(task, label) for task, label in labels.items()}
+                own = {task: int(order[index]) for task, order in labels.items()}
+                picture, numbers = _drawn(own, rng, size, "restyled" if part == "restyled" else "plain")
+                named = {task: class_name(task, label) for task, label in own.items()}
                 yield Drawn(part, picture, {**named, **{name: round(value, 3) for name, value in numbers.items()}})
 
     return write_tables(Path(root), drawn())
