@@ -1,7 +1,7 @@
 """One adapter for four questions about a picture, or four adapters? Drawn scenes, three seeds, equal budgets.
 
     python benchmarks/several_tasks.py                                                 # every training that is missing
-    python benchmarks/several_tasks.py --methods alore --share experts --forms joint   # further rows
+    python benchmarks/several_tasks.py --methods alore --share experts,none --forms own_factors    # further rows
     python benchmarks/several_tasks.py --answers                                       # bytes and time per answer
     python benchmarks/several_tasks.py --quick --out quick                             # a minute, without weights
 
@@ -11,6 +11,8 @@ Each training appends one JSON line to OUT/lines.jsonl, and a killed run goes on
 - quarter_parameters: four adapters, each with a quarter of its parameters, each trained as long as it;
 - quarter_time: four adapters, each of its size, each trained for a quarter of its epochs;
 - separate: four adapters, each of its size and trained as long as it: four times of both;
+- own_factors: one adapter of ALoRE whose tasks have low-rank factors of their own, each of a quarter of the size, as
+  `--share experts` (W_s in common) or `--share none` (nothing); each task has a pass of its own;
 - numbers: as joint, but with location, count and distance as numbers;
 - gauge_classes, gauge_number: gauges of the demo, read as one of 16 classes and as a number.
 
@@ -86,6 +88,7 @@ FORMS = {
     "quarter_time": Form("scenes", _APART, time=0.25),
     "quarter_parameters": Form("scenes", _APART, quarter_parameters=True),
     "separate": Form("scenes", _APART),
+    "own_factors": Form("scenes", (SCENE_TASKS,), quarter_parameters=True),
     "numbers": Form("scenes", (tuple(NUMBER_OF.get(task, task) for task in SCENE_TASKS),)),
     "gauge_classes": Form("gauges", (("position",),)),
     "gauge_number": Form("gauges", (("reading",),)),
@@ -294,7 +297,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("results-several-tasks"))
     parser.add_argument("--adapters", type=Path, help="also keep the adapters in this folder")
     parser.add_argument("--methods", default=",".join(QUARTER))
-    parser.add_argument("--forms", default=",".join(FORMS))
+    parser.add_argument("--forms", default=",".join(form for form in FORMS if form != "own_factors"))
     parser.add_argument("--share", default="default", help="ALoRE's option share, several joined by commas")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--epochs", type=int, default=EPOCHS)

@@ -14,11 +14,12 @@ from scale_page import table
 from scipy.stats import t
 from several_tasks import NUMBER_OF, SCENE_TASKS, UNITS, read_lines
 
+RIVALS = {"joint": ("quarter_parameters", "quarter_time", "separate"), "own_factors": ("joint", "quarter_parameters")}
 ROOT = Path(__file__).parents[1]
 PAGE, RESULTS = ROOT / "docs" / "several_tasks_evidence.md", ROOT / "results-several-tasks"
 TITLES = {
     "joint": "joint", "quarter_parameters": "equal parameters", "quarter_time": "equal time",
-    "separate": "separate, all of both",
+    "separate": "separate, all of both", "own_factors": "own factors",
 }  # fmt: skip
 STYLES = ("test", "restyled")
 NOTHING = "Nothing is measured yet."
@@ -95,9 +96,9 @@ def accuracy_table(rows: Rows, part: str) -> str:
 
 
 def _paired(rows: Rows) -> Iterator[tuple[str, str, str, str, dict[int, list[Line]], dict[int, list[Line]]]]:
-    """Yield method, the joint row's title, the other row's form and title, and the lines of the seeds of both."""
+    """Yield method, a row's title, the other row's form and title, and the lines of the seeds of both."""
     for (method, form, share), seeds in rows.items():
-        for other in ("quarter_parameters", "quarter_time", "separate") if form == "joint" else ():
+        for other in RIVALS.get(form, ()):
             rivals = rows.get((method, other, ""), {})
             common = [seed for seed in seeds if seed in rivals]
             if common:
@@ -106,7 +107,7 @@ def _paired(rows: Rows) -> Iterator[tuple[str, str, str, str, dict[int, list[Lin
 
 
 def difference_table(rows: Rows) -> str:
-    """Return the joint adapter less the separate ones, in points, and what the criteria say of it."""
+    """Return one adapter less the others, in points, and what the criteria say of it."""
     body = []
     for method, ours, other, theirs, first, second in _paired(rows):
         for part in STYLES:
