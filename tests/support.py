@@ -71,6 +71,7 @@ EXTRAS: dict[str, list[dict[str, Any]]] = {
     "alore": [
         {"bank": "per_place", "places": ["attn.in", "attn.out", "mlp.in", "mlp.out"]},
         {"rank": 1, "experts": 2, "also_train": "biases"},
+        {"share": "experts", "tasks": [2, 3]},
     ],
     "lora": [{"targets": ["q", "k", "v", "proj", "fc2"], "rank": 2, "scale": 2.0, "dropout": 0.1}],
     "dora": [{"targets": ["q", "k", "v", "proj", "fc2"], "rank": 2, "scale": 2.0}],

@@ -1,12 +1,14 @@
 """ALoRE against the dense Kronecker sum and expert by expert; its bank; the published counts. And LoRA's algebra."""
 
+from typing import Any
+
 import pytest
 import timm
 import torch
-from support import CLASSES, fitted, images, logits, vit
+from support import CLASSES, enliven, family, fitted, images, logits, size_of, vit
 from torch import Tensor, nn
 
-from visgraft import ALoREConfig, FullConfig, LinearConfig, LoRAConfig, MethodConfig, attach, count_parameters
+from visgraft import ALoREConfig, FullConfig, LinearConfig, LoRAConfig, MethodConfig, attach, count_parameters, merge
 from visgraft.core.attach import assemble
 from visgraft.core.attached import get_attached
 from visgraft.core.method import Grid
@@ -141,3 +143,46 @@ def test_counts_are_the_published_ones(name: str, config: MethodConfig, count: i
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=CLASSES)
     assert count_parameters(assemble(model, config)).adapter == count
+
+
+@pytest.mark.parametrize("share", ["experts", "none"])
+@pytest.mark.parametrize("kind", ["plain", "swin"])
+def test_tasks_with_factors_of_their_own_answer_as_separate_adapters(share: str, kind: str) -> None:
+    def backbone() -> Any:
+        return vit("plain") if kind == "plain" else family(kind)
+
+    joint = enliven(attach(backbone(), ALoREConfig(share=share, tasks=(2, 3), dropout=0.0)), strength=0.3).eval()
+    x = images(size=16 if kind == "plain" else size_of(kind))
+    stored = get_attached(joint).stored()
+    answers = joint(x)
+    for task, outputs in enumerate((slice(0, 2), slice(2, 5))):
+        alone = attach(backbone(), ALoREConfig(dropout=0.0)).eval()
+        state = alone.state_dict()
+        for name, tensor in stored.items():
+            own = name.endswith((".down", ".up")) or (share == "none" and "bank" in name)
+            state[name].copy_(tensor[task] if own else tensor)
+        found = alone(x)
+        assert (found - answers)[:, outputs].abs().max() < 1e-5
+        assert (found - answers).abs().max() > 1e-3  # the other task's factors matter
+    with pytest.raises(MergeError, match="answers each task in a pass of its own"):
+        merge(joint)
+
+
+def test_what_tasks_share_is_counted() -> None:
+    counts = [
+        count_parameters(attach(vit(), ALoREConfig(share=share, tasks=tasks))).adapter
+        for share, tasks in (("all", None), ("experts", (2, 3)), ("none", (2, 3)))
+    ]
+    bank = 4**3
+    assert counts == [counts[0], 2 * (counts[0] - bank) + bank, 2 * counts[0]]
+
+
+def test_share_needs_several_tasks() -> None:
+    with pytest.raises(VisgraftError, match="needs the outputs of each task"):
+        attach(vit(), ALoREConfig(share="experts"))
+    with pytest.raises(VisgraftError, match="5 outputs in all, but the head has 4"):
+        attach(vit(num_classes=4), ALoREConfig(share="experts", tasks=(2, 3)))
+    with pytest.raises(VisgraftError, match="has no effect on images with one label"):
+        ALoREConfig(share="none").for_tasks(())
+    assert ALoREConfig(share="none").for_tasks((2, 1)).tasks == (2, 1)
+    assert ALoREConfig().for_tasks((2, 1)) == ALoREConfig()

@@ -103,6 +103,11 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = csv.writer(file)
         rows.writerow(["image_path", "label"])
         rows.writerows([path, path.parent.name] for path in sorted((root / "photos").rglob("*.png")))
+    with (root / "shop.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["image_path", "product", "tags", "size"])
+        for number, path in enumerate(sorted((root / "photos").rglob("*.png"))):
+            rows.writerow([path, path.parent.name, "new|sale" if number % 2 else "new", number / 2])
     for method in TRAINED:
         out = root / f"photos-{method}"
         code, _, err = run("train", root / "photos", "--out", out, "--method", method, "--epochs", 1, *SMALL)

@@ -11,14 +11,21 @@ from visgraft.option_types import convert, plain, types_of
 
 
 def option(
-    default: Any, help: str, choices: tuple[str, ...] | None = None, *, kw_only: bool = False, younger: bool = False
+    default: Any,
+    help: str,
+    choices: tuple[str, ...] | None = None,
+    *,
+    kw_only: bool = False,
+    younger: bool = False,
+    typed: bool = True,
 ) -> Any:
     """Return a dataclass field with a default, a help line and, where the values are names, the allowed ones.
 
     A field of type `Literal` or `Enum` lists its names by itself and needs no `choices`.
-    `younger` marks one that was added when results with these options existed already.
+    `younger` marks one that was added when results with these options existed already; one that is not `typed` is set
+    by the library alone.
     """
-    metadata = {"help": help, "choices": choices, "younger": younger}
+    metadata = {"help": help, "choices": choices, "younger": younger, "typed": typed}
     return dataclasses.field(default=default, metadata=metadata, kw_only=kw_only)
 
 
@@ -125,7 +132,11 @@ class MethodConfig(Options):
         younger=True,
     )
     blend: tuple[float, ...] | None = option(
-        None, "weights of several adapters whose modules stand side by side; none: one", kw_only=True, younger=True
+        None,
+        "weights of several adapters whose modules stand side by side; none: one",
+        kw_only=True,
+        younger=True,
+        typed=False,
     )
 
     def __post_init__(self) -> None:
@@ -143,6 +154,19 @@ class MethodConfig(Options):
     def starts_as_identity(self) -> bool:
         """Whether the model answers exactly as before right after `attach`."""
         return True
+
+    @property
+    def passes(self) -> tuple[int, ...]:
+        """The numbers of outputs of the tasks that are answered in passes of their own; empty: one pass for all."""
+        return ()
+
+    def for_tasks(self, outputs: tuple[int, ...]) -> Self:
+        """Return the options for images with several labels, whose tasks have so many outputs; empty: one label.
+
+        Raises:
+            VisgraftError: an option would have no effect.
+        """
+        return self
 
     @property
     def affine(self) -> bool:
@@ -168,7 +192,7 @@ class MethodConfig(Options):
 def method_fields(config: type[MethodConfig]) -> tuple["dataclasses.Field[Any]", ...]:
     """Return the fields of the options that a user sets; those that have no effect on the method are none of them."""
     return tuple(
-        f for f in dataclasses.fields(config) if f.name != "blend" and (config.has_places or f.name not in PLACED)
+        f for f in dataclasses.fields(config) if f.metadata["typed"] and (config.has_places or f.name not in PLACED)
     )
 
 

@@ -49,7 +49,7 @@ class Configuration:
         self.template.requires_grad_(False)
         self.owned: Owned = {}
         matrices = [name for name in own_names if not _is_vector(stored[name])]
-        self.apart: str | None = None
+        self.apart: str | None = "answers each of its tasks in a pass of its own" if config.passes else None
         if matrices:
             self.apart = f"replaces whole weights of the backbone, {matrices[0]} among them"
         else:

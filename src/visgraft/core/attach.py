@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from visgraft.backbones.heads import head_paths
+from visgraft.backbones.heads import head_outputs, head_paths
 from visgraft.backbones.wrappers import refuse_wrapped, unwrapped
 from visgraft.core.attached import AdoptHook, Attached, find_attached, get_attached
 from visgraft.core.dryrun import prove_sites
 from visgraft.core.method import Batches, FrozenLayer, Method, OwnTensor, Position, ReadsLayer, TokenMethod
+from visgraft.core.passes import PickOutputs, RepeatImages
 from visgraft.core.placing import find_positions, first_block, own_from_block
 from visgraft.core.registry import get_method
 from visgraft.core.side_by_side import side_by_side
@@ -46,7 +47,8 @@ def attach(model: nn.Module, config: MethodConfig, batches: Batches | None = Non
 
     Raises:
         SiteError: the backbone lacks a place that the method needs, or a hook would sit in the wrong one.
-        VisgraftError: something is attached already, nothing would train, or the method needs `batches`.
+        VisgraftError: something is attached already, nothing would train, the method needs `batches`, or the head has
+            other outputs than the tasks that have passes of their own.
     """
     if config.blend is not None:
         raise VisgraftError("blend is what visgraft.blend writes; attach the method without it")
@@ -62,7 +64,12 @@ def assemble(
     refuse_wrapped(model, "attach to")
     if before := find_attached(model):
         raise VisgraftError(f"{before.config.method} is attached already; call visgraft.detach first")
-    method = get_method(config.method)
+    method, outputs = get_method(config.method), head_outputs(model)
+    if config.passes and outputs != sum(config.passes):
+        raise VisgraftError(
+            f"{config.method} has passes for tasks with {sum(config.passes)} outputs in all, but the head has "
+            f"{outputs}; create the model with as many classes"
+        )
     positions, sites = find_positions(model, config)
     if positions:
         prove_sites(model, list(dict.fromkeys(site for position in positions for site in sites.at(position))))
@@ -87,6 +94,9 @@ def assemble(
     if calibrate is not None:
         calibrate(method, modules)
     _hook(model, attached)
+    if config.passes:
+        attached.taps.handles.append(model.register_forward_pre_hook(RepeatImages(len(config.passes))))
+        attached.taps.handles.append(model.register_forward_hook(PickOutputs(config.passes)))
     _freeze(model, attached)
     attached.taps.handles.append(model.register_forward_pre_hook(AdoptHook(attached)))
     model.add_module(CHILD, attached)

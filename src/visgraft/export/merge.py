@@ -38,6 +38,8 @@ def _refusal(
 ) -> str | None:
     """`why_not_merged` where positions and sites are known."""
     method = get_method(config.method)
+    if config.passes:
+        return "answers each task in a pass of its own, with other weights"
     if issubclass(method, TokenMethod):
         return "inserts tokens, which no weight can take over"
     for position in positions:

@@ -69,6 +69,7 @@ def fit(
         TrainingDiverged: the loss stopped being finite, and `keep_last_good` is not set.
     """
     begin, training = time.perf_counter(), None
+    method = method.for_tasks(tuple(task.outputs for task in images.tasks))
     if config.head_first and not told.get("resume"):
         train_head(model, images, method, config)
     torch.manual_seed(config.seed)  # afterwards, so that the method starts as without

@@ -338,6 +338,11 @@ def _check(model: nn.Module, images: Images, config: TrainConfig, val: Images | 
         )
     check_pieces(config)
     if is_divided(config):
+        if get_attached(model).config.passes:
+            raise VisgraftError(
+                "tasks with passes of their own cannot be run in pieces of a batch; use one process and no "
+                "gradient_accumulation, or let the tasks share all"
+            )
         check_divisible(unwrapped(model))
 
 

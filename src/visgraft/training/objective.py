@@ -188,7 +188,8 @@ def _prefix(
     """
     mixed = "images are mixed with each other"
     reason = mixed if config.mixed else "images are augmented (cached_views makes a fixed number of views)"
-    found = reason if config.anew else run_prefix(model, parts, compute)
+    passes = "each task has a pass of its own" if get_attached(model).config.passes else ""
+    found = reason if config.anew else passes or run_prefix(model, parts, compute)
     if isinstance(found, Prefix):
         return found
     if not found and config.cached_views:

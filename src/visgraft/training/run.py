@@ -104,6 +104,7 @@ def train_folder(
     check_start(init_from, train_config)
     dataset = read_and_check(data, split, watch)
     train_config = replace(train_config, precision=resolve_precision(train_config.precision))
+    method_config = method_config.for_tasks(tuple(task.outputs for task in dataset.tasks))
     run = _facts(dataset, backbone, method_config, train_config, split, loading) | {"init_from": str(init_from)}
     distributed.check_alike(sha256(json.dumps(run, sort_keys=True).encode()).hexdigest(), "options or images")
     state = distributed.from_first(lambda: _find_state(out, run, resume, watch))
