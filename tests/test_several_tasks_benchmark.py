@@ -55,7 +55,9 @@ def test_the_criteria_are_those_that_were_written_down(modules: tuple[ModuleType
              ("quarter_time", (-1, -1.1, -0.9), "worse"), ("separate", (5, 5, 5), "none"),
              ("quarter_time", (5.0, 5.0), "needs 3 seeds")]  # fmt: skip
     for form, differences, says in cases:
-        assert page.verdict(form, differences) == says
+        assert page.verdict("joint", form, differences) == says
+    assert page.verdict("own_factors", "quarter_parameters", (5, 5, 5)) == "none"
+    assert page.verdict("own_factors", "joint", (5, 5, 5)) == "better"
     low, high = page.interval([1.0, 2.0, 3.0])[1:]
     assert (low, high) == pytest.approx((2 - 2.484, 2 + 2.484), abs=0.001)  # 4.303 / sqrt(3)
 
