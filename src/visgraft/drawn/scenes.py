@@ -1,8 +1,8 @@
 """One picture with four labels at once: location, orientation, count and distance, as `sprites` draws one each.
 
-Above a horizon hang a shape whose horizontal position is asked for, a larger one with a front that points somewhere,
-and 3 to 10 small ones; on the ground stands a body. The labels are drawn apart, and every combination is drawn the
-same way, so that no label tells another. Nothing covers anything that is asked for.
+Above a horizon, each in a field of its own, hang a shape whose horizontal position is asked for, 3 to 10 small ones,
+and one with a front that points somewhere; on the ground stands a body. The labels are drawn apart, and all of their
+combinations in the same way, so that no label tells another. Nothing covers anything that is asked for.
 """
 
 from collections.abc import Iterator, Mapping
@@ -36,8 +36,9 @@ from visgraft.drawn.sprites import (
 from visgraft.drawn.table import PARTS, Drawn, check_counts, write_tables
 from visgraft.errors import DataError, nearest
 
-FOCUS = 0.46  # picture heights, as in `sprites`, but with a lower horizon, so that there is room above it
-EDGE, GAP = 0.02, 0.036  # what is left free at the border and between any two shapes, at least: 3.5 pixels of 98
+FOCUS = 0.38  # picture heights, as in `sprites`, but with a lower horizon, so that there is room above it
+EDGE, GAP = 0.02, 0.044  # what is left free at the border and between any two shapes, at least: 4 pixels of 98
+BAND, WALL = 0.2, 0.6  # where the field of the located shape ends, and below it, to the left, that of the counted ones
 TRIES = 40  # places that are tried for a shape before all begin anew
 
 
@@ -62,31 +63,39 @@ def arrange_scene(labels: Mapping[str, int], rng: Generator) -> Arranged:
             raise DataError(f"the label of {task} must be 0 to {classes - 1}, got {labels.get(task)}")
     x = MARGIN + (1 - 2 * MARGIN) * in_bin(labels["location"], LOCATIONS, rng)
     angle = labels["orientation"] * 360 / ORIENTATIONS + float(rng.uniform(-WOBBLE, WOBBLE))
-    depth, horizon = depth_of(labels["distance"], rng), float(rng.uniform(0.47, 0.53))
-    count, base = FEWEST + labels["count"], rng.uniform(0.026, 0.036)
-    located = turned(pick(SYMMETRIC, rng), rng.uniform(0, 360), rng.uniform(0.07, 0.09), 0j)
-    pointed = turned(pick(POINTED, rng), angle, rng.uniform(0.105, 0.135), 0j)
+    depth, horizon = depth_of(labels["distance"], rng), float(rng.uniform(0.55, 0.61))
+    count, base = FEWEST + labels["count"], rng.uniform(0.024, 0.032)
+    located = turned(pick(SYMMETRIC, rng), rng.uniform(0, 360), rng.uniform(0.06, 0.08), 0j)
+    pointed = turned(pick(POINTED, rng), angle, rng.uniform(0.09, 0.115), 0j)
     small = [
         turned(pick(SYMMETRIC, rng), rng.uniform(0, 360), base * rng.uniform(0.85, 1.15), 0j) for _ in range(count)
     ]
-    hanging = [Solid.flat(shape) for shape in _hang([located, pointed, *small], x, horizon, rng)]
-    solids = (standing(depth, horizon, rng, FOCUS), *hanging)
+    sky, below = horizon - EDGE, BAND + GAP
+    hanging = (
+        *_hang([located], (x, EDGE, x, BAND), rng, inside=False),
+        *_hang([pointed], (WALL + GAP, below, 1 - EDGE, sky), rng),
+        *_hang(small, (EDGE, below, WALL, sky), rng),
+    )
+    solids = (standing(depth, horizon, rng, FOCUS), *map(Solid.flat, hanging))
     numbers = {"location_percent": 100 * x, "count_number": count, "distance_heights": depth}
     return Arranged(Scene(solids, horizon), numbers)
 
 
-def _hang(shapes: list[Curve], x: float, horizon: float, rng: Generator) -> list[Curve]:
-    """Return the shapes, given around 0, at places above the horizon where they neither touch nor are cut off.
+def _hang(
+    shapes: list[Curve], field: tuple[float, float, float, float], rng: Generator, inside: bool = True
+) -> list[Curve]:
+    """Return the shapes, given around 0, at places in a field (left, top, right, bottom) where none touches another.
 
-    The first has its horizontal position `x`; the others hang anywhere.
+    Not `inside`, they are only in the field's height, with their centres in its width.
     """
     reaches = [float(np.abs(shape).max()) for shape in shapes]
+    left, top, right, bottom = field
     while True:
         places = list[complex]()
         for reach in reaches:
+            own = reach if inside else 0.0
             for _ in range(TRIES):
-                side = rng.uniform(EDGE + reach, 1 - EDGE - reach) if places else x
-                at = complex(side, rng.uniform(EDGE + reach, horizon - EDGE - reach))
+                at = complex(rng.uniform(left + own, right - own), rng.uniform(top + reach, bottom - reach))
                 if all(abs(at - there) > reach + its + GAP for there, its in zip(places, reaches, strict=False)):
                     places.append(at)
                     break
