@@ -11,6 +11,7 @@ Each training appends one JSON line to OUT/lines.jsonl, and a killed run goes on
 - quarter_parameters: four adapters, each with a quarter of its parameters, each trained as long as it;
 - quarter_time: four adapters, each of its size, each trained for a quarter of its epochs;
 - separate: four adapters, each of its size and trained as long as it: four times of both;
+- joint_long: as joint, for four times the epochs: as many steps as four adapters have together;
 - own_factors: one adapter of ALoRE whose tasks have low-rank factors of their own, each of a quarter of the size, as
   `--share experts` (W_s in common) or `--share none` (nothing); each task has a pass of its own;
 - numbers: as joint, but with location, count and distance as numbers;
@@ -54,8 +55,8 @@ from visgraft.measure.evaluation import Evaluation, evaluate
 from visgraft.measure.measuring import adapter_bytes, task_figures
 from visgraft.training.fit import fit
 
-LINES, EPOCHS = "lines.jsonl", 16
-SIZES = {"train": 600, "val": 200, "test": 400, "restyled": 400}
+LINES, EPOCHS = "lines.jsonl", 8
+SIZES = {"train": 1200, "val": 200, "test": 400, "restyled": 400}
 QUARTER: dict[str, dict[str, int]] = {"alore": {"rank": 1}, "sct": {"channels": 24}, "lora": {"rank": 2}}
 """Options by which four adapters have the parameters of one: of SCT's 24² + 24, four are 2 % more than 48² + 48."""
 SCENE_TASKS = tuple(TASKS)
@@ -88,6 +89,7 @@ FORMS = {
     "quarter_time": Form("scenes", _APART, time=0.25),
     "quarter_parameters": Form("scenes", _APART, quarter_parameters=True),
     "separate": Form("scenes", _APART),
+    "joint_long": Form("scenes", (SCENE_TASKS,), time=4.0),
     "own_factors": Form("scenes", (SCENE_TASKS,), quarter_parameters=True),
     "numbers": Form("scenes", (tuple(NUMBER_OF.get(task, task) for task in SCENE_TASKS),)),
     "gauge_classes": Form("gauges", (("position",),)),

@@ -14,13 +14,22 @@ from scale_page import table
 from scipy.stats import t
 from several_tasks import NUMBER_OF, SCENE_TASKS, UNITS, read_lines
 
-JUDGED = (("joint", "quarter_parameters"), ("joint", "quarter_time"), ("own_factors", "joint"))
-RIVALS = {"joint": ("quarter_parameters", "quarter_time", "separate"), "own_factors": ("joint", "quarter_parameters")}
+JUDGED = (
+    ("joint", "quarter_parameters"), ("joint", "quarter_time"), ("joint_long", "quarter_parameters"),
+    ("own_factors", "joint_long"),
+)  # fmt: skip
+"""The pairs of forms of which the page's criteria say something."""
+RIVALS = {
+    "joint": ("quarter_parameters", "quarter_time", "separate"),
+    "joint_long": ("quarter_parameters", "separate"),
+    "own_factors": ("joint_long", "quarter_parameters"),
+}
 ROOT = Path(__file__).parents[1]
 PAGE, RESULTS = ROOT / "docs" / "several_tasks_evidence.md", ROOT / "results-several-tasks"
 TITLES = {
     "joint": "joint", "quarter_parameters": "equal parameters", "quarter_time": "equal time",
-    "separate": "separate, all of both", "own_factors": "own factors",
+    "separate": "separate, all of both", "joint_long": "joint, four times as long",
+    "own_factors": "own factors",
 }  # fmt: skip
 STYLES = ("test", "restyled")
 NOTHING = "Nothing is measured yet."

@@ -57,7 +57,7 @@ def test_the_criteria_are_those_that_were_written_down(modules: tuple[ModuleType
     for form, differences, says in cases:
         assert page.verdict("joint", form, differences) == says
     assert page.verdict("own_factors", "quarter_parameters", (5, 5, 5)) == "none"
-    assert page.verdict("own_factors", "joint", (5, 5, 5)) == "better"
+    assert page.verdict("own_factors", "joint_long", (5, 5, 5)) == "better"
     low, high = page.interval([1.0, 2.0, 3.0])[1:]
     assert (low, high) == pytest.approx((2 - 2.484, 2 + 2.484), abs=0.001)  # 4.303 / sqrt(3)
 
