@@ -21,7 +21,7 @@ def files_of(root: Path) -> dict[str, str]:
     return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def pixels_of(position: int, seed: int, size: int = SIZE) -> np.ndarray:
+def pixels_of(position: float, seed: int, size: int = SIZE) -> np.ndarray:
     return np.asarray(draw_gauge(position, np.random.default_rng(seed), size), dtype=np.float64)
 
 
@@ -40,10 +40,10 @@ def needle_line(change: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return points, axes[:, -1]
 
 
-@pytest.mark.parametrize("seed", range(24))
-def test_needle_seen_in_the_pixels_points_at_the_class(seed: int) -> None:
+@pytest.mark.parametrize(("seed", "beyond"), [*((seed, 0.0) for seed in range(24)), (3, 0.4), (7, 0.7)])
+def test_needle_seen_in_the_pixels_points_at_the_class_or_between_two(seed: int, beyond: float) -> None:
     # The same generator state draws the same gauge, so what differs from the median over all positions is the needle.
-    pictures = np.stack([pixels_of(position, seed, size=96) for position in range(POSITIONS)])
+    pictures = np.stack([pixels_of(position + beyond, seed, size=96) for position in range(POSITIONS)])
     lines = [needle_line(change) for change in np.abs(pictures - np.median(pictures, axis=0)).sum(axis=-1)]
     # All needles pass through the hub: the point nearest to the 16 lines.
     across = [np.eye(2) - np.outer(direction, direction) for _, direction in lines]
@@ -54,7 +54,7 @@ def test_needle_seen_in_the_pixels_points_at_the_class(seed: int) -> None:
         ends = sorted([along.max(), -along.min()])
         assert ends[1] > 1.7 * ends[0], "the tail is nearly as long as the needle"
         x, y = direction if along.max() == ends[1] else -direction
-        error = (np.degrees(np.arctan2(x, -y)) - position * 360 / POSITIONS + 180) % 360 - 180
+        error = (np.degrees(np.arctan2(x, -y)) - (position + beyond) * 360 / POSITIONS + 180) % 360 - 180
         assert abs(error) < 180 / POSITIONS
 
 

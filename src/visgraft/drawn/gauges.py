@@ -8,7 +8,7 @@ has radius 1, y grows downwards. Point arrays have shape (count,); angles are in
 """
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -17,9 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from visgraft.drawn.table import Drawn, check_counts, write_tables
 from visgraft.errors import DataError
 
 POSITIONS = 16
+LOWEST, HIGHEST = 0.5, 15.5  # of readings that are numbers: a position's width is left out where the scale begins anew
 # The three sources of a wrong reading add up to at most 2 + 3 + 3.7 = 8.7 degrees, under the half step of 11.25:
 # a squeeze to 0.88 turns a direction by at most asin(0.12 / 1.88), which is 3.7 degrees.
 NEEDLE_JITTER = 2.0
@@ -113,11 +115,11 @@ def draw_gauges(
     return root
 
 
-def draw_gauge(position: int, rng: np.random.Generator, size: int) -> Image.Image:
+def draw_gauge(position: float, rng: np.random.Generator, size: int, jitter: float = NEEDLE_JITTER) -> Image.Image:
     """Return one RGB picture, `size` × `size` pixels, of a gauge whose needle stands at `position` (0..15).
 
-    The style comes from `rng`, in draws that do not depend on `position`: the same generator state gives the same
-    gauge with another reading.
+    It may stand between two positions; `jitter` degrees is how far off it is at most. The style comes from `rng`, in
+    draws that do not depend on `position`: the same generator state gives the same gauge with another reading.
 
     Raises:
         DataError: `position` is outside 0..15, or `size` is too small to read.
@@ -132,8 +134,37 @@ def draw_gauge(position: int, rng: np.random.Generator, size: int) -> Image.Imag
     pen = _aim_camera(rng, canvas, housing)
     _draw_housing(pen, rng, face, rim, housing)
     _draw_scale(pen, rng, face, ink)
-    _draw_needle(pen, rng, needle, rim, position * 360 / POSITIONS + rng.uniform(-NEEDLE_JITTER, NEEDLE_JITTER))
+    angle = position * 360 / POSITIONS + rng.uniform(-jitter, jitter)
+    _draw_needle(pen, rng, needle, rim, angle)
     return photograph(canvas.resize((size, size), Image.Resampling.LANCZOS), rng)
+
+
+def draw_gauge_table(
+    root: str | Path, *, train: int = 600, val: int = 200, test: int = 400, size: int = 98, seed: int = 0
+) -> Path:
+    """Draw gauges with the columns `position`, one of 16 classes, and `reading`, the true number; returns `root`.
+
+    Readings are spread evenly from 0.5 to 15.5 on the scale, so that none is near the top, where the scale begins
+    anew. The classes are 16 equal parts of that range, each 0.9375 wide. Picture i of a part has class i modulo 16 and
+    depends on `seed`, the part and i alone. See `write_tables` for the files.
+
+    Raises:
+        DataError: a count or `seed` is negative, or `size` is too small.
+        VisgraftError: `root` holds something else, or cannot be written.
+    """
+    counts = {"train": train, "val": val, "test": test}
+    check_counts(counts, seed)
+
+    def drawn() -> Iterator[Drawn]:
+        for number, (part, count) in enumerate(counts.items()):
+            for index in range(count):
+                rng = np.random.default_rng([seed, number, index, 1])
+                position = index % POSITIONS
+                reading = LOWEST + (HIGHEST - LOWEST) * (position + float(rng.uniform())) / POSITIONS
+                columns: dict[str, str | float] = {"position": f"part_{position:02d}", "reading": round(reading, 3)}
+                yield Drawn(part, draw_gauge(reading, rng, size, jitter=0.0), columns)
+
+    return write_tables(Path(root), drawn())
 
 
 def _turn(angle: float) -> complex:

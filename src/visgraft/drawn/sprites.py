@@ -83,24 +83,26 @@ def centred(points: Curve) -> Curve:
     return np.asarray(points - ((points + following) * cross).sum() / (3 * cross.sum()))
 
 
-def _turned(shape: Curve, degrees: float, radius: float, at: complex) -> Curve:
+def turned(shape: Curve, degrees: float, radius: float, at: complex) -> Curve:
+    """Return a shape of a radius with the centre of its area `at` a place, turned clockwise."""
     return np.asarray(at + radius * centred(shape) * np.exp(1j * np.deg2rad(degrees)))
 
 
-def _in_bin(label: int, bins: int, rng: Generator) -> float:
+def in_bin(label: int, bins: int, rng: Generator) -> float:
     """Return a value between 0 and 1 near the middle of a bin."""
     return (label + 0.5 + float(rng.uniform(-JITTER, JITTER))) / bins
 
 
-def _pick(shapes: tuple[Curve, ...], rng: Generator) -> Curve:
+def pick(shapes: tuple[Curve, ...], rng: Generator) -> Curve:
+    """Return one of the shapes."""
     return shapes[int(rng.integers(len(shapes)))]
 
 
 def _location(label: int, rng: Generator) -> Scene:
     """One shape; the label is the bin of the horizontal position of the centre of its area."""
-    x = MARGIN + (1 - 2 * MARGIN) * _in_bin(label, LOCATIONS, rng)
+    x = MARGIN + (1 - 2 * MARGIN) * in_bin(label, LOCATIONS, rng)
     at, radius = complex(x, rng.uniform(MARGIN, 1 - MARGIN)), rng.uniform(0.06, 0.13)
-    return Scene((Solid.flat(_turned(_pick(SYMMETRIC, rng), rng.uniform(0, 360), radius, at)),))
+    return Scene((Solid.flat(turned(pick(SYMMETRIC, rng), rng.uniform(0, 360), radius, at)),))
 
 
 def _orientation(label: int, rng: Generator) -> Scene:
@@ -108,7 +110,7 @@ def _orientation(label: int, rng: Generator) -> Scene:
     angle = label * 360 / ORIENTATIONS + rng.uniform(-WOBBLE, WOBBLE)
     radius = rng.uniform(0.15, 0.26)
     at = complex(*rng.uniform(0.32, 0.68, size=2))
-    return Scene((Solid.flat(_turned(_pick(POINTED, rng), angle, radius, at)),))
+    return Scene((Solid.flat(turned(pick(POINTED, rng), angle, radius, at)),))
 
 
 def _count(label: int, rng: Generator) -> Scene:
@@ -124,29 +126,33 @@ def _count(label: int, rng: Generator) -> Scene:
                 places.append((at, radius))
             if len(places) == wanted:
                 break
-    solids = [Solid.flat(_turned(_pick(SYMMETRIC, rng), rng.uniform(0, 360), 0.95 * r, at)) for at, r in places]
+    solids = [Solid.flat(turned(pick(SYMMETRIC, rng), rng.uniform(0, 360), 0.95 * r, at)) for at, r in places]
     return Scene(tuple(solids))
+
+
+def depth_of(label: int, rng: Generator) -> float:
+    """Return a distance in a bin, in camera heights; the bins are equally wide in its logarithm."""
+    return float(NEAREST * (FARTHEST / NEAREST) ** in_bin(label, DISTANCES, rng))
 
 
 def _distance(label: int, rng: Generator) -> Scene:
     """Solids that stand on the ground; the label is the bin of how far away the nearest one stands."""
     horizon = rng.uniform(0.28, 0.42)
-    ratio = FARTHEST / NEAREST
-    near = float(NEAREST * ratio ** _in_bin(label, DISTANCES, rng))
+    near = depth_of(label, rng)
     depths = [near, *(near * rng.uniform(1.25, 2.2, size=int(rng.integers(2, 6))))]
-    solids = [_standing(float(depth), horizon, rng) for depth in sorted(depths, reverse=True)]
+    solids = [standing(float(depth), horizon, rng) for depth in sorted(depths, reverse=True)]
     return Scene(tuple(solids), horizon)
 
 
-def _standing(depth: float, horizon: float, rng: Generator) -> Solid:
+def standing(depth: float, horizon: float, rng: Generator, focus: float = FOCUS) -> Solid:
     """Return a ball, a box or a cylinder, as wide as high, of one of two true sizes.
 
     Its lowest point in the picture is where it touches the ground, `depth` away, and its front is as wide as its true
     size is at that distance. All are lower than the camera, so that it sees their tops.
     """
     half = float(rng.choice(HALF_WIDTHS))
-    radius = FOCUS * half / depth
-    ground = horizon + FOCUS / depth
+    radius = focus * half / depth
+    ground = horizon + focus / depth
     at = complex(rng.uniform(radius, 1 - radius), ground - radius)
     disc = closed(48)
     shadow = at + 1j * radius + radius * (1.15 * disc.real + 0.3j * disc.imag)
