@@ -30,64 +30,78 @@ Broken = tuple[str | Path, str]
 """An image's path or URL, and why it cannot be read."""
 
 
+Arguments = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="ADAPTER... IMAGES",
+        help="adapter folders or hf:USER/NAME; then images: files, folders, quoted patterns, - for paths on stdin, "
+        "or a table with a column image and perhaps adapter",
+        show_default=False,
+    ),
+]
+AdaptersFolder = Annotated[
+    str | None, typer.Option(metavar="DIR", help="folder with any number of adapters", show_default=False)
+]
+Top = Annotated[
+    int | None, typer.Option(help="classes to name; none: 1, or all above the threshold", min=1, show_default=False)
+]
+Threshold = Annotated[
+    float | None,
+    typer.Option(
+        help="least probability, where images may have several classes; none: 0.5", min=0, max=1, show_default=False
+    ),
+]
+Coverage = Annotated[
+    float | None,
+    typer.Option(
+        help="name a set of classes that holds the truth with this probability, e.g. 0.95; none: the most probable",
+        show_default=False,
+    ),
+]
+Unlike = Annotated[
+    float | None,
+    typer.Option(
+        help="also mark pictures unlike the training's, wrongly so this share of those like them, e.g. 0.05",
+        show_default=False,
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="table to write: .csv or .parquet; or a folder, for .parquet in parts", show_default=False),
+]
+PartSize = Annotated[
+    int | None, typer.Option(help="--out FOLDER: images of each part; none: 10000", min=1, show_default=False)
+]
+Shard = Annotated[
+    str | None,
+    typer.Option(help="--out FOLDER: 3/16 writes the third of every 16 parts; none: all", show_default=False),
+]
+PartsAtATime = Annotated[
+    int | None, typer.Option(help="--out FOLDER: parts written at a time; none: 1, or on Ray as many as fit", min=1)
+]
+BatchSize = Annotated[int, typer.Option(help="images per forward", min=1)]
+Ensemble = Annotated[bool, typer.Option("--ensemble", help="one answer of all: the mean probabilities")]
+
+
 def predict(
-    arguments: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="ADAPTER... IMAGES",
-            help="adapter folders or hf:USER/NAME; then images: files, folders, quoted patterns, - for paths on stdin, "
-            "or a table with a column image and perhaps adapter",
-            show_default=False,
-        ),
-    ],
-    adapters: Annotated[
-        str | None, typer.Option(metavar="DIR", help="folder with any number of adapters", show_default=False)
-    ] = None,
+    arguments: Arguments,
+    adapters: AdaptersFolder = None,
     weights: Weights = None,
-    top: Annotated[
-        int | None, typer.Option(help="classes to name; none: 1, or all above the threshold", min=1, show_default=False)
-    ] = None,
-    threshold: Annotated[
-        float | None,
-        typer.Option(
-            help="least probability, where images may have several classes; none: 0.5", min=0, max=1, show_default=False
-        ),
-    ] = None,
-    coverage: Annotated[
-        float | None,
-        typer.Option(
-            help="name a set of classes that holds the truth with this probability, e.g. 0.95; none: the most probable",
-            show_default=False,
-        ),
-    ] = None,
-    unlike: Annotated[
-        float | None,
-        typer.Option(
-            help="also mark pictures unlike the training's, wrongly so this share of those like them, e.g. 0.05",
-            show_default=False,
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="table to write: .csv or .parquet; or a folder, for .parquet in parts", show_default=False),
-    ] = None,
-    part_size: Annotated[
-        int | None, typer.Option(help="--out FOLDER: images of each part; none: 10000", min=1, show_default=False)
-    ] = None,
-    shard: Annotated[
-        str | None,
-        typer.Option(help="--out FOLDER: 3/16 writes the third of every 16 parts; none: all", show_default=False),
-    ] = None,
+    top: Top = None,
+    threshold: Threshold = None,
+    coverage: Coverage = None,
+    unlike: Unlike = None,
+    out: Out = None,
+    part_size: PartSize = None,
+    shard: Shard = None,
     on: OnParts = None,
-    workers: Annotated[
-        int | None, typer.Option(help="--out FOLDER: parts written at a time; none: 1, or on Ray as many as fit", min=1)
-    ] = None,
+    workers: PartsAtATime = None,
     cpus_per_worker: CpusPerWorker = None,
     gpus_per_worker: GpusPerWorker = None,
     skip_broken: SkipBroken = False,
     background: Background = None,
-    batch_size: Annotated[int, typer.Option(help="images per forward", min=1)] = 64,
-    ensemble: Annotated[bool, typer.Option("--ensemble", help="one answer of all: the mean probabilities")] = False,
+    batch_size: BatchSize = 64,
+    ensemble: Ensemble = False,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
@@ -107,25 +121,17 @@ def predict(
     named, images = split_arguments(arguments, adapters)
     work = find_work(images, named, ensemble)
     named, told = (work.adapters, work.rows) if work else (named, None)
+    asked: dict[str, Any] = {"top": top, "threshold": threshold, "coverage": coverage, "unlike": unlike}
+    asked |= {"background": background, "batch_size": batch_size}
     if by_folder and out:
-        asked = {"top": top, "threshold": threshold, "background": background, "batch_size": batch_size}
-        asked |= {
-            "coverage": coverage,
-            "unlike": unlike,
-            "weights": weights,
-            "ensemble": ensemble,
-            "skip_broken": skip_broken,
-        }
+        asked |= {"weights": weights, "ensemble": ensemble, "skip_broken": skip_broken}
         predict_in_parts(out, named, images, work, asked, in_parts, json)
         return
     paths, total = (iter(()), told) if work else find_images(images)
     broken = list[Broken]()
     streamed = skip_broken and not json and out is None  # no image can stop it, so lines need not wait for the end
     progress = StreamProgress(total, hidden=streamed and sys.stdout.isatty())
-    options: Any = {"top": top, "threshold": threshold, "coverage": coverage, "batch_size": batch_size}
-    options |= {"background": background, "unlike": unlike}
-    options["on_broken"] = (lambda *why: broken.append(why)) if skip_broken else None
-    options["on_progress"] = progress.show
+    asked |= {"on_broken": (lambda *why: broken.append(why)) if skip_broken else None, "on_progress": progress.show}
     table = None if out is None else choose_table(out, images)
     with settled():
         check_same_backbone(list(named.values()), prepared_alike=not work)
@@ -140,7 +146,7 @@ def predict(
     records = {name: bank.record(name) for name in bank.names}
     layout = table_layout(records, top, coverage, unlike is not None)
     sink = table(out, layout) if out and table else printed(len(answering), json, streamed)
-    rows = _write_all(each(**options), sink, progress, broken)
+    rows = _write_all(each(**asked), sink, progress, broken)
     _report(out, answering, rows if work else rows // len(answering), progress, broken, json, bool(work))
 
 

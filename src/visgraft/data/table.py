@@ -3,8 +3,6 @@
 import difflib
 import os
 import re
-import stat
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +27,7 @@ from visgraft.data.dataset import (
 from visgraft.data.examples import AT_A_TIME, Coded, Columns, Example, Examples, Texts
 from visgraft.data.folders import check_folder, inside
 from visgraft.data.table_lines import at_line, column_names, is_parquet, records
+from visgraft.data.table_paths import as_stored, file_size
 from visgraft.errors import DataError, nearest
 
 PATH, LABEL, LABELS, SPLIT, GROUP = "image_path", "label", "labels", "split", "group"
@@ -264,8 +263,8 @@ def _parsed(
         if not values[PATH]:
             raise DataError(f"{at_line(table, line)} has no {PATH}; fill it in, or remove the line")
         name = os.path.normpath(values[PATH])
-        path = _as_stored(name if os.path.isabs(name) else start + name, folders)
-        size = _size(path, table, line)
+        path = as_stored(name if os.path.isabs(name) else start + name, folders)
+        size = file_size(path, table, line)
         if size is None:
             missing.append((line, path))
         part = _part(table, line, values.get(SPLIT))
@@ -284,23 +283,6 @@ def _check_twice(table: Path, header: Sequence[str], rows: TableColumns) -> None
             written = next(fields for line, fields in records(table, header, COLUMNS) if line == rows.lines[later])
             name = written[header.index(PATH)].strip()
             raise DataError(f"{table} names {name} twice, in {lines}; remove one")
-
-
-def _as_stored(path: str, folders: dict[str, dict[str, str]]) -> str:
-    """Return a path as the disk writes it, where Unicode can write its accents in another way; else as it is.
-
-    `folders` keeps, for each folder looked into, its names by their composed form.
-    """
-    if path.isascii() or os.path.lexists(path):
-        return path
-    parent, name = os.path.split(path)
-    parent = _as_stored(parent, folders) if parent and parent != path else parent
-    if parent not in folders:
-        try:
-            folders[parent] = {unicodedata.normalize("NFC", other): other for other in os.listdir(parent or ".")}
-        except (OSError, ValueError):
-            folders[parent] = {}
-    return os.path.join(parent, folders[parent].get(unicodedata.normalize("NFC", name), name))
 
 
 def _ask_about_several(table: Path, rows: TableColumns) -> None:
@@ -328,22 +310,6 @@ def _separator(table: Path, header: Sequence[str]) -> str:
             return ";"
         bars = bars or "|" in cell
     return "|" if bars else ";"
-
-
-def _size(path: str, table: Path, line: int) -> int | None:
-    """Return the size of a file in bytes, or None where there is none."""
-    try:
-        facts = os.stat(path)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:  # a name that no file can have is a ValueError
-        reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise DataError(
-            f"{at_line(table, line)}: {path!r} cannot be read ({reason}); repair the path or the file"
-        ) from error
-    if not stat.S_ISREG(facts.st_mode):
-        raise DataError(f"{at_line(table, line)}: {path} is no file; give the path of an image")
-    return facts.st_size
 
 
 def _refuse_missing(table: Path, missing: Sequence[tuple[int, str]], count: int) -> None:

@@ -175,7 +175,6 @@ def predict_rows(
         return bank.prepare(row[0], row[1], background=background), row[1]
 
     read = ((path, found) for (path, _), found in decoded(pairs, prepare, 2 * batch_size))
-
     distances = None if unlike is None else Distances(bank, bank.names, unlike)
 
     def run() -> Iterator[Prediction]:

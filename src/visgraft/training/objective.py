@@ -89,17 +89,7 @@ def make_objective(
         facts = (tuple(images.pixels.shape), images.distinct)
         views = tuple(replace(images, pixels=View(augment, *facts, epoch)) for epoch in range(1, turns + 1))
     labels, val_labels = images.labels.to(device), None if val is None else val.labels.to(device)
-    if config.task_weights and not images.tasks:
-        raise VisgraftError("task_weights is for images with several labels, and these have one; leave it out")
-    outputs = head_outputs(model) or 0
-    loss: Loss
-    if images.tasks:
-        _check_for_tasks(config)
-        weights, loss = None, TaskLoss(images.tasks, images.labels, config)
-    else:
-        weights = class_weights(images.labels, outputs, config.class_weights)
-        weights = None if weights is None else weights.to(device)
-        loss = make_loss(images.labels, outputs, config, device)
+    loss, weights = _loss_of(images, head_outputs(model) or 0, config, device)
     if sees_features(model, config):
         kept = {} if features is None else features
         for name, parts in (("train", views), ("val", () if val is None else (val,))):
@@ -253,12 +243,23 @@ def checkpointing(model: nn.Module, whole: bool, wanted: bool) -> Iterator[None]
         timms.set_grad_checkpointing(False)
 
 
-def _check_for_tasks(config: TrainConfig) -> None:
-    """Raise a VisgraftError where an option needs one label per image."""
+def _loss_of(images: Images, outputs: int, config: TrainConfig, device: torch.device) -> tuple[Loss, Tensor | None]:
+    """Return the loss, and, of images with one class each, the factors per class.
+
+    Raises:
+        VisgraftError: an option needs one label per image, or several.
+    """
+    if not images.tasks:
+        if config.task_weights:
+            raise VisgraftError("task_weights is for images with several labels, and these have one; leave it out")
+        weights = class_weights(images.labels, outputs, config.class_weights)
+        weights = None if weights is None else weights.to(device)
+        return make_loss(images.labels, outputs, config, device), weights
     if config.sampler == "balanced":
         raise VisgraftError("sampler 'balanced' needs one label per image; use class_weights='balanced' instead")
     if config.mixed:
         raise VisgraftError("mixup and cutmix need one class per image; leave them out")
+    return TaskLoss(images.tasks, images.labels, config), None
 
 
 def make_loss(labels: Tensor, classes: int, config: TrainConfig, device: torch.device) -> Loss:

@@ -133,14 +133,12 @@ def train_folder(
             save(model, out, classes=dataset.classes, record=facts, calibrated=calibrated, reference=reference)
 
     show = _watched(watch, lambda: faster_options(model, backbone, method_config, train_config, init_from is None))
-
     learn = partial(fit, model, method_config, train_config, images, val, start=start, on_progress=show)
     fitted = _train(model, learn, train_config.epochs, out, run, state, write, watch)
     figures, costs = _conclude(model, out, fitted, val, train_config.precision, write, watch)
     what: dict[str, Any] = {"adapter": str(out), "method": method_config.method, "backbone": backbone.name}
     sizes = {**distributed.from_first(lambda: sizes_of(model, out)), "params_backbone": counts.total - counts.head}
-    told = _told(costs, train_config, dataset, images, val)
-    return what | {"split": "val" if val else None} | figures | sizes | told
+    return what | figures | sizes | _told(costs, train_config, dataset, images, val)
 
 
 def _conclude(
@@ -170,7 +168,13 @@ def _told(
     skipped = [row for part in (images, val) if part for row in skipped_of(part)]
     kept = {name: value for name, value in costs.items() if name != "history"}
     how = {name: getattr(config, name) for name in ("precision", "epochs")}
-    return {"skipped": skipped, **kept, **how, "unlabelled": [str(folder) for folder in dataset.unlabelled]}
+    return {
+        "split": "val" if val else None,
+        "skipped": skipped,
+        **kept,
+        **how,
+        "unlabelled": [str(folder) for folder in dataset.unlabelled],
+    }
 
 
 def _warn_of_shapes(dataset: Dataset, backbone: Backbone, model: nn.Module, watch: Watch) -> None:
