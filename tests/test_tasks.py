@@ -108,6 +108,18 @@ def test_a_kind_can_be_set_and_one_column_of_classes_is_an_ordinary_data_set(tmp
     assert [task.kind for task in read(label="code,size", number="Size").tasks] == ["one_class", "number"]
 
 
+def test_a_column_is_found_however_unicode_writes_its_accents(tmp_path: Path) -> None:
+    table = write(tmp_path, "Gro\u0308sse,art", [f"{n / 2},{'ab'[n % 2]}" for n in range(40)])
+    data = read_data(Source(table, labels=LabelColumns.parsed("art", "gr\u00f6sse=cm", None, None)))
+    assert [(task.name, task.kind, task.unit) for task in data.tasks] == [
+        ("art", "one_class", ""), ("gr\u00f6sse", "number", "cm")
+    ]  # fmt: skip
+    other = write(tmp_path, "gr\u00f6sse", [str(n / 2) for n in range(40)], "other.csv")
+    assert len(read_data(Source(other), tasks=data.tasks).all) == 40
+    with pytest.raises(DataError, match="given a label twice"):
+        LabelColumns(("gr\u00f6sse", "Gro\u0308sse"))
+
+
 def test_a_model_is_measured_by_the_column_that_it_learned(tmp_path: Path) -> None:
     table = write(tmp_path, "label,code,notes", [f"x,{'ab'[n % 2]},{n}" for n in range(40)])
     found = read_data(Source(table, labels=LabelColumns.parsed("code", None, None, None)))

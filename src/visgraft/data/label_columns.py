@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
+from visgraft.data.table_lines import folded
 from visgraft.data.tasks import Kind, LabelTask
 from visgraft.errors import DataError, nearest
 
@@ -31,11 +32,11 @@ class LabelColumns:
 
     def __post_init__(self) -> None:
         kinds = (*self.numbers, *self.several, *self.one_class)
-        named = {name.casefold() for name in self.names}
-        object.__setattr__(self, "names", (*self.names, *(n for n in kinds if n.casefold() not in named)))
+        named = {folded(name) for name in self.names}
+        object.__setattr__(self, "names", (*self.names, *(n for n in kinds if folded(n) not in named)))
         for what, names in (("a label", self.names), ("a kind", (*self.numbers, *self.several, *self.one_class))):
-            folded = [name.casefold() for name in names]
-            twice = next((name for name in names if folded.count(name.casefold()) > 1), None)
+            alike = [folded(name) for name in names]
+            twice = next((name for name in names if alike.count(folded(name)) > 1), None)
             if twice is not None:
                 raise DataError(f"column {twice} is given {what} twice; name it once")
 
@@ -60,11 +61,11 @@ class LabelColumns:
         kinds: tuple[tuple[Kind, Iterable[str]], ...] = (
             ("number", self.numbers), ("several_classes", self.several), ("one_class", self.one_class)
         )  # fmt: skip
-        return next((kind for kind, names in kinds if name.casefold() in {n.casefold() for n in names}), None)
+        return next((kind for kind, names in kinds if folded(name) in {folded(n) for n in names}), None)
 
     def unit(self, name: str) -> str:
         """Return the unit of a number's column, empty where none is given."""
-        return next((unit for given, unit in self.numbers.items() if given.casefold() == name.casefold()), "")
+        return next((unit for given, unit in self.numbers.items() if folded(given) == folded(name)), "")
 
 
 def _names(text: str | None) -> tuple[str, ...]:
@@ -116,15 +117,15 @@ def separator_of(cells: Iterable[str]) -> str:
 
 
 def check_columns(names: Sequence[str], header: Sequence[str], taken: Sequence[str], where: str) -> None:
-    """Raise a DataError unless each column is there once and is no other's; `header` is in lower case."""
+    """Raise a DataError unless each column is there once and is no other's; `header` is `folded`."""
     for name in names:
-        count = header.count(name.casefold())
+        count = header.count(folded(name))
         if count != 1:
             others = [other for other in header if other not in taken]
             found = "two columns" if count else "no column"
             raise DataError(
                 f"{where} has {found} {name}; its columns are {', '.join(other or '(nothing)' for other in header)}"
-                f"{nearest(name.casefold(), others, 1) if not count else ''}"
+                f"{nearest(folded(name), others, 1) if not count else ''}"
             )
-        if name.casefold() in taken:
+        if folded(name) in taken:
             raise DataError(f"{where}: column {name} is no label; name one of {', '.join(set(header) - set(taken))}")

@@ -12,7 +12,7 @@ from visgraft.data.label_columns import LabelColumns
 from visgraft.data.mirror import mirrored
 from visgraft.data.shards import read_shards
 from visgraft.data.table import read_table, table_header
-from visgraft.data.table_lines import column_names
+from visgraft.data.table_lines import column_names, folded
 from visgraft.data.task_folders import joined_tasks
 from visgraft.data.task_table import read_task_table, with_tasks
 from visgraft.data.tasks import LabelTask
@@ -116,7 +116,7 @@ def with_column(source: AnySource, name: str, several: bool) -> Source:
         table, _ = _table_of(source, columns)
     except DataError:
         return source
-    return replace(source, labels=columns) if name.casefold() in (column_names(table) or ()) else source
+    return replace(source, labels=columns) if folded(name) in (column_names(table) or ()) else source
 
 
 def _columns_of(source: Source, known: Sequence[LabelTask]) -> LabelColumns:
@@ -127,7 +127,7 @@ def _columns_of(source: Source, known: Sequence[LabelTask]) -> LabelColumns:
     """
     table, _ = _table_of(source, LabelColumns.of(known))
     header = table_header(table)
-    there = [task for task in known if task.name.casefold() in header]
+    there = [task for task in known if folded(task.name) in header]
     if not there:
         names = ", ".join(task.name for task in known)
         raise DataError(f"{table} has none of the adapter's label columns {names}; its columns are {', '.join(header)}")

@@ -31,7 +31,7 @@ from visgraft.data.table import (
     table_header,
     table_rows,
 )
-from visgraft.data.table_lines import at_line, records
+from visgraft.data.table_lines import at_line, folded, records
 from visgraft.data.tasks import LabelTask, TaskLabels, outputs_of
 from visgraft.errors import DataError
 
@@ -60,7 +60,7 @@ def read_task_table(
     table = Path(table)
     header = table_header(table)
     check_columns(columns.names, header, TAKEN, str(table))
-    names = [name.casefold() for name in columns.names]
+    names = [folded(name) for name in columns.names]
     if len(names) == 1 and not known and columns.given_kind(names[0]) != "number":
         place = header.index(names[0])
         cells = {fields[place].strip() for _, fields in records(table, header, names) if len(fields) > place}
@@ -114,7 +114,7 @@ class _Reading:
         columns, tasks = [], []
         for place, name in enumerate(self.columns.names):
             own = [row[place] for row in cells]
-            task = next((task for task in self.known if task.name.casefold() == name.casefold()), None)
+            task = next((task for task in self.known if folded(task.name) == folded(name)), None)
             values, made = self._column(name, own, task)
             columns.append(values)
             tasks.append(made)
