@@ -219,6 +219,12 @@ def test_every_mistake_has_a_line(tmp_path: Path) -> None:
     assert "most of column size are numbers, but 'about 5' is none" in message(odd, "size")
     flat = write(tmp_path / "flat", "kind,size", [f"{'ab'[n % 2]},3.5" for n in range(20)])
     assert "only the number 3.5 in column size" in message(flat, "kind,size")
+    for name, offset, step in (("far", 1e9, 0.1), ("small", 0.0, 1e-300), ("denormal", 0.0, 1e-42)):
+        close = write(tmp_path / name, "kind,size", [f"{'ab'[n % 2]},{offset + step * n!r}" for n in range(30)])
+        assert "in column size are from" in (told := message(close, "kind", number="size"))
+        assert "vary too little" in told and "differences from" in told
+    far = write(tmp_path / "large", "size", ["1", "2", "-1e308"])
+    assert ", line 4: size is -1e308, but numbers go up to 1e+30" in message(far, number="size")
     empty = write(tmp_path / "empty", "kind,size", [","] * 5)
     assert "no class at all" in message(empty, "kind,size", number="size")
     with pytest.raises(DataError, match="is no table, and the labels kind are columns of one"):

@@ -37,6 +37,7 @@ from visgraft.errors import DataError
 
 TAKEN = (PATH, SPLIT, GROUP)
 BLANK = ("", "nan")  # the second is how pandas and Arrow write a number that is missing
+LARGEST = 1e30  # squares of more would not be finite in single precision
 Value = int | tuple[int, ...] | float | None
 
 
@@ -146,9 +147,15 @@ class _Reading:
     def _number(self, name: str, place: int, cell: str) -> Value:
         value = as_number(cell) if cell else None
         if cell and value is None:
-            line = int(self.rows.lines[np.argmax(self.rows.labels.codes == place)])
-            raise DataError(f"{at_line(self.table, line)}: {name} is {cell!r}, which is no number; write it as 3.5")
+            raise DataError(f"{self._line(place)}: {name} is {cell!r}, which is no number; write it as 3.5")
+        if value is not None and abs(value) > LARGEST:
+            line = self._line(place)
+            raise DataError(f"{line}: {name} is {cell}, but numbers go up to {LARGEST:g}; write them in another unit")
         return value
+
+    def _line(self, place: int) -> str:
+        """Return how an error names the first line that has these labels."""
+        return at_line(self.table, int(self.rows.lines[np.argmax(self.rows.labels.codes == place)]))
 
 
 def with_tasks(dataset: Dataset, tasks: Sequence[LabelTask]) -> Dataset:
