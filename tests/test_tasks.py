@@ -89,6 +89,9 @@ def test_kinds_are_found_by_the_cells(tmp_path: Path) -> None:
         (["a|b", "c"], "one_class"),
         (["a; b", "b"], "several_classes"),
         (["-1e3", "2.5e-2"], "number"),
+        ([f"{n}_{n % 3}" for n in range(40)], "one_class"),
+        (["1,5", "2,5"], "one_class"),
+        ([f"{n}.1.0" for n in range(40)], "one_class"),
     ],
 )
 def test_a_kind(cells: list[str], kind: str) -> None:
@@ -139,6 +142,12 @@ def test_blank_cells_are_unknown_and_a_row_without_a_label_is_left_out(tmp_path:
     assert "003.png" not in by_name and "005.png" not in by_name and len(by_name) == 28
     assert by_name["004.png"] == (0, None)
     assert any("2 images without any label" in note for note in data.notes)
+
+
+def test_a_blank_number_may_be_nan_where_it_is_the_only_column(tmp_path: Path) -> None:
+    table = write(tmp_path, "size", ["nan", "NaN", *(str(n / 2) for n in range(30))])
+    data = read_data(Source(table, labels=LabelColumns.parsed("size", None, None, None)), ALL)
+    assert data.tasks[0].kind == "number" and len(data.all) == 30
 
 
 def test_the_draw_does_not_depend_on_the_lines_order(tmp_path: Path) -> None:
@@ -217,6 +226,10 @@ def test_every_mistake_has_a_line(tmp_path: Path) -> None:
     )
     odd = write(tmp_path / "odd", "size", [*map(str, range(30)), "about 5"])
     assert "most of column size are numbers, but 'about 5' is none" in message(odd, "size")
+    for name, cell in (("comma", '"{},5"'), ("percent", "{} %"), ("apart", '"{},000.5"'), ("space", "{} 000")):
+        odd = write(tmp_path / name, "kind,size", [f"{'ab'[n % 2]},{cell.format(n + 1)}" for n in range(30)])
+        told = message(odd, "kind,size")
+        assert "most of column size are numbers, but" in told and "is none; write it as 3.5" in told, told
     flat = write(tmp_path / "flat", "kind,size", [f"{'ab'[n % 2]},3.5" for n in range(20)])
     assert "only the number 3.5 in column size" in message(flat, "kind,size")
     for name, offset, step in (("far", 1e9, 0.1), ("small", 0.0, 1e-300), ("denormal", 0.0, 1e-42)):

@@ -12,6 +12,8 @@ from visgraft.errors import DataError, nearest
 MOST_CLASSES = 20
 """A column of whole numbers with more different ones than this holds numbers, with fewer classes."""
 MOSTLY = 0.8
+WRITTEN_OTHERWISE = re.compile(r"[-+]?(\d+,\d+|\d+([.,]\d+)?\s*%|\d{1,3}([,.'\u2019\s]\d{3})+([.,]\d+)?)")
+"""Numbers that people write with a decimal comma, as percentages, or with their thousands apart."""
 SEPARATORS = ";|"
 
 
@@ -73,9 +75,9 @@ def _names(text: str | None) -> tuple[str, ...]:
 
 
 def as_number(cell: str) -> float | None:
-    """Return the finite number that a cell holds, or None."""
+    """Return the finite number that a cell holds, or None; 1_000 is a name, though Python reads it as 1000."""
     try:
-        value = float(cell)
+        value = float(cell.replace("_", "?"))
     except ValueError:
         return None
     return value if abs(value) < float("inf") else None
@@ -96,11 +98,13 @@ def found_kind(name: str, cells: Iterable[str], where: str) -> Kind:
     measured = any(not value.is_integer() for value in right) or len(right) > MOST_CLASSES
     if len(right) == len(known):
         return "number" if measured else "one_class"
-    if measured and len(right) > MOST_CLASSES and len(right) >= MOSTLY * len(known):
-        odd = min(cell for cell, value in numbers.items() if value is None)
+    names = [cell for cell, value in numbers.items() if value is None]
+    written = [cell for cell in names if WRITTEN_OTHERWISE.fullmatch(cell)]
+    if len(right) + len(written) > MOST_CLASSES and len(right) + len(written) >= MOSTLY * len(known):
+        odd = min(written or names)
         raise DataError(
-            f"{where}: most of column {name} are numbers, but {odd!r} is none; correct it, leave the cell blank, or "
-            f"say --one-class {name}"
+            f"{where}: most of column {name} are numbers, but {odd!r} is none; write it as 3.5, leave the cell blank, "
+            f"or say --one-class {name}"
         )
     pieces = [split_names(cell) for cell in known if re.search(f"[{SEPARATORS}]", cell)]
     return "several_classes" if any(piece in known for some in pieces for piece in some) else "one_class"

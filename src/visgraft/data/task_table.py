@@ -65,6 +65,7 @@ def read_task_table(
     if len(names) == 1 and not known and columns.given_kind(names[0]) != "number":
         place = header.index(names[0])
         cells = {fields[place].strip() for _, fields in records(table, header, names) if len(fields) > place}
+        cells = {cell for cell in cells if cell.casefold() not in BLANK}
         kind = columns.given_kind(names[0]) or found_kind(columns.names[0], cells, str(table))
         if kind != "number":
             label = LabelColumn(columns.names[0], kind == "several_classes")
