@@ -4,6 +4,8 @@
 
 import csv
 import json
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,31 @@ def raw(path: Path, pictures: list[Path]) -> torch.Tensor:
     x = torch.stack([adapted.transform(Image.open(picture).convert("RGB")) for picture in pictures])
     with torch.no_grad():
         return adapted.model(x)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda tasks: tasks[1].pop("std"), "task 'size' has no std"),
+        (lambda tasks: tasks[1].update(std=True), "task 'size' has the std True"),
+        (lambda tasks: tasks[1].update(std="3"), "task 'size' has the std '3'"),
+        (lambda tasks: tasks[1].update(mean=math.nan), "task 'size' has the mean nan"),
+        (lambda tasks: tasks[1].update(std=1e308), "task 'size' has the std 1e\\+308"),
+        (lambda tasks: tasks[1].update(unit=None), "task 'size' has the unit None"),
+        (lambda tasks: tasks[0].update(classes=["red", 3, "blue"]), "task 'colour' has classes that are no text"),
+        (lambda tasks: tasks[0].pop("kind"), "task 'colour' has no kind"),
+        (lambda tasks: tasks[1].update(name="colour"), "of colour, colour, tags two have one name"),
+        (lambda tasks: tasks.clear(), "there is no task"),
+        (lambda tasks: tasks.append("size"), "task 'size' is no dictionary"),
+    ],
+)
+def test_damaged_tasks_are_named_rather_than_answered(change: Any, told: str, shop: Path, tmp_path: Path) -> None:
+    config = json.loads((shop / "adapter_config.json").read_text(encoding="utf-8"))
+    change(config["record"]["data"]["tasks"])
+    damaged = Path(shutil.copytree(shop, tmp_path / "damaged"))
+    (damaged / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(AdapterError, match=f"is damaged: record.data.tasks: {told}; restore it or train again"):
+        load(damaged)
 
 
 def test_each_task_is_answered_by_its_own_outputs(shop: Path, pictures: list[Path]) -> None:

@@ -32,12 +32,11 @@ from visgraft.data.table import (
     table_rows,
 )
 from visgraft.data.table_lines import at_line, folded, records
-from visgraft.data.tasks import LabelTask, TaskLabels, outputs_of
+from visgraft.data.tasks import LARGEST, LabelTask, TaskLabels, outputs_of
 from visgraft.errors import DataError
 
 TAKEN = (PATH, SPLIT, GROUP)
 BLANK = ("", "nan")  # the second is how pandas and Arrow write a number that is missing
-LARGEST = 1e30  # squares of more would not be finite in single precision
 Value = int | tuple[int, ...] | float | None
 
 
