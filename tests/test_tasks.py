@@ -209,8 +209,13 @@ def test_folders_are_tasks_of_their_own(tmp_path: Path) -> None:
     assert again.tasks == data.tasks and {e.label.values[1] for e in again.all} == {None}
     with pytest.raises(DataError, match="no task birds, only animals, plants"):
         read_data(Source(tasks=(("birds", pairs[0][1]),)), tasks=data.tasks)
-    with pytest.raises(DataError, match="--task animals is given twice"):
-        Source(tasks=(pairs[0], pairs[0]))
+    for name in ("animals", "Animals"):
+        with pytest.raises(DataError, match="--task animals is given twice"):
+            Source(tasks=(pairs[0], (name, pairs[0][1])))
+    (tmp_path / "animals" / "cat").rename(tmp_path / "animals" / "a=cat")
+    (tmp_path / "plants" / "fern").rename(tmp_path / "plants" / "cat")
+    with pytest.raises(DataError, match="--task: x and x=a both have an output called x=a=cat; rename one of these"):
+        read_data(Source(tasks=(("x", pairs[0][1]), ("x=a", pairs[1][1]))))
 
 
 def test_every_mistake_has_a_line(tmp_path: Path) -> None:
@@ -242,6 +247,8 @@ def test_every_mistake_has_a_line(tmp_path: Path) -> None:
     assert "no class at all" in message(empty, "kind,size", number="size")
     with pytest.raises(DataError, match="is no table, and the labels kind are columns of one"):
         read_data(Source(tmp_path, labels=LabelColumns.parsed("kind", None, None, None)))
+    clash = write(tmp_path / "clash", "a,a=b", [f"{'bc'[n % 2]},{n / 2}" for n in range(30)])
+    assert "a and a=b both have an output called a=b" in message(clash, "a,a=b")
     alone = write(
         tmp_path / "alone", "kind,size,split", [f"{'ab'[n % 2]},{n / 2},train" for n in range(9)] + ["c,2,test"]
     )

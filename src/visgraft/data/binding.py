@@ -14,6 +14,18 @@ SMALLEST = 1e-30
 """Least standard deviation of numbers; below about 1e-38 single precision has fewer digits."""
 
 
+def check_outputs(tasks: Sequence[LabelTask], where: str) -> None:
+    """Raise a DataError where an output of one task has the name of another's, as a=b=c of the tasks a and a=b."""
+    first = dict[str, str]()
+    for task in tasks:
+        for output in task.output_names:
+            if (other := first.setdefault(output, task.name)) != task.name:
+                raise DataError(
+                    f"{where}: {other} and {task.name} both have an output called {output}; rename one of these tasks, "
+                    "or its class"
+                )
+
+
 def bind(
     parts: Mapping[str, Sequence[Example]], tasks: Sequence[LabelTask], where: str
 ) -> tuple[dict[str, Sequence[Example]], tuple[LabelTask, ...]]:

@@ -46,8 +46,8 @@ class Source:
             raise DataError(
                 "--task names all images, so that no DATA, no --csv and no label columns go with it; leave those out"
             )
-        names = [name for name, _ in self.tasks]
-        twice = next((name for name in names if names.count(name) > 1), None)
+        names = [folded(name) for name, _ in self.tasks]
+        twice = next((name for name, _ in self.tasks if names.count(folded(name)) > 1), None)
         if twice is not None:
             raise DataError(f"--task {twice} is given twice; give each task a name of its own")
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from visgraft.data.binding import bind
+from visgraft.data.binding import bind, check_outputs
 from visgraft.data.dataset import Dataset, Split, check_classes, fill_parts, known_names, match_classes
 from visgraft.data.examples import Coded, Columns, Examples
 from visgraft.data.label_columns import (
@@ -84,6 +84,7 @@ class _Reading:
 
     def dataset(self, split: Split) -> Dataset:
         values, tasks = self._values()
+        check_outputs(tasks, str(self.table))
         labelled = np.array([any(value is not None for value in own) for own in values])[self.rows.labels.codes]
         if not labelled.any():
             raise DataError(f"{self.table} has no label in any row; fill in {', '.join(self.columns.names)}")
