@@ -80,6 +80,13 @@ def test_each_task_is_answered_by_its_own_outputs(shop: Path, pictures: list[Pat
     ]
 
 
+def test_a_loaded_adapter_answers_as_its_folder_does(tmp_path: Path, pictures: list[Path]) -> None:
+    folder = make_tasks(tmp_path / "shop", seed=5)
+    found = [one.tasks for one in predict_stream([folder], pictures)]
+    assert predict(load(folder), pictures) == found
+    assert max(len(one["tags"]) for one in found) == 2  # more than the one class that other answers name
+
+
 def test_a_bank_answers_them_beside_other_adapters(shop: Path, pictures: list[Path], tmp_path: Path) -> None:
     other = make(tmp_path / "other", "lora", classes="xyz")
     bank = load_bank({"shop": shop, "other": other})
