@@ -224,6 +224,11 @@ def test_every_mistake_has_a_line(tmp_path: Path) -> None:
     assert "no column sise" in message(table, "kind,sise") and "did you mean size" in message(table, "kind,sise")
     assert "column image_path is no label" in message(table, "kind,image_path")
     assert "column kind is given a label twice" in message(table, "kind,Kind")
+    assert "column size is given a kind twice" in message(table, number="size", several="size")
+    assert "--number size=cm,=mm has a unit without a column" in message(table, number="size=cm,=mm")
+    for wrong in ("size", (), {}, "size"), (("size",), ("size",)), (("size",), {}, "size"):
+        with pytest.raises(DataError, match=r"is the text 'size'; give a tuple|give a unit for each column"):
+            LabelColumns(*wrong)  # type: ignore[arg-type]
     assert "column size is given a kind twice" in message(table, "size", number="size", one_class="size")
     assert "column same has only one class, x" in message(table, "kind,same")
     assert "kind is 'a', which is no number" in message(table, "size", number="kind") and ", line 2:" in message(

@@ -24,7 +24,7 @@ class LabelColumns:
     A column that is in one of these need not be named before.
 
     Raises:
-        DataError: a column is named twice, or is to hold two kinds at once.
+        DataError: a column is named twice, or is to hold two kinds at once, or names are no tuple.
     """
 
     names: tuple[str, ...]
@@ -33,10 +33,15 @@ class LabelColumns:
     one_class: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for part in ("names", "several", "one_class"):
+            if isinstance(getattr(self, part), str):
+                raise DataError(f"{part} is the text {getattr(self, part)!r}; give a tuple of columns")
+        if not isinstance(self.numbers, Mapping):
+            raise DataError(f"numbers is {self.numbers!r}; give a unit for each column, such as {{'size': 'cm'}}")
         kinds = (*self.numbers, *self.several, *self.one_class)
         named = {folded(name) for name in self.names}
         object.__setattr__(self, "names", (*self.names, *(n for n in kinds if folded(n) not in named)))
-        for what, names in (("a label", self.names), ("a kind", (*self.numbers, *self.several, *self.one_class))):
+        for what, names in (("a kind", kinds), ("a label", self.names)):
             alike = [folded(name) for name in names]
             twice = next((name for name in names if alike.count(folded(name)) > 1), None)
             if twice is not None:
@@ -44,8 +49,14 @@ class LabelColumns:
 
     @classmethod
     def parsed(cls, label: str | None, number: str | None, several: str | None, one_class: str | None) -> Self | None:
-        """Return what options say: names joined by commas, a number's unit after "="; None where nothing is named."""
+        """Return what options say: names joined by commas, a number's unit after "="; None where nothing is named.
+
+        Raises:
+            DataError: see the class.
+        """
         numbers = {name: unit for name, _, unit in (text.partition("=") for text in _names(number))}
+        if "" in numbers:
+            raise DataError(f"--number {number} has a unit without a column; write --number NAME=UNIT")
         columns = cls(_names(label), numbers, _names(several), _names(one_class))
         return columns if columns.names else None
 
