@@ -207,6 +207,8 @@ def test_folders_are_tasks_of_their_own(tmp_path: Path) -> None:
         assert data.tasks[own].classes[example.label.values[own]] == example.path.parent.name
     again = read_data(Source(tasks=pairs[:1]), tasks=data.tasks)
     assert again.tasks == data.tasks and {e.label.values[1] for e in again.all} == {None}
+    with pytest.raises(DataError, match=r"is no table, .*, or name what a folder answers: --task animals=FOLDER"):
+        read_data(Source(tmp_path / "animals"), tasks=data.tasks)
     with pytest.raises(DataError, match="no task birds, only animals, plants"):
         read_data(Source(tasks=(("birds", pairs[0][1]),)), tasks=data.tasks)
     for name in ("animals", "Animals"):

@@ -125,7 +125,12 @@ def _columns_of(source: Source, known: Sequence[LabelTask]) -> LabelColumns:
     Raises:
         DataError: it has none of them.
     """
-    table, _ = _table_of(source, LabelColumns.of(known))
+    try:
+        table, _ = _table_of(source, LabelColumns.of(known))
+    except DataError as error:
+        named = next((task.name for task in known if task.classes), None)
+        folder = f", or name what a folder answers: --task {named}=FOLDER" if named else ""
+        raise DataError(f"{error}{folder}") from None
     header = table_header(table)
     there = [task for task in known if folded(task.name) in header]
     if not there:
