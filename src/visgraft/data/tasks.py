@@ -91,7 +91,8 @@ class LabelTask:
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"task {values!r:.80} is no dictionary")
-        name, kinds = values.get("name"), {"mean": float, "std": float, "low": float, "high": float, "classes": list}
+        name = values.get("name")
+        kinds: dict[str, Any] = dict.fromkeys(("mean", "std", "low", "high"), float) | {"classes": list}
         for part in (one.name for one in fields(cls)):
             if part not in values:
                 raise ValueError(f"task {name!r} has no {part}")  # no default: numbers would come out in another scale
