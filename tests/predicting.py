@@ -45,6 +45,7 @@ def make(
 ) -> Path:
     """Write an adapter that has been moved off its start."""
     classes = classes or CLASSES[method]
+    torch.manual_seed(seed)  # of the head and of the backbone
     model = create_backbone(backbone, len(classes))
     size = backbone.image_size or 160
     task = [(images(8, size=size), torch.arange(8) % len(classes))]

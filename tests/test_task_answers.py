@@ -4,6 +4,8 @@
 
 import csv
 import json
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,31 @@ def raw(path: Path, pictures: list[Path]) -> torch.Tensor:
         return adapted.model(x)
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda tasks: tasks[1].pop("std"), "task 'size' has no std"),
+        (lambda tasks: tasks[1].update(std=True), "task 'size' has the std True"),
+        (lambda tasks: tasks[1].update(std="3"), "task 'size' has the std '3'"),
+        (lambda tasks: tasks[1].update(mean=math.nan), "task 'size' has the mean nan"),
+        (lambda tasks: tasks[1].update(std=1e308), "task 'size' has the std 1e\\+308"),
+        (lambda tasks: tasks[1].update(unit=None), "task 'size' has the unit None"),
+        (lambda tasks: tasks[0].update(classes=["red", 3, "blue"]), "task 'colour' has classes that are no text"),
+        (lambda tasks: tasks[0].pop("kind"), "task 'colour' has no kind"),
+        (lambda tasks: tasks[1].update(name="colour"), "of colour, colour, tags two have one name"),
+        (lambda tasks: tasks.clear(), "there is no task"),
+        (lambda tasks: tasks.append("size"), "task 'size' is no dictionary"),
+    ],
+)
+def test_damaged_tasks_are_named_rather_than_answered(change: Any, told: str, shop: Path, tmp_path: Path) -> None:
+    config = json.loads((shop / "adapter_config.json").read_text(encoding="utf-8"))
+    change(config["record"]["data"]["tasks"])
+    damaged = Path(shutil.copytree(shop, tmp_path / "damaged"))
+    (damaged / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(AdapterError, match=f"is damaged: record.data.tasks: {told}; restore it or train again"):
+        load(damaged)
+
+
 def test_each_task_is_answered_by_its_own_outputs(shop: Path, pictures: list[Path]) -> None:
     outputs = raw(shop, pictures)
     colours, sizes, tags = outputs[:, :3].softmax(-1), outputs[:, 3] * 10 + 40, outputs[:, 4:].sigmoid()
@@ -51,6 +78,13 @@ def test_each_task_is_answered_by_its_own_outputs(shop: Path, pictures: list[Pat
     assert [[p >= 0.5 for _, p in one["tags"]] for one in answers] == [
         [True] * int(count) for count in (tags >= 0.5).sum(1)
     ]
+
+
+def test_a_loaded_adapter_answers_as_its_folder_does(tmp_path: Path, pictures: list[Path]) -> None:
+    folder = make_tasks(tmp_path / "shop", seed=5)
+    found = [one.tasks for one in predict_stream([folder], pictures)]
+    assert predict(load(folder), pictures) == found
+    assert max(len(one["tags"]) for one in found) == 2  # more than the one class that other answers name
 
 
 def test_a_bank_answers_them_beside_other_adapters(shop: Path, pictures: list[Path], tmp_path: Path) -> None:

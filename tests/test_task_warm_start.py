@@ -9,7 +9,7 @@ from predicting import BACKBONE, TASKS, make, make_tasks
 from support import images
 from torch import Tensor
 
-from visgraft import create_backbone, load
+from visgraft import ALoREConfig, attach, create_backbone, load, save
 from visgraft.adapters.warm_start import start_from
 from visgraft.data.tasks import LabelTask, outputs_of
 from visgraft.errors import AdapterError
@@ -59,3 +59,14 @@ def test_a_number_is_no_class(tmp_path: Path) -> None:
     old = make(tmp_path / "old", "lora", classes=("size", "other"))
     with pytest.raises(AdapterError, match="knows none of the classes"):
         started(old, ("size",), (TASKS[1],))
+
+
+def test_parts_of_each_task_go_on_with_these_tasks_only(tmp_path: Path) -> None:
+    shared = ALoREConfig(share="experts").for_tasks(tuple(task.outputs for task in TASKS))
+    model = create_backbone(BACKBONE, len(outputs_of(TASKS)))
+    attach(model, shared)
+    record = {"data": {"tasks": [task.to_json() for task in TASKS]}}
+    old = save(model, tmp_path / "shared", classes=outputs_of(TASKS), record=record)
+    fewer = TASKS[:2]
+    with pytest.raises(AdapterError, match="of 3, 1, 2 outputs, but the tasks of these images have 3, 1;"):
+        start_from(create_backbone(BACKBONE, 4), old, shared.for_tasks((3, 1)), outputs_of(fewer), fewer)

@@ -89,6 +89,9 @@ def test_kinds_are_found_by_the_cells(tmp_path: Path) -> None:
         (["a|b", "c"], "one_class"),
         (["a; b", "b"], "several_classes"),
         (["-1e3", "2.5e-2"], "number"),
+        ([f"{n}_{n % 3}" for n in range(40)], "one_class"),
+        (["1,5", "2,5"], "one_class"),
+        ([f"{n}.1.0" for n in range(40)], "one_class"),
     ],
 )
 def test_a_kind(cells: list[str], kind: str) -> None:
@@ -106,6 +109,18 @@ def test_a_kind_can_be_set_and_one_column_of_classes_is_an_ordinary_data_set(tmp
     found = read(number="size=mm").tasks
     assert [(task.name, task.kind, task.unit) for task in found] == [("size", "number", "mm")]
     assert [task.kind for task in read(label="code,size", number="Size").tasks] == ["one_class", "number"]
+
+
+def test_a_column_is_found_however_unicode_writes_its_accents(tmp_path: Path) -> None:
+    table = write(tmp_path, "Gro\u0308sse,art", [f"{n / 2},{'ab'[n % 2]}" for n in range(40)])
+    data = read_data(Source(table, labels=LabelColumns.parsed("art", "gr\u00f6sse=cm", None, None)))
+    assert [(task.name, task.kind, task.unit) for task in data.tasks] == [
+        ("art", "one_class", ""), ("gr\u00f6sse", "number", "cm")
+    ]  # fmt: skip
+    other = write(tmp_path, "gr\u00f6sse", [str(n / 2) for n in range(40)], "other.csv")
+    assert len(read_data(Source(other), tasks=data.tasks).all) == 40
+    with pytest.raises(DataError, match="given a label twice"):
+        LabelColumns(("gr\u00f6sse", "Gro\u0308sse"))
 
 
 def test_a_model_is_measured_by_the_column_that_it_learned(tmp_path: Path) -> None:
@@ -127,6 +142,12 @@ def test_blank_cells_are_unknown_and_a_row_without_a_label_is_left_out(tmp_path:
     assert "003.png" not in by_name and "005.png" not in by_name and len(by_name) == 28
     assert by_name["004.png"] == (0, None)
     assert any("2 images without any label" in note for note in data.notes)
+
+
+def test_a_blank_number_may_be_nan_where_it_is_the_only_column(tmp_path: Path) -> None:
+    table = write(tmp_path, "size", ["nan", "NaN", *(str(n / 2) for n in range(30))])
+    data = read_data(Source(table, labels=LabelColumns.parsed("size", None, None, None)), ALL)
+    assert data.tasks[0].kind == "number" and len(data.all) == 30
 
 
 def test_the_draw_does_not_depend_on_the_lines_order(tmp_path: Path) -> None:
@@ -186,10 +207,17 @@ def test_folders_are_tasks_of_their_own(tmp_path: Path) -> None:
         assert data.tasks[own].classes[example.label.values[own]] == example.path.parent.name
     again = read_data(Source(tasks=pairs[:1]), tasks=data.tasks)
     assert again.tasks == data.tasks and {e.label.values[1] for e in again.all} == {None}
+    with pytest.raises(DataError, match=r"is no table, .*, or name what a folder answers: --task animals=FOLDER"):
+        read_data(Source(tmp_path / "animals"), tasks=data.tasks)
     with pytest.raises(DataError, match="no task birds, only animals, plants"):
         read_data(Source(tasks=(("birds", pairs[0][1]),)), tasks=data.tasks)
-    with pytest.raises(DataError, match="--task animals is given twice"):
-        Source(tasks=(pairs[0], pairs[0]))
+    for name in ("animals", "Animals"):
+        with pytest.raises(DataError, match="--task animals is given twice"):
+            Source(tasks=(pairs[0], (name, pairs[0][1])))
+    (tmp_path / "animals" / "cat").rename(tmp_path / "animals" / "a=cat")
+    (tmp_path / "plants" / "fern").rename(tmp_path / "plants" / "cat")
+    with pytest.raises(DataError, match="--task: x and x=a both have an output called x=a=cat; rename one of these"):
+        read_data(Source(tasks=(("x", pairs[0][1]), ("x=a", pairs[1][1]))))
 
 
 def test_every_mistake_has_a_line(tmp_path: Path) -> None:
@@ -198,6 +226,11 @@ def test_every_mistake_has_a_line(tmp_path: Path) -> None:
     assert "no column sise" in message(table, "kind,sise") and "did you mean size" in message(table, "kind,sise")
     assert "column image_path is no label" in message(table, "kind,image_path")
     assert "column kind is given a label twice" in message(table, "kind,Kind")
+    assert "column size is given a kind twice" in message(table, number="size", several="size")
+    assert "--number size=cm,=mm has a unit without a column" in message(table, number="size=cm,=mm")
+    for wrong in ("size", (), {}, "size"), (("size",), ("size",)), (("size",), {}, "size"):
+        with pytest.raises(DataError, match=r"is the text 'size'; give a tuple|give a unit for each column"):
+            LabelColumns(*wrong)  # type: ignore[arg-type]
     assert "column size is given a kind twice" in message(table, "size", number="size", one_class="size")
     assert "column same has only one class, x" in message(table, "kind,same")
     assert "kind is 'a', which is no number" in message(table, "size", number="kind") and ", line 2:" in message(
@@ -205,12 +238,24 @@ def test_every_mistake_has_a_line(tmp_path: Path) -> None:
     )
     odd = write(tmp_path / "odd", "size", [*map(str, range(30)), "about 5"])
     assert "most of column size are numbers, but 'about 5' is none" in message(odd, "size")
+    for name, cell in (("comma", '"{},5"'), ("percent", "{} %"), ("apart", '"{},000.5"'), ("space", "{} 000")):
+        odd = write(tmp_path / name, "kind,size", [f"{'ab'[n % 2]},{cell.format(n + 1)}" for n in range(30)])
+        told = message(odd, "kind,size")
+        assert "most of column size are numbers, but" in told and "is none; write it as 3.5" in told, told
     flat = write(tmp_path / "flat", "kind,size", [f"{'ab'[n % 2]},3.5" for n in range(20)])
     assert "only the number 3.5 in column size" in message(flat, "kind,size")
+    for name, offset, step in (("far", 1e9, 0.1), ("small", 0.0, 1e-300), ("denormal", 0.0, 1e-42)):
+        close = write(tmp_path / name, "kind,size", [f"{'ab'[n % 2]},{offset + step * n!r}" for n in range(30)])
+        assert "in column size are from" in (told := message(close, "kind", number="size"))
+        assert "vary too little" in told and "differences from" in told
+    far = write(tmp_path / "large", "size", ["1", "2", "-1e308"])
+    assert ", line 4: size is -1e308, but numbers go up to 1e+30" in message(far, number="size")
     empty = write(tmp_path / "empty", "kind,size", [","] * 5)
     assert "no class at all" in message(empty, "kind,size", number="size")
     with pytest.raises(DataError, match="is no table, and the labels kind are columns of one"):
         read_data(Source(tmp_path, labels=LabelColumns.parsed("kind", None, None, None)))
+    clash = write(tmp_path / "clash", "a,a=b", [f"{'bc'[n % 2]},{n / 2}" for n in range(30)])
+    assert "a and a=b both have an output called a=b" in message(clash, "a,a=b")
     alone = write(
         tmp_path / "alone", "kind,size,split", [f"{'ab'[n % 2]},{n / 2},train" for n in range(9)] + ["c,2,test"]
     )

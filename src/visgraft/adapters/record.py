@@ -164,9 +164,7 @@ class AdapterRecord:
             told = {name: value for name, value in data.items() if name in kept}
             split = Split(**told) if told else None
         with _damage(file, "record.data.tasks"):
-            tasks = tuple(LabelTask.from_json(task) for task in data.get("tasks", ()))
-            if tasks and outputs_of(tasks) != tuple(config["classes"]):
-                raise ValueError("the tasks do not have the outputs that the classes name")
+            tasks = _label_tasks(data.get("tasks", ()), config)
         with _damage(file, "data_config"):
             check_facts(config["data_config"])
         with _damage(file, "canary"):
@@ -212,6 +210,23 @@ def _method_config(name: str, options: Facts, file: Path) -> MethodConfig:
         raise AdapterError(
             f"{file}: {told}; update visgraft, use the version of {name} that wrote it, or train again"
         ) from error
+
+
+def _label_tasks(stored: Any, config: Facts) -> tuple[LabelTask, ...]:
+    """Return what the outputs answer.
+
+    Raises:
+        TypeError, ValueError: a task is damaged, or they do not fit the rest of the config.
+    """
+    tasks = tuple(LabelTask.from_json(task) for task in stored)
+    if not tasks and config["format_version"] == TASKS_VERSION:
+        raise ValueError("there is no task")
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise ValueError(f"of {', '.join(names)} two have one name")
+    if tasks and outputs_of(tasks) != tuple(config["classes"]):
+        raise ValueError("the tasks do not have the outputs that the classes name")
+    return tasks
 
 
 @contextlib.contextmanager

@@ -52,6 +52,12 @@ def start_from(
         AdapterError: the adapter is damaged, of another method, options or backbone, or shares no class.
     """
     stored = read_record(adapter)
+    if stored.method.passes and config.passes and stored.method.passes != config.passes:
+        before, now = (", ".join(map(str, passes)) for passes in (stored.method.passes, config.passes))
+        raise AdapterError(
+            f"{adapter} has parts of its own for each task, of {before} outputs, but the tasks of these images have "
+            f"{now}; name the same labels in the same order, or train without --init-from"
+        )
     if stored.method != config:
         raise AdapterError(
             f"{adapter} is {stored.method.method} with {stored.method.to_dict()}; leave the method's options out to go "

@@ -5,12 +5,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
+from visgraft.data.table_lines import folded
 from visgraft.data.tasks import Kind, LabelTask
 from visgraft.errors import DataError, nearest
 
 MOST_CLASSES = 20
 """A column of whole numbers with more different ones than this holds numbers, with fewer classes."""
 MOSTLY = 0.8
+WRITTEN_OTHERWISE = re.compile(r"[-+]?(\d+,\d+|\d+([.,]\d+)?\s*%|\d{1,3}([,.'\u2019\s]\d{3})+([.,]\d+)?)")
+"""Numbers that people write with a decimal comma, as percentages, or with their thousands apart."""
 SEPARATORS = ";|"
 
 
@@ -21,7 +24,7 @@ class LabelColumns:
     A column that is in one of these need not be named before.
 
     Raises:
-        DataError: a column is named twice, or is to hold two kinds at once.
+        DataError: a column is named twice, or is to hold two kinds at once, or names are no tuple.
     """
 
     names: tuple[str, ...]
@@ -30,19 +33,30 @@ class LabelColumns:
     one_class: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for part in ("names", "several", "one_class"):
+            if isinstance(getattr(self, part), str):
+                raise DataError(f"{part} is the text {getattr(self, part)!r}; give a tuple of columns")
+        if not isinstance(self.numbers, Mapping):
+            raise DataError(f"numbers is {self.numbers!r}; give a unit for each column, such as {{'size': 'cm'}}")
         kinds = (*self.numbers, *self.several, *self.one_class)
-        named = {name.casefold() for name in self.names}
-        object.__setattr__(self, "names", (*self.names, *(n for n in kinds if n.casefold() not in named)))
-        for what, names in (("a label", self.names), ("a kind", (*self.numbers, *self.several, *self.one_class))):
-            folded = [name.casefold() for name in names]
-            twice = next((name for name in names if folded.count(name.casefold()) > 1), None)
+        named = {folded(name) for name in self.names}
+        object.__setattr__(self, "names", (*self.names, *(n for n in kinds if folded(n) not in named)))
+        for what, names in (("a kind", kinds), ("a label", self.names)):
+            alike = [folded(name) for name in names]
+            twice = next((name for name in names if alike.count(folded(name)) > 1), None)
             if twice is not None:
                 raise DataError(f"column {twice} is given {what} twice; name it once")
 
     @classmethod
     def parsed(cls, label: str | None, number: str | None, several: str | None, one_class: str | None) -> Self | None:
-        """Return what options say: names joined by commas, a number's unit after "="; None where nothing is named."""
+        """Return what options say: names joined by commas, a number's unit after "="; None where nothing is named.
+
+        Raises:
+            DataError: see the class.
+        """
         numbers = {name: unit for name, _, unit in (text.partition("=") for text in _names(number))}
+        if "" in numbers:
+            raise DataError(f"--number {number} has a unit without a column; write --number NAME=UNIT")
         columns = cls(_names(label), numbers, _names(several), _names(one_class))
         return columns if columns.names else None
 
@@ -60,11 +74,11 @@ class LabelColumns:
         kinds: tuple[tuple[Kind, Iterable[str]], ...] = (
             ("number", self.numbers), ("several_classes", self.several), ("one_class", self.one_class)
         )  # fmt: skip
-        return next((kind for kind, names in kinds if name.casefold() in {n.casefold() for n in names}), None)
+        return next((kind for kind, names in kinds if folded(name) in {folded(n) for n in names}), None)
 
     def unit(self, name: str) -> str:
         """Return the unit of a number's column, empty where none is given."""
-        return next((unit for given, unit in self.numbers.items() if given.casefold() == name.casefold()), "")
+        return next((unit for given, unit in self.numbers.items() if folded(given) == folded(name)), "")
 
 
 def _names(text: str | None) -> tuple[str, ...]:
@@ -72,9 +86,9 @@ def _names(text: str | None) -> tuple[str, ...]:
 
 
 def as_number(cell: str) -> float | None:
-    """Return the finite number that a cell holds, or None."""
+    """Return the finite number that a cell holds, or None; 1_000 is a name, though Python reads it as 1000."""
     try:
-        value = float(cell)
+        value = float(cell.replace("_", "?"))
     except ValueError:
         return None
     return value if abs(value) < float("inf") else None
@@ -95,11 +109,13 @@ def found_kind(name: str, cells: Iterable[str], where: str) -> Kind:
     measured = any(not value.is_integer() for value in right) or len(right) > MOST_CLASSES
     if len(right) == len(known):
         return "number" if measured else "one_class"
-    if measured and len(right) > MOST_CLASSES and len(right) >= MOSTLY * len(known):
-        odd = min(cell for cell, value in numbers.items() if value is None)
+    names = [cell for cell, value in numbers.items() if value is None]
+    written = [cell for cell in names if WRITTEN_OTHERWISE.fullmatch(cell)]
+    if len(right) + len(written) > MOST_CLASSES and len(right) + len(written) >= MOSTLY * len(known):
+        odd = min(written or names)
         raise DataError(
-            f"{where}: most of column {name} are numbers, but {odd!r} is none; correct it, leave the cell blank, or "
-            f"say --one-class {name}"
+            f"{where}: most of column {name} are numbers, but {odd!r} is none; write it as 3.5, leave the cell blank, "
+            f"or say --one-class {name}"
         )
     pieces = [split_names(cell) for cell in known if re.search(f"[{SEPARATORS}]", cell)]
     return "several_classes" if any(piece in known for some in pieces for piece in some) else "one_class"
@@ -116,15 +132,15 @@ def separator_of(cells: Iterable[str]) -> str:
 
 
 def check_columns(names: Sequence[str], header: Sequence[str], taken: Sequence[str], where: str) -> None:
-    """Raise a DataError unless each column is there once and is no other's; `header` is in lower case."""
+    """Raise a DataError unless each column is there once and is no other's; `header` is `folded`."""
     for name in names:
-        count = header.count(name.casefold())
+        count = header.count(folded(name))
         if count != 1:
             others = [other for other in header if other not in taken]
             found = "two columns" if count else "no column"
             raise DataError(
                 f"{where} has {found} {name}; its columns are {', '.join(other or '(nothing)' for other in header)}"
-                f"{nearest(name.casefold(), others, 1) if not count else ''}"
+                f"{nearest(folded(name), others, 1) if not count else ''}"
             )
-        if name.casefold() in taken:
+        if folded(name) in taken:
             raise DataError(f"{where}: column {name} is no label; name one of {', '.join(set(header) - set(taken))}")

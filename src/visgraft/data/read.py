@@ -12,7 +12,7 @@ from visgraft.data.label_columns import LabelColumns
 from visgraft.data.mirror import mirrored
 from visgraft.data.shards import read_shards
 from visgraft.data.table import read_table, table_header
-from visgraft.data.table_lines import column_names
+from visgraft.data.table_lines import column_names, folded
 from visgraft.data.task_folders import joined_tasks
 from visgraft.data.task_table import read_task_table, with_tasks
 from visgraft.data.tasks import LabelTask
@@ -46,8 +46,8 @@ class Source:
             raise DataError(
                 "--task names all images, so that no DATA, no --csv and no label columns go with it; leave those out"
             )
-        names = [name for name, _ in self.tasks]
-        twice = next((name for name in names if names.count(name) > 1), None)
+        names = [folded(name) for name, _ in self.tasks]
+        twice = next((name for name, _ in self.tasks if names.count(folded(name)) > 1), None)
         if twice is not None:
             raise DataError(f"--task {twice} is given twice; give each task a name of its own")
 
@@ -116,7 +116,7 @@ def with_column(source: AnySource, name: str, several: bool) -> Source:
         table, _ = _table_of(source, columns)
     except DataError:
         return source
-    return replace(source, labels=columns) if name.casefold() in (column_names(table) or ()) else source
+    return replace(source, labels=columns) if folded(name) in (column_names(table) or ()) else source
 
 
 def _columns_of(source: Source, known: Sequence[LabelTask]) -> LabelColumns:
@@ -125,9 +125,14 @@ def _columns_of(source: Source, known: Sequence[LabelTask]) -> LabelColumns:
     Raises:
         DataError: it has none of them.
     """
-    table, _ = _table_of(source, LabelColumns.of(known))
+    try:
+        table, _ = _table_of(source, LabelColumns.of(known))
+    except DataError as error:
+        named = next((task.name for task in known if task.classes), None)
+        folder = f", or name what a folder answers: --task {named}=FOLDER" if named else ""
+        raise DataError(f"{error}{folder}") from None
     header = table_header(table)
-    there = [task for task in known if task.name.casefold() in header]
+    there = [task for task in known if folded(task.name) in header]
     if not there:
         names = ", ".join(task.name for task in known)
         raise DataError(f"{table} has none of the adapter's label columns {names}; its columns are {', '.join(header)}")

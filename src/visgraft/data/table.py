@@ -26,7 +26,7 @@ from visgraft.data.dataset import (
 )
 from visgraft.data.examples import AT_A_TIME, Coded, Columns, Example, Examples, Texts
 from visgraft.data.folders import check_folder, inside
-from visgraft.data.table_lines import at_line, column_names, is_parquet, records
+from visgraft.data.table_lines import at_line, column_names, folded, is_parquet, records
 from visgraft.data.table_paths import as_stored, file_size
 from visgraft.errors import DataError, nearest
 
@@ -196,7 +196,7 @@ def _renamed(header: list[str], label: LabelColumn | None) -> list[str]:
     """Return the columns with the one that holds the labels called label or labels, and no other."""
     if label is None:
         return header
-    own = {label.name.casefold(): LABELS if label.several else LABEL}
+    own = {folded(label.name): LABELS if label.several else LABEL}
     return [own.get(name, f"other {name}" if name in (LABEL, LABELS) else name) for name in header]
 
 

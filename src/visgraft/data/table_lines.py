@@ -1,6 +1,7 @@
 """The lines of a table, whatever kind of file it is."""
 
 import csv
+import unicodedata
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -9,6 +10,11 @@ from visgraft.data.parquet import open_parquet, parquet_texts
 from visgraft.errors import DataError, nearest
 
 DELIMITERS = ",;\t"
+
+
+def folded(name: str) -> str:
+    """Return a column's name as columns are compared: in lower case, its accents composed."""
+    return unicodedata.normalize("NFC", name.strip().casefold())
 
 
 def read_lines(table: Path) -> Iterator[tuple[int, list[str]]]:
@@ -46,13 +52,13 @@ def at_line(table: Path, line: int) -> str:
 
 
 def column_names(table: Path) -> list[str] | None:
-    """Return the names of a table's columns in lower case; None where it is empty.
+    """Return the names of a table's columns, `folded`; None where it is empty.
 
     Raises:
         DataError: the table cannot be read.
     """
     names = open_parquet(table).schema_arrow.names if is_parquet(table) else next(read_lines(table), (0, None))[1]
-    return None if names is None else [name.strip().casefold() for name in names]
+    return None if names is None else [folded(name) for name in names]
 
 
 def records(table: Path, header: Sequence[str], wanted: Sequence[str]) -> Iterator[tuple[int, list[str]]]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from visgraft.data.binding import check_outputs
 from visgraft.data.dataset import PARTS, Dataset, fingerprint
 from visgraft.data.examples import Coded, Columns, Example, Examples, Texts, groups_of, labels_of, names_of
 from visgraft.data.tasks import LabelTask, TaskLabels, outputs_of
@@ -16,7 +17,7 @@ def joined_tasks(found: Mapping[str, Dataset], known: Sequence[LabelTask] = ()) 
     """Return data sets, by the names of their tasks, as one; `known` are the tasks of a model that is measured on it.
 
     Raises:
-        DataError: a data set has several tasks itself.
+        DataError: a data set has several tasks itself, or outputs of two tasks have one name.
     """
     nested = next((name for name, dataset in found.items() if dataset.tasks), None)
     if nested is not None:
@@ -25,6 +26,7 @@ def joined_tasks(found: Mapping[str, Dataset], known: Sequence[LabelTask] = ()) 
         LabelTask(name, "several_classes" if one.multi_label else "one_class", one.classes)
         for name, one in found.items()
     )
+    check_outputs(tasks, "--task")
     place = {task.name: number for number, task in enumerate(tasks)}
     parts: dict[str, Any] = {
         part: _together([(getattr(one, part), place[name]) for name, one in found.items()], tasks) for part in PARTS

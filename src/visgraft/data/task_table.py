@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from visgraft.data.binding import bind
+from visgraft.data.binding import bind, check_outputs
 from visgraft.data.dataset import Dataset, Split, check_classes, fill_parts, known_names, match_classes
 from visgraft.data.examples import Coded, Columns, Examples
 from visgraft.data.label_columns import (
@@ -31,8 +31,8 @@ from visgraft.data.table import (
     table_header,
     table_rows,
 )
-from visgraft.data.table_lines import at_line, records
-from visgraft.data.tasks import LabelTask, TaskLabels, outputs_of
+from visgraft.data.table_lines import at_line, folded, records
+from visgraft.data.tasks import LARGEST, LabelTask, TaskLabels, outputs_of
 from visgraft.errors import DataError
 
 TAKEN = (PATH, SPLIT, GROUP)
@@ -60,10 +60,11 @@ def read_task_table(
     table = Path(table)
     header = table_header(table)
     check_columns(columns.names, header, TAKEN, str(table))
-    names = [name.casefold() for name in columns.names]
+    names = [folded(name) for name in columns.names]
     if len(names) == 1 and not known and columns.given_kind(names[0]) != "number":
         place = header.index(names[0])
         cells = {fields[place].strip() for _, fields in records(table, header, names) if len(fields) > place}
+        cells = {cell for cell in cells if cell.casefold() not in BLANK}
         kind = columns.given_kind(names[0]) or found_kind(columns.names[0], cells, str(table))
         if kind != "number":
             label = LabelColumn(columns.names[0], kind == "several_classes")
@@ -83,6 +84,7 @@ class _Reading:
 
     def dataset(self, split: Split) -> Dataset:
         values, tasks = self._values()
+        check_outputs(tasks, str(self.table))
         labelled = np.array([any(value is not None for value in own) for own in values])[self.rows.labels.codes]
         if not labelled.any():
             raise DataError(f"{self.table} has no label in any row; fill in {', '.join(self.columns.names)}")
@@ -114,7 +116,7 @@ class _Reading:
         columns, tasks = [], []
         for place, name in enumerate(self.columns.names):
             own = [row[place] for row in cells]
-            task = next((task for task in self.known if task.name.casefold() == name.casefold()), None)
+            task = next((task for task in self.known if folded(task.name) == folded(name)), None)
             values, made = self._column(name, own, task)
             columns.append(values)
             tasks.append(made)
@@ -146,9 +148,15 @@ class _Reading:
     def _number(self, name: str, place: int, cell: str) -> Value:
         value = as_number(cell) if cell else None
         if cell and value is None:
-            line = int(self.rows.lines[np.argmax(self.rows.labels.codes == place)])
-            raise DataError(f"{at_line(self.table, line)}: {name} is {cell!r}, which is no number; write it as 3.5")
+            raise DataError(f"{self._line(place)}: {name} is {cell!r}, which is no number; write it as 3.5")
+        if value is not None and abs(value) > LARGEST:
+            line = self._line(place)
+            raise DataError(f"{line}: {name} is {cell}, but numbers go up to {LARGEST:g}; write them in another unit")
         return value
+
+    def _line(self, place: int) -> str:
+        """Return how an error names the first line that has these labels."""
+        return at_line(self.table, int(self.rows.lines[np.argmax(self.rows.labels.codes == place)]))
 
 
 def with_tasks(dataset: Dataset, tasks: Sequence[LabelTask]) -> Dataset:

@@ -6,7 +6,7 @@ class task has an output per class, a number one. Only what is made of the outpu
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from typing import Any, Literal, Self, get_args
 
@@ -17,6 +17,8 @@ from torch import Tensor
 Kind = Literal["one_class", "several_classes", "number"]
 FIGURES: dict[Kind, str] = {"one_class": "top-1", "several_classes": "mean average precision", "number": "R²"}
 """What an answer of each kind is judged by."""
+LARGEST = 1e30
+"""Greatest number that a label may be, as labels and answers are held in single precision."""
 BINS = 5  # into which numbers are sorted where images are drawn or channels are scored by their labels
 
 
@@ -85,13 +87,23 @@ class LabelTask:
 
         Raises:
             TypeError: a value is of the wrong type or unknown.
-            ValueError: see the class.
+            ValueError: one is missing or out of range; see also the class.
         """
-        found = cls(**{**values, "classes": tuple(values.get("classes", ()))})
-        texts = (found.name, found.unit, *found.classes)
-        if not all(isinstance(text, str) for text in texts):
-            raise TypeError(f"task {found.name!r} has names that are no text")
-        return found
+        if not isinstance(values, Mapping):
+            raise TypeError(f"task {values!r:.80} is no dictionary")
+        name = values.get("name")
+        kinds: dict[str, Any] = dict.fromkeys(("mean", "std", "low", "high"), float) | {"classes": list}
+        for part in (one.name for one in fields(cls)):
+            if part not in values:
+                raise ValueError(f"task {name!r} has no {part}")  # no default: numbers would come out in another scale
+            value, kind = values[part], kinds.get(part, str)
+            if isinstance(value, bool) or not isinstance(value, int | float if kind is float else kind):
+                raise TypeError(f"task {name!r} has the {part} {value!r:.80}")
+            if kind is float and not abs(value) <= LARGEST:
+                raise ValueError(f"task {name!r} has the {part} {value!r}")
+        if not all(isinstance(text, str) for text in values["classes"]):
+            raise TypeError(f"task {name!r} has classes that are no text")
+        return cls(**{**values, "classes": tuple(values["classes"])})
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,9 @@ class Prediction(NamedTuple):
 def predict(
     adapted: Adapted, paths: Sequence[str | Path], top: int | None = None, *, coverage: float | None = None
 ) -> list[Any]:
-    """Return per image the `top` most probable classes (None: one) with their probabilities, most probable first.
+    """Return per image the `top` most probable classes with their probabilities, most probable first.
+
+    Without `top` that is one class, or, where an image may have several, each of at least 50 %.
 
     With `coverage`, return the set of classes that holds the truth so often instead (see `predict_stream`).
 
@@ -64,7 +66,6 @@ def predict(
         DataError: a file is no image.
         VisgraftError: `paths` is one path and no list.
     """
-    top = 1 if top is None and coverage is None else top
     found = predict_stream([adapted], paths, top=top, coverage=coverage)
     return [one.classes if one.tasks is None else one.tasks for one in found]
 
