@@ -104,7 +104,7 @@ def test_as_many_folds_are_possible_as_the_rarest_class_allows() -> None:
     assert possible_folds([Example(Path("a"), ()), Example(Path("b"), (1,))]) == 2
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if not config.passes])
 def test_after_a_training_the_backbone_and_its_head_are_what_they_were_bit_for_bit(name: str) -> None:
     ground, config = bench(), CONFIGS[name]
     drop_path = list_methods()[config.method].recipe.drop_path

@@ -15,7 +15,11 @@ from visgraft.core.low_rank import LowRank, add_low_rank, add_product, hidden_fe
 from visgraft.core.method import Method
 from visgraft.methods.alore import ALoREConfig
 
-FAST = {name for name, config in CONFIGS.items() if list_methods()[config.method].low_rank is not Method.low_rank}
+FAST = {
+    name
+    for name, config in CONFIGS.items()
+    if list_methods()[config.method].low_rank is not Method.low_rank and not config.passes
+}
 EACH = [(name, kind) for name, kind in PAIRS if name in FAST and not refused(name, kind)]
 
 

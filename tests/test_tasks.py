@@ -20,7 +20,8 @@ from visgraft.data.images import Images, load_images, make_labels
 from visgraft.data.label_columns import LabelColumns, found_kind
 from visgraft.data.read import Source, read_data, with_column
 from visgraft.data.stratify import draw_marked
-from visgraft.data.tasks import LabelTask, TaskLabels, column_slices, known, membership, outputs_of, task_answers
+from visgraft.data.task_tensors import known, membership, task_answers
+from visgraft.data.tasks import LabelTask, TaskLabels, column_slices, outputs_of
 from visgraft.errors import DataError, VisgraftError
 from visgraft.measure.evaluation import evaluate, score_tasks
 from visgraft.options import TrainConfig

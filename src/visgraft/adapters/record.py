@@ -13,7 +13,8 @@ from visgraft.adapters.calibrated import Calibrated, read_calibration, stored_ca
 from visgraft.adapters.canary import Canary, check_facts
 from visgraft.backbones.creation import KINDS, Backbone
 from visgraft.data.dataset import Split
-from visgraft.data.tasks import LabelTask, outputs_of, task_answers
+from visgraft.data.task_tensors import task_answers
+from visgraft.data.tasks import LabelTask, outputs_of
 from visgraft.errors import AdapterError, VisgraftError
 from visgraft.methods import get_method
 from visgraft.options import MethodConfig

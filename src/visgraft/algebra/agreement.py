@@ -11,7 +11,8 @@ from torch import Tensor
 from visgraft.adapters.record import AdapterRecord
 from visgraft.data.dataset import Example
 from visgraft.data.images import Images, load_images
-from visgraft.data.tasks import LabelTask, output_slices, task_answers
+from visgraft.data.task_tensors import task_answers
+from visgraft.data.tasks import LabelTask, output_slices
 from visgraft.export.task_proof import AGREES
 from visgraft.measure.intervals import clusters, rate_interval
 

@@ -15,7 +15,8 @@ from visgraft.data.cache import Decode, Pixels, choose_cache, hold_pixels, is_on
 from visgraft.data.dataset import Example
 from visgraft.data.decode import open_image
 from visgraft.data.examples import Examples, chosen, groups_of, labels_of, paths_of
-from visgraft.data.tasks import LabelTask, TaskLabels, label_row, membership
+from visgraft.data.task_tensors import membership
+from visgraft.data.tasks import LabelTask, TaskLabels, label_row
 from visgraft.errors import DataError
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from visgraft.data.tasks import LabelTask, column_slices, known, output_slices
+from visgraft.data.task_tensors import known
+from visgraft.data.tasks import LabelTask, column_slices, output_slices
 
 AGREES = 0.1
 """By how much of their standard deviation in training two numbers may differ and still count as the same answer."""

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from visgraft.data.cache import Pixels
 from visgraft.data.images import Images
-from visgraft.data.tasks import LabelTask, column_slices, known, output_slices
+from visgraft.data.task_tensors import known
+from visgraft.data.tasks import LabelTask, column_slices, output_slices
 
 FigureOn = Callable[[np.ndarray], float]
 """The figure of a task on images of these numbers, which may come several times; nan where none has its label."""

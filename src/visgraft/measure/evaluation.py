@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from visgraft.core.tensors import eval_mode
 from visgraft.data.fit import check_classes_fit, check_fit
 from visgraft.data.images import Images
-from visgraft.data.tasks import LabelTask, column_slices, known, output_slices, task_answers
+from visgraft.data.task_tensors import known, task_answers
+from visgraft.data.tasks import LabelTask, column_slices, output_slices
 from visgraft.errors import DataError
 from visgraft.executors.distributed import in_shares
 from visgraft.measure.intervals import RESAMPLES, clusters

@@ -9,7 +9,8 @@ import numpy as np
 from sklearn.metrics import average_precision_score
 
 from visgraft.adapters.record import AdapterRecord
-from visgraft.data.tasks import LabelTask, column_slices, known
+from visgraft.data.task_tensors import known
+from visgraft.data.tasks import LabelTask, column_slices
 from visgraft.measure import intervals
 from visgraft.measure.by_task import figures_on, mean_known
 from visgraft.measure.evaluation import Evaluation, is_multi_label

@@ -19,7 +19,8 @@ from visgraft.data.dataset import Dataset, Example, listed, stratum
 from visgraft.data.examples import Coded, joined, labels_of
 from visgraft.data.images import Images, load_images, tasks_of
 from visgraft.data.stratify import label_marks, marked_folds
-from visgraft.data.tasks import LabelTask, column_slices, known, output_slices
+from visgraft.data.task_tensors import known
+from visgraft.data.tasks import LabelTask, column_slices, output_slices
 from visgraft.errors import DataError
 from visgraft.measure.by_task import figures_on, mean_known, mean_precision
 from visgraft.measure.evaluation import Evaluation, answers_of, score, score_tasks

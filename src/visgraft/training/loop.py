@@ -19,7 +19,7 @@ from visgraft.core.attached import get_attached
 from visgraft.core.draws import check_divisible
 from visgraft.data.fit import check_fit
 from visgraft.data.images import Images
-from visgraft.data.tasks import task_answers
+from visgraft.data.task_tensors import task_answers
 from visgraft.errors import DataError, TrainingDiverged, VisgraftError, warn_user
 from visgraft.executors import distributed
 from visgraft.executors.distributed import in_shares

@@ -8,7 +8,8 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 from torch.nn import functional as F
 
-from visgraft.data.tasks import LabelTask, column_slices, known, output_slices
+from visgraft.data.task_tensors import known
+from visgraft.data.tasks import LabelTask, column_slices, output_slices
 from visgraft.errors import VisgraftError
 from visgraft.options import TrainConfig
 from visgraft.training.weighting import class_weights
