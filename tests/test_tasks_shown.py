@@ -22,7 +22,10 @@ from visgraft.data.read import Source, read_data
 from visgraft.data.tasks import LabelTask, TaskLabels
 from visgraft.errors import AdapterError, DataError
 from visgraft.measure.by_task import OutputsOf, explained, figures_on, images_of_task
+from visgraft.measure.conformal import condense
 from visgraft.measure.evaluation import score_tasks
+from visgraft.measure.numbers import number_figures
+from visgraft.report.coverage import number_coverage
 from visgraft.report.page import ReportPage, gather, render
 from visgraft.report.section import ClassAnswers, NumberAnswers
 from visgraft.search import compare
@@ -335,3 +338,21 @@ def test_a_comparison_keeps_the_figures_of_each_task(source: Source, monkeypatch
     assert set(first["tasks"]) == {"colour", "size", "tags"} and first["macro_f1"] is None
     gains = second["task_gains"]
     assert second["gain"]["mean"] == pytest.approx(np.mean([one["mean"] for one in gains.values()]), abs=1e-6)
+
+
+def test_intervals_of_numbers_are_measured_by_level_and_group() -> None:
+    truth = torch.arange(40.0)
+    said = truth + torch.tensor([0.5, 1.5] * 20)  # every other image is further off than half of the validation images
+    found = number_figures(said, truth, 20.0, np.arange(40), 0)
+    calibrated = condense(np.r_[np.full(32, 1.0), np.full(8, 2.0)])
+    groups = ["near", "far"] * 20
+    shown = number_coverage(calibrated, found, groups, np.arange(40))
+    assert shown is not None and shown.images == 40
+    reached = {row.level: (row.share, row.size) for row in shown.levels}
+    assert reached == {level: (1.0, pytest.approx(2.0)) for level in (0.8, 0.9, 0.95)}
+    assert {row.name: row.share for row in shown.groups} == {"near": 1.0, "far": 1.0}
+    narrow = number_coverage(condense(np.full(40, 1.0)), found, groups, np.arange(40))
+    assert narrow is not None and {row.name: row.share for row in narrow.groups} == {"near": 1.0, "far": 0.0}
+    few = number_coverage(condense(np.full(10, 1.0)), found, (), np.arange(40))
+    assert few is not None and "takes 19 validation images" in few.levels[-1].wanting and few.groups == ()
+    assert number_coverage(None, found, (), np.arange(40)) is None

@@ -8,9 +8,10 @@ from numpy.typing import NDArray
 
 from visgraft.adapters.calibrated import Calibrated
 from visgraft.measure.calibration import Calibration, calibration
-from visgraft.measure.conformal import CoverageError, bound, class_sets
+from visgraft.measure.conformal import CoverageError, bound, class_sets, number_scores
 from visgraft.measure.evaluation import Evaluation, is_multi_label
 from visgraft.measure.intervals import rate_interval, wilson
+from visgraft.measure.numbers import NumberFigures
 from visgraft.measure.temperature import recalibrated
 from visgraft.pictures import Picture
 from visgraft.report import figures
@@ -102,6 +103,49 @@ def measure_coverage(
         calibrated.images, calibrated.temperature, after, picture, tuple(rows), level,
         _class_rows(inside, evaluation, names) if details else (), _group_rows(inside, hits, groups) if details else (),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class NumberCoverage:
+    """What the page says of the intervals of a number; a row's size is how far they reach to either side, in its unit.
+
+    `detailed` is the level of the rows of `groups`.
+    """
+
+    images: int
+    levels: tuple[LevelRow, ...]
+    detailed: float
+    groups: tuple[CoveredRow, ...]
+
+
+def number_coverage(
+    calibrated: Calibrated | None,
+    found: NumberFigures,
+    groups: Sequence[str | None],
+    members: NDArray[np.int64],
+) -> NumberCoverage | None:
+    """Return how often intervals hold the true number; None: the run is not calibrated. Arguments as above."""
+    if calibrated is None:
+        return None
+    scores = number_scores(found.truth.double().numpy(), found.answers.double().numpy())
+    rows, details = list[LevelRow](), None
+    for level in LEVELS:
+        try:
+            highest = bound(calibrated, level)
+        except CoverageError as error:
+            rows.append(LevelRow(level, wanting=str(error)))
+            continue
+        hits = scores <= highest
+        rows.append(LevelRow(level, float(hits.mean()), *rate_interval(hits.astype(float), members), highest))
+        if level <= DETAILED:
+            details = level, hits, highest
+    level, hits, highest = details or (DETAILED, np.zeros(0, bool), 0.0)
+    every = [groups[i] for i in range(len(hits))] if len(groups) else []
+    named = sorted({group for group in every if group is not None})
+    own = [(name, hits[np.array([group == name for group in every])]) for name in named]
+    shares = [(name, len(one), float(one.mean())) for name, one in own]
+    worst = _worst([CoveredRow(name, n, share, *wilson(share, n), highest) for name, n, share in shares])
+    return NumberCoverage(calibrated.images, tuple(rows), level, worst)
 
 
 def _held(inside: NDArray[np.bool_], evaluation: Evaluation) -> NDArray[np.bool_]:

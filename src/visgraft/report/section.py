@@ -24,7 +24,7 @@ from visgraft.measure.numbers import NumberFigures
 from visgraft.pictures import Picture
 from visgraft.report import compare, figures, numbers, tables
 from visgraft.report.channels import ChannelMap, channel_map, channel_scores, choices, stored_choices
-from visgraft.report.coverage import Coverage, measure_coverage
+from visgraft.report.coverage import Coverage, NumberCoverage, measure_coverage, number_coverage
 from visgraft.report.mistakes import FarOff, Mistake, count_mistakes, find_far_off, find_mistakes
 from visgraft.report.parts import PartsShown, made_of_parts, show_parts
 
@@ -79,6 +79,7 @@ class NumberAnswers:
     against_true: Picture
     errors: Picture
     far_off: list[FarOff]
+    coverage: NumberCoverage | None
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ def _questions(
             continue
         own, model = images_of_task(images, number), OutputsOf(adapted.model, outputs)
         shown = (
-            _number_answers(one, own, model)
+            _number_answers(one, own, model, run.record.calibrated.get(task.name))
             if isinstance(one, NumberFigures)
             else _class_answers(one, own, model, task.classes, run.record.calibrated.get(task.name))
         )
@@ -220,7 +221,9 @@ def _class_answers(
     )
 
 
-def _number_answers(found: NumberFigures, images: Images, model: nn.Module) -> NumberAnswers:
+def _number_answers(
+    found: NumberFigures, images: Images, model: nn.Module, calibrated: Calibrated | None
+) -> NumberAnswers:
     task = images.tasks[0]
     return NumberAnswers(
         found,
@@ -228,6 +231,7 @@ def _number_answers(found: NumberFigures, images: Images, model: nn.Module) -> N
         numbers.against_true(found, task),
         numbers.errors_over_true(found, task),
         find_far_off(model, images, found),
+        number_coverage(calibrated, found, images.groups, clusters(images.groups, len(images))),
     )
 
 
