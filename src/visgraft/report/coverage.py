@@ -1,6 +1,7 @@
 """How often the sets of `predict --coverage` hold the truth: over all measured images, and class by class and group."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -84,11 +85,9 @@ def measure_coverage(
     multi_label = is_multi_label(evaluation)
     logs = recalibrated(evaluation.probabilities, calibrated.temperature, multi_label)
     rows, details = list[LevelRow](), None
-    for level in LEVELS:
-        try:
-            highest = bound(calibrated, level)
-        except CoverageError as error:
-            rows.append(LevelRow(level, wanting=str(error)))
+    for level, highest, wanting in _bounds(calibrated):
+        if wanting:
+            rows.append(LevelRow(level, wanting=wanting))
             continue
         inside = class_sets(logs, highest, multi_label).numpy()
         hits, sizes = _held(inside, evaluation), inside.sum(1)
@@ -129,23 +128,29 @@ def number_coverage(
         return None
     scores = number_scores(found.truth.double().numpy(), found.answers.double().numpy())
     rows, details = list[LevelRow](), None
-    for level in LEVELS:
-        try:
-            highest = bound(calibrated, level)
-        except CoverageError as error:
-            rows.append(LevelRow(level, wanting=str(error)))
+    for level, highest, wanting in _bounds(calibrated):
+        if wanting:
+            rows.append(LevelRow(level, wanting=wanting))
             continue
         hits = scores <= highest
         rows.append(LevelRow(level, float(hits.mean()), *rate_interval(hits.astype(float), members), highest))
         if level <= DETAILED:
             details = level, hits, highest
     level, hits, highest = details or (DETAILED, np.zeros(0, bool), 0.0)
-    every = [groups[i] for i in range(len(hits))] if len(groups) else []
-    named = sorted({group for group in every if group is not None})
-    own = [(name, hits[np.array([group == name for group in every])]) for name in named]
+    named = sorted({group for group in groups if group is not None}) if details else []
+    own = [(name, hits[np.array([group == name for group in groups])]) for name in named]
     shares = [(name, len(one), float(one.mean())) for name, one in own]
     worst = _worst([CoveredRow(name, n, share, *wilson(share, n), highest) for name, n, share in shares])
     return NumberCoverage(calibrated.images, tuple(rows), level, worst)
+
+
+def _bounds(calibrated: Calibrated) -> Iterator[tuple[float, float, str]]:
+    """Yield each level with the highest score of its answers, or with why it cannot be promised."""
+    for level in LEVELS:
+        try:
+            yield level, bound(calibrated, level), ""
+        except CoverageError as error:
+            yield level, math.nan, str(error)
 
 
 def _held(inside: NDArray[np.bool_], evaluation: Evaluation) -> NDArray[np.bool_]:
