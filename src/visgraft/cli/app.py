@@ -90,6 +90,9 @@ def eval_(
         raise VisgraftError(f"--split is {split!r}, but must be test, val, train or all")
     loading = Loading(cache, skip_broken, background)
     figures = eval_adapter(adapter, source(data, csv, task), weights=weights, part=split, loading=loading)
+    if left_out := figures.get("tasks_left_out"):
+        told = ", ".join(f"{name} ({why})" for name, why in left_out.items())
+        warn(f"left out: {told}; the figures say nothing about {'it' if len(left_out) == 1 else 'them'}")
     if figures["classes_missing"]:
         names = listed(figures["classes_missing"])
         which = "" if split == "all" else f"{split} "

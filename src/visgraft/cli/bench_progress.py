@@ -59,7 +59,7 @@ def describe(result: Any) -> str:
     """One line on a result."""
     from visgraft.cli.show import percent
 
-    figures = ", ".join(f"{name} {percent(one.top1)} %" for name, one in result.measured.items())
+    figures = ", ".join(f"{name} {percent(one.figure)} %" for name, one in result.measured.items())
     varied = result.trial.train["lr"]
     outcome = "" if result.outcome == "finished" else f" ({result.outcome})"
     return f"{result.trial.name} (lr {varied:g}): {figures}{outcome}, {result.seconds:.0f} s"

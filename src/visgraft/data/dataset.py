@@ -8,7 +8,7 @@ import hashlib
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -58,7 +58,7 @@ class Dataset:
     some, and `classes` are the names of all outputs. `notes` say in one line each what was passed over, and
     `unlabelled` are folders of images without classes that lie beside the parts. `mirror` says of
     which folder at an address `root` is this machine's copy. `label_column` is the column of a table that was named as
-    that of the classes.
+    that of the classes. `absent` says of tasks of a model, by name, why the source has no labels for them.
     """
 
     root: Path
@@ -75,6 +75,7 @@ class Dataset:
     unlabelled: tuple[Path, ...] = ()
     mirror: Mirror | None = None
     label_column: str = ""
+    absent: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def all(self) -> Sequence[Example]:
@@ -239,6 +240,7 @@ def match_classes(found: Iterable[str], known: Sequence[str], where: str, multi_
             f"{where} has classes that the adapter does not know: {listed(extra)} (it knows {listed(known)}); leave "
             f"them out, or train on these with train --init-from{hint}",
             multi_label,
+            listed(extra),
         )
     return tuple(known)
 

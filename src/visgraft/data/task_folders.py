@@ -40,6 +40,7 @@ def joined_tasks(found: Mapping[str, Dataset], known: Sequence[LabelTask] = ()) 
         layout="flat" if flat else "split", fingerprint=mark, multi_label=False, notes=notes, tasks=tasks,
         split=next((one.split for one in found.values() if one.split is not None), None),
         unlabelled=tuple(folder for one in found.values() for folder in one.unlabelled),
+        absent={task.name: f"no --task {task.name}=FOLDER is given" for task in tasks if task.name not in found},
     )  # fmt: skip
 
 

@@ -16,8 +16,8 @@ from visgraft.backbones.creation import Backbone, create_backbone, model_data_co
 from visgraft.core.attach import count_parameters, detach
 from visgraft.core.attached import find_attached, get_attached
 from visgraft.data.dataset import Dataset, Example, listed, stratum
-from visgraft.data.examples import Coded, joined, labels_of
-from visgraft.data.images import Images, load_images, tasks_of
+from visgraft.data.examples import Coded, joined, labels_of, tasks_of
+from visgraft.data.images import Images, load_images
 from visgraft.data.stratify import label_marks, marked_folds
 from visgraft.data.task_tensors import known
 from visgraft.data.tasks import LabelTask, column_slices, output_slices
