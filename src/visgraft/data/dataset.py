@@ -24,6 +24,7 @@ from visgraft.errors import CannotDivide, DataError, UnknownClasses, nearest
 
 PARTS = ("train", "val", "test")
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+TRUTHS = ("true", "false")
 HASHED_AT_A_TIME = 4096  # names
 
 
@@ -246,9 +247,17 @@ def match_classes(found: Iterable[str], known: Sequence[str], where: str, multi_
 
 
 def known_names(known: Sequence[str] | None) -> Callable[[str], str]:
-    """Return a function that spells a class as it is known, where Unicode can write its accents in another way."""
+    """Return a function that spells a class as it is known: where Unicode can write its accents in another way.
+
+    True and false, which every tool writes in a case of its own, are known in any.
+    """
     spelled = {unicodedata.normalize("NFC", name): name for name in known or ()}
-    return lambda name: spelled.get(unicodedata.normalize("NFC", name), name)
+    truths = {name.casefold(): name for name in known or () if name.casefold() in TRUTHS}
+
+    def spell(name: str) -> str:
+        return spelled.get(unicodedata.normalize("NFC", name)) or truths.get(name.casefold(), name)
+
+    return spell
 
 
 def check_classes(classes: Iterable[str], where: str) -> None:
