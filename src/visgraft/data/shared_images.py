@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -77,7 +78,9 @@ def _divided(name: str, one: Dataset, codes: np.ndarray, moved: np.ndarray, meas
                 f"{where}: group {torn[0]} would be in two parts, as another task has some of its images in a part of "
                 "its own; give all tables a column split"
             )
-    parts = {part: chosen(everything, np.flatnonzero(moved == number)) for number, part in enumerate(PARTS)}
+    parts: dict[str, Any] = {
+        part: chosen(everything, np.flatnonzero(moved == number)) for number, part in enumerate(PARTS)
+    }
     if not measured:
         check_train(parts["train"], one.classes, where)
     count = int((moved != codes).sum())
