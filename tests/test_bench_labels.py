@@ -21,6 +21,7 @@ from visgraft.bench.statistics import mean_of_tasks, tables
 from visgraft.bench.sweep import State, sweep
 from visgraft.bench.table import csv, markdown, sheets
 from visgraft.bench.trial import Measured
+from visgraft.cli.bench_progress import describe
 from visgraft.data.label_columns import LabelColumns
 from visgraft.data.tasks import LabelTask
 from visgraft.errors import DataError
@@ -81,6 +82,7 @@ def test_settings_are_chosen_on_validation_images_by_that_mean(swept: tuple[Stat
 def test_tables_say_what_each_column_measures(swept: tuple[State, Path]) -> None:
     results = read_file(swept[1])
     main, labels, shifted = sheets(results)
+    assert ", other " in describe(results[-1]) and " % (mean of the labels), " in describe(results[-1])
     assert main.title.endswith(": mean of the labels (%)") and "Cells: mean of the labels, R² counted" in main.caption
     assert "mean of 1 task (mean of the labels)" in main.heads and not any("macro" in head for head in main.heads)
     assert not any("top-1 on training images" in head for head in main.heads)

@@ -3,6 +3,7 @@
 import csv
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -12,9 +13,11 @@ from visgraft.check.findings import task_texts
 from visgraft.data.dataset import PARTS, Dataset, Split, known_names
 from visgraft.data.label_columns import LabelColumns
 from visgraft.data.read import Source, read_data
+from visgraft.data.shared_images import with_shared
 from visgraft.data.tasks import LabelTask, TaskLabels, written
 from visgraft.errors import DataError
 from visgraft.serve.naming import NumberAnswer
+from visgraft.training.crossval import folds
 
 SEED = Split(0.2, 0.2, 3)
 
@@ -68,6 +71,16 @@ def test_an_image_of_two_sources_is_in_one_part(tmp_path: Path) -> None:
     swapped = read_data(Source(tasks=both[::-1]), SEED)
     assert {(name, 1 - task): part for (name, task), part in parts_of(swapped).items()} == parts
     assert swapped.fingerprint == found.fingerprint
+
+
+def test_folds_hold_an_image_of_two_sources_out_of_both(tmp_path: Path) -> None:
+    photos = draw(tmp_path / "photos")
+    found = read_data(Source(tasks=(("animals", str(photos)), ("winter", str(winter_table(photos))))), SEED).all
+    for learned, held in folds(found, 3, 2):
+        assert not {found[row].path for row in learned} & {found[row].path for row in held}
+        assert len(learned) + len(held) == 60
+    assert with_shared(np.arange(4), ["a/b.png", "a/c.png", "./a/b.png", "d.png"]).tolist() == [0, 1, 0, 2]
+    assert with_shared(np.array([0, 0, 1, 2]), ["a", "b", "c", "b"]).tolist() == [0, 0, 1, 0]
 
 
 def test_what_a_source_says_of_its_parts_decides_before_what_is_drawn(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """Images that several data sets have which are learned together: in the same part of each, so that none leaks."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
 from visgraft.data.dataset import PARTS, Dataset, check_train
 from visgraft.data.examples import chosen, groups_of, names_of
@@ -45,6 +47,20 @@ def in_same_parts(found: Mapping[str, Dataset], measured: bool = False) -> dict[
                 moved[row] = part
         made[name] = one if (moved == codes).all() else _divided(name, one, codes, moved, measured)
     return {name: made[name] for name in found}
+
+
+def with_shared(members: np.ndarray, paths: Iterable[str]) -> np.ndarray:
+    """Return clusters of images, int64 [N], of which those with the same file are one; `paths` are the images'."""
+    first, folders, alike = dict[int, int](), dict[str, str](), list[tuple[int, int]]()
+    for row, path in enumerate(paths):
+        other = first.setdefault(hash(_real(path, folders)), row)
+        if other != row:
+            alike.append((int(members[other]), int(members[row])))
+    if not alike:
+        return members
+    count = int(members.max()) + 1
+    graph = coo_matrix((np.ones(len(alike)), np.array(alike).T), shape=(count, count))
+    return np.asarray(connected_components(graph, directed=False)[1], np.int64)[members]
 
 
 def _freedom(one: Dataset) -> int:
