@@ -167,6 +167,7 @@ def test_what_several_labels_do_not_go_with_is_one_line(table: Path, tmp_path: P
     check = ("bench", "check", "folder", "--root", table, *TYPED)
     assert "shots are drawn per class, so every image needs exactly one" in refused(*check, "--shots", "1,2")
     assert "is no table; give a .csv" in refused(*check, "--shifted", f"x={table.parent}")
+    assert "is no table; give a .csv" in refused("bench", "check", "folder", "--root", table.parent, "--label", "size")
     rows = [{"image_path": str(table.parent / "000.png"), "colour": "red", "tags": "far|dot"}]
     lacking = write(tmp_path / "lacking.csv", rows)
     assert "has no column size" in refused(*check, "--shifted", f"x={lacking}")

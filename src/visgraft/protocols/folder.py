@@ -58,7 +58,7 @@ def folder_protocol(
             raise DataError(f"a further test set is called {name!r}; give it another name than {', '.join(PARTS)}")
     for count in shots:
         check_shots(count)
-    data = read_data(Source(root, labels=labels), split)
+    data = _read(root, labels, split)
     if shots and (data.tasks or data.multi_label):
         raise DataError(f"{root}: shots are drawn per class, so every image needs exactly one; leave --shots out")
     sets = {name: _read_shifted(folder, data, labels) for name, folder in shifted.items()}
@@ -97,7 +97,7 @@ def open_folder(
     Raises:
         DataError: see `folder_protocol`.
     """
-    data = read_data(Source(folder, labels=labels), split)
+    data = _read(folder, labels, split)
     others = {name: _read_shifted(other, data, labels).examples for name, other in shifted.items()}
     tests = {TEST: data.part("test"), **others}
     return Parts(data.classes, *_drawn(data, task.shots, seed), tests)
@@ -110,11 +110,27 @@ def _drawn(data: Dataset, shots: int, seed: int) -> tuple[Sequence[Example], Seq
     return train, draw_up_to(data.part("val"), min(shots, MOST_VALIDATION), seed)
 
 
+def _is_table(source: Path) -> bool:
+    return source.suffix.lower() in TABLE_EXTENSIONS and not source.is_dir()
+
+
+def _read(source: Path, labels: LabelColumns | None, split: Split) -> Dataset:
+    if labels is not None:
+        _check_table(source, labels)
+    return read_data(Source(source, labels=labels), split)
+
+
+def _check_table(source: Path, labels: LabelColumns) -> None:
+    """Raise a DataError unless a data set can have these columns."""
+    if not _is_table(source):
+        names = ", ".join(labels.names)
+        raise DataError(f"{source} is no table; give a .csv, .tsv or .parquet file with the columns {names}")
+
+
 def _read_shifted(source: Path, data: Dataset, labels: LabelColumns | None) -> Shifted:
-    table = source.suffix.lower() in TABLE_EXTENSIONS and not source.is_dir()
     if data.tasks:
-        return _read_answered(source, data, table)
-    other = read_data(Source(source, labels=labels if table else None), _WHOLE)
+        return _read_answered(source, data)
+    other = _read(source, labels if _is_table(source) else None, _WHOLE)
     if other.tasks or other.multi_label != data.multi_label:
         raise DataError(f"{source} has labels of another kind than {data.root}; give images with the same labels")
     number = {name: index for index, name in enumerate(data.classes)}
@@ -138,13 +154,12 @@ def _numbered(example: Example, numbers: Sequence[int | None]) -> Example | None
     return example._replace(label=found) if found or not classes_of(example.label) else None
 
 
-def _read_answered(source: Path, data: Dataset, table: bool) -> Shifted:
+def _read_answered(source: Path, data: Dataset) -> Shifted:
     """Read a further test set with the labels of several tasks; of classes it may lack some, but have no others."""
-    if not table:
-        names = ", ".join(task.name for task in data.tasks)
-        raise DataError(f"{source} is no table; give a .csv, .tsv or .parquet file with the columns {names}")
+    columns = LabelColumns.of(data.tasks)
+    _check_table(source, columns)
     try:
-        other = read_data(Source(source, labels=LabelColumns.of(data.tasks)), _WHOLE, tasks=data.tasks)
+        other = read_data(Source(source, labels=columns), _WHOLE, tasks=data.tasks)
     except UnknownClasses as error:
         raise DataError(f"{source} has classes that {data.root} lacks: {error.found}; leave its rows out") from error
     return Shifted(tuple(sorted(other.test or other.all, key=lambda e: str(e.path))), ())
