@@ -119,6 +119,19 @@ def test_sources_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
     assert "is in test for --task b and in train for --task a" in told and "\n" not in told
 
 
+def test_a_group_that_another_source_would_tear_is_refused(tmp_path: Path) -> None:
+    photos = draw(tmp_path / "photos")
+    table = winter_table(photos)
+    with table.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    with table.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["image_path", "label", "group"])
+        writer.writeheader()
+        writer.writerows({**row, "group": f"day {number // 5}"} for number, row in enumerate(rows))
+    with pytest.raises(DataError, match=r"group day \d would be in two parts, .* give all tables a column split$"):
+        read_data(Source(tasks=(("animals", str(photos)), ("winter", str(table)))), SEED)
+
+
 def test_booleans_are_spelled_alike_in_every_table(tmp_path: Path) -> None:
     photos = draw(tmp_path / "photos", 12)
     images = sorted(str(image) for image in photos.rglob("*.png"))
