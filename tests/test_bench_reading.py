@@ -9,9 +9,10 @@ import pytest
 from bench_results import NOTHING, grid, measured, only, parsed, result, trial, tuned, two_groups
 from scipy.stats import binomtest
 
+from visgraft.bench.costs import costs
 from visgraft.bench.evidence import check_evidence
 from visgraft.bench.plot_numbers import parameter_points
-from visgraft.bench.statistics import costs, mean_of_groups, mean_of_tasks, paired, tables
+from visgraft.bench.statistics import mean_of_groups, mean_of_tasks, paired, tables
 from visgraft.bench.table import csv, markdown, sheets
 from visgraft.bench.trial import Result
 from visgraft.errors import VisgraftError

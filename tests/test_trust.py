@@ -5,6 +5,7 @@
 import csv
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,14 @@ from serving import Running, running, scores
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score
+from test_cli import run as run_command
+from test_cli import succeed
+from urllib3.filepost import encode_multipart_formdata
 
 import visgraft
 from visgraft import VisgraftError, blend, load, load_bank, predict, predict_rows, predict_stream, save, train_folder
-from visgraft.adapters.calibrated import ONE_LABEL, Calibrated
+from visgraft.adapters.calibrated import ONE_LABEL, Calibrated, told_calibration
+from visgraft.adapters.card import make_card
 from visgraft.adapters.directory import CONFIG, read_record
 from visgraft.adapters.hub import UNLIKE
 from visgraft.adapters.reference import read_reference
@@ -30,6 +35,7 @@ from visgraft.backbones.creation import create_backbone, model_data_config
 from visgraft.core.registry import get_method
 from visgraft.data.folders import read_folder
 from visgraft.data.images import load_images
+from visgraft.data.tasks import LabelTask
 from visgraft.drawn.gauges import draw_gauges
 from visgraft.drawn.sprites import draw_sprites
 from visgraft.measure.conformal import bound, condense
@@ -231,6 +237,84 @@ def test_the_server_answers_with_sets(gauges: Path, trained: Path, adapters: dic
             assert status == 422 and says in found["error"]
         listed = served.ask("GET", "/adapters")[1]["adapters"]
         assert {one["name"]: one["calibrated"] for one in listed} == {"good": True, "old": False}
+
+
+def test_the_server_marks_unlike_pictures(
+    gauges: Path, trained: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """As `predict` does, in batches with other requests, and after an upload; where it cannot, it says why."""
+    strange = tmp_path / "strange.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 48, 3), dtype=np.uint8)).save(strange)
+    images = [*images_of(gauges)[:4], strange]
+    wanted = [(one.as_far, one.unlike) for one in predict_stream([trained], images, unlike=0.1)]
+    assert wanted[-1][1] and not all(mark for _, mark in wanted)
+    shutil.copytree(trained, tmp_path / "bare")
+    (tmp_path / "bare" / UNLIKE).unlink()
+    named = {"good": trained, "old": adapters["lora"], "bare": tmp_path / "bare"}
+    with running(tmp_path / "store", named) as served:
+
+        def marks(name: str) -> list[tuple[float, bool]]:
+            status, found, _ = served.send(f"/predict?adapter={name}&unlike=0.1&coverage=0.9", *images)
+            assert status == 200, found
+            return [(answer["as_far"], answer["unlike"]) for answer in found["answers"]]
+
+        with ThreadPoolExecutor(3) as pool:
+            every = [pool.submit(marks, "good") for _ in range(6)]
+            plain = served.send("/predict?adapter=good&adapter=old", images[0])[1]["answers"]
+            for one in every:
+                assert one.result() == [(pytest.approx(far, abs=0.04), mark) for far, mark in wanted]
+        assert not any("unlike" in answer or "as_far" in answer for answer in plain)
+        for query, says in (
+            ("adapter=old&unlike=0.1", "old cannot tell unlike pictures: it was made without validation images"),
+            ("adapter=bare&unlike=0.1", "bare cannot tell unlike pictures"),
+            ("adapter=good&adapter=old&unlike=0.1", "old cannot tell unlike pictures"),
+            ("adapter=good&unlike=0.001", "good had 60 validation images, but to mark pictures at 0.001 takes 999"),
+            ("adapter=good&unlike=1", "unlike: Input should be less than 1"),
+        ):
+            status, found, _ = served.send(f"/predict?{query}", *images)
+            assert status == 422 and says in found["error"]
+
+        def told() -> dict[str, bool]:
+            return {one["name"]: one["unlike"] for one in served.ask("GET", "/adapters")[1]["adapters"]}
+
+        assert told() == {"good": True, "old": False, "bare": False}
+        parts = {"config": "adapter_config.json", "tensors": "adapter_model.safetensors", "unlike": UNLIKE}
+        sent = {part: (name, (trained / name).read_bytes()) for part, name in parts.items()}
+        body, kind = encode_multipart_formdata(sent)
+        assert served.ask("PUT", "/adapters/bare", body, {"Content-Type": kind})[0] == 200
+        assert told()["bare"] and marks("bare") == marks("good")
+        body, kind = encode_multipart_formdata({**sent, "unlike": ("u", b"nonsense")})
+        status, listed, _ = served.ask("PUT", "/adapters/bare", body, {"Content-Type": kind})
+        assert status == 200 and not listed["unlike"], "the adapter answers, without marks"
+
+
+def test_info_and_the_card_say_how_sure_it_is(trained: Path, adapters: dict[str, Path]) -> None:
+    known = read_record(trained).calibrated[ONE_LABEL]
+    found = succeed("info", trained)
+    assert found["calibrated"] == {"temperature": known.temperature, "images": 60} and found["tells_unlike"] is True
+    told = f"temperature {known.temperature:.2f}, 60 validation images"
+    _, out, _ = run_command("info", trained)
+    assert f"calibrated: {told}" in out and "unlike pictures: told" in out
+    card = (trained / "README.md").read_text(encoding="utf-8")
+    assert f"- calibrated: {told}\n" in card and "With `--unlike 0.05` it marks pictures" in card
+    none = succeed("info", adapters["lora"])
+    assert none["calibrated"] is None and none["tells_unlike"] is False
+    _, out, _ = run_command("info", adapters["lora"])
+    assert "calibrated: no, so predict --coverage refuses it" in out and "unlike pictures: not told" in out
+    card = make_card(read_record(adapters["lora"]))
+    assert "- It is not calibrated" in card and "- It cannot tell pictures unlike" in card
+
+
+def test_of_several_tasks_each_says_how_it_is_calibrated() -> None:
+    one = condense(np.linspace(0, 1, 20), 1.25)
+    tasks = (
+        LabelTask("colour", "one_class", ("a", "b")),
+        LabelTask("size", "number", std=2.0),
+        LabelTask("tags", "several_classes", ("c", "d")),
+    )
+    found = told_calibration({"colour": one, "size": condense(np.linspace(0, 1, 7), 1.0)}, tasks)
+    assert found == ["colour: temperature 1.25, 20 validation images", "size: 7 validation images", "tags: no"]
+    assert told_calibration({}, tasks) == []
 
 
 def test_the_report_shows_what_was_reached(gauges: Path, trained: Path, adapters: dict[str, Path]) -> None:

@@ -34,14 +34,14 @@ class CannotDivide(DataError):
 
 
 class UnknownClasses(DataError):
-    """Images have classes that a model does not know; `multi_label` says whether they may have several each."""
+    """Images have classes that a model does not know, `found`; `multi_label`: they may have several each."""
 
-    def __init__(self, message: str, multi_label: bool) -> None:
+    def __init__(self, message: str, multi_label: bool, found: str) -> None:
         super().__init__(message)
-        self.multi_label = multi_label
+        self.multi_label, self.found = multi_label, found
 
-    def __reduce__(self) -> tuple[type["UnknownClasses"], tuple[str, bool]]:
-        return type(self), (str(self), self.multi_label)
+    def __reduce__(self) -> tuple[type["UnknownClasses"], tuple[str, bool, str]]:
+        return type(self), (str(self), self.multi_label, self.found)
 
 
 class Interrupted(VisgraftError):

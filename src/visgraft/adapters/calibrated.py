@@ -1,9 +1,11 @@
 """What validation images say of how sure an adapter is: a temperature, and the scores that conformal answers need."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from visgraft.data.tasks import LabelTask
 
 ONE_LABEL = ""
 """Of an adapter that answers one question: what stands in place of a task's name."""
@@ -50,6 +52,24 @@ class Calibrated:
         if not all(math.isfinite(score) for score in scores) or not 0 < temperature < math.inf:
             raise ValueError("a score or the temperature is not finite")
         return cls(images, tuple(ranks), tuple(map(float, scores)), float(temperature))
+
+
+def told_calibration(by_task: Mapping[str, Calibrated], tasks: Sequence[LabelTask]) -> list[str]:
+    """Say how an adapter is calibrated: a text for its one question, or one for each task; nothing where it is not.
+
+    Numbers have no temperature, and a task is without where no validation image had its label.
+    """
+    if not by_task:
+        return []
+    if not tasks:
+        return [_told(by_task[ONE_LABEL], True)]
+    each = {task.name: (by_task.get(task.name), bool(task.classes)) for task in tasks}
+    return [f"{name}: {'no' if one is None else _told(one, classes)}" for name, (one, classes) in each.items()]
+
+
+def _told(one: Calibrated, classes: bool) -> str:
+    temperature = f"temperature {one.temperature:.2f}, " if classes else ""
+    return f"{temperature}{one.images:,} validation image{'s' * (one.images != 1)}"
 
 
 def stored_calibration(by_task: Mapping[str, Calibrated]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import timm
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from visgraft.adapters.calibrated import told_calibration
 from visgraft.adapters.record import AdapterRecord
 from visgraft.backbones.creation import Backbone
 
@@ -52,6 +53,7 @@ def make_card(record: AdapterRecord, place: str | None = None) -> str:
         size=_input_size(record),
         images=_counts(record, "images"),
         measured=record.figures.get("val_images"),
+        calibration=told_calibration(record.calibrated, record.tasks),
         limits=_limits(record, figures),
         shown=NAMES_SHOWN,
     )

@@ -72,16 +72,26 @@ def read_reference(path: str | Path, record: AdapterRecord) -> Reference:
     Raises:
         AdapterError: it has none, or the file is missing, damaged or another adapter's.
     """
-    if record.unlike is None:
+    return read_content(path, record)[1]
+
+
+def check_kept(name: str, kept: bool) -> None:
+    """Raise an AdapterError unless an adapter of this name keeps a reference."""
+    if not kept:
         raise AdapterError(
-            f"{path} cannot tell unlike pictures: it was made without validation images, by train --no-unlike, by an "
+            f"{name} cannot tell unlike pictures: it was made without validation images, by train --no-unlike, by an "
             "earlier version, or changed since; train it anew with a validation part"
         )
+
+
+def read_content(path: str | Path, record: AdapterRecord) -> tuple[bytes, Reference]:
+    """Return the file of an adapter's reference, and what is in it; the errors are those of `read_reference`."""
+    check_kept(str(path), record.unlike is not None)
     file, opened = Path(path) / UNLIKE, resolve(path) / UNLIKE
     try:
         content = opened.read_bytes()
         if digest_of_reference(content) != record.unlike:
             raise ValueError("it is not the file that was saved with this adapter")
-        return parse_reference(safetensors.torch.load(content))
+        return content, parse_reference(safetensors.torch.load(content))
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise AdapterError(f"{file} is missing or damaged ({error}); {remedy(path)}") from error

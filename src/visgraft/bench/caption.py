@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from visgraft.bench.measures import MEAN, R2, SHOWN, only_top1
 from visgraft.bench.statistics import RecipeRow, Table, mean_of_tasks
 from visgraft.options import AUTO
 
@@ -27,7 +28,7 @@ def caption(table: Table) -> str:
         f"Trained on the {trained} for {_epochs(table.rows)}, and measured once, after the last epoch",
         f"Settings: {_selection(table.rows)}",
         f"Seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}",
-        f"Cells: top-1 in percent on the test images{spread}",
+        f"Cells: {_cells(table)} in percent on the test images{spread}",
         *([f"Brackets: 95 % interval {over}"] if over else []),
         *(["Δ: paired difference in points, over the same tasks and seeds"] if table.baselines else []),
         f"Device: {one.device} ({' or '.join(map(str, threads))} CPU threads per training), {one.precision}",
@@ -36,6 +37,19 @@ def caption(table: Table) -> str:
     if one.reduced:
         sentences.insert(0, "**Reduced: the numbers of images are not the published ones**")
     return ". ".join(sentences) + "."
+
+
+def _cells(table: Table) -> str:
+    """Say what the figures are, and of several measures or labels, of which task or label."""
+    if only_top1(table.measures.values()):
+        return "top-1"
+    found: dict[str, list[str]] = {}
+    for task, measure in table.measures.items():
+        found.setdefault(measure, []).append(task)
+    several = len(found) > 1
+    said = [SHOWN[one] + (f" ({', '.join(tasks)})" if several else "") for one, tasks in found.items()]
+    floor = ", R² counted as 0 below 0," if {R2, MEAN} & found.keys() else ""
+    return f"{' and '.join(said)}{floor}"
 
 
 def _epochs(rows: Sequence[RecipeRow]) -> str:

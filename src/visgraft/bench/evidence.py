@@ -61,5 +61,5 @@ def _wrong_choice(result: "Result", by_key: Mapping[str, "Result"]) -> Iterator[
         yield f"it did not train with the setting chosen, {best}"
     for one in tried:
         tune = by_key.get(one["key"])
-        if tune and ("val" not in tune.measured or tune.measured["val"].top1 != one["figure"]):
+        if tune and ("val" not in tune.measured or tune.measured["val"].figure != one["figure"]):
             yield f"the figure {one['figure']} of {one['setting']} is not the one that was measured on 'val'"

@@ -66,7 +66,7 @@ class Cell:
             return 0
         if any(trial.key not in done for trial in self.tuning):
             return None
-        figures = [done[trial.key].measured["val"].top1 for trial in self.tuning]
+        figures = [done[trial.key].measured["val"].figure for trial in self.tuning]
         return figures.index(max(figures))
 
     def final_trials(self, done: Done) -> tuple[Trial, ...]:
@@ -110,12 +110,13 @@ class Cell:
         number = self.chosen(done)
         assert number is not None
         tried = [
-            {"setting": self._varied(trial), "figure": done[trial.key].measured["val"].top1, "key": trial.key}
+            {"setting": self._varied(trial), "figure": done[trial.key].measured["val"].figure, "key": trial.key}
             for trial in self.tuning
         ]
         return {
             "rule": "validation",
             "measured_on": "val",
+            "measure": done[self.tuning[0].key].measured["val"].measure,
             "epochs": self.tuning[0].train["epochs"],
             "seed": self.tuning[0].seed,
             "tried": tried,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from visgraft.bench.measures import shown
 from visgraft.bench.plot_numbers import (
     Overlap,
     Point,
@@ -97,27 +98,27 @@ def _pictures(table: Table, widths: Mapping[str, int] | None) -> Iterator[tuple[
         row.label: {"color": colour, "marker": marker}
         for row, (colour, marker) in zip(table.rows, _looks(), strict=False)
     }
-    lacking = incomplete(table)
+    lacking, said = incomplete(table), f"{shown(table.measures.values())} (%)"
     points, times, groups = parameter_points(table), time_points(table), group_means(table)
     if points:
-        yield "accuracy-parameters", (7.2, 4.4), lambda f: _over_parameters(f, points, looks, lacking)
+        yield "accuracy-parameters", (7.2, 4.4), lambda f: _over_parameters(f, points, looks, said, lacking)
     if times:
-        yield "accuracy-time", (7.2, 4.4), lambda f: _over_time(f, times, looks, lacking)
+        yield "accuracy-time", (7.2, 4.4), lambda f: _over_time(f, times, looks, said, lacking)
     if len(table.groups) > 1 and any(groups.values()):
         names = list(dict.fromkeys(name for means in groups.values() for name in means))
         longest = max(len(line) for name in names for line in name.split("\n"))
         width = 2.6 + max(len(names) * max(0.5 + 0.12 * len(groups), 0.2 + 0.085 * longest), 3.0)
-        yield "groups", (width, 4.2), lambda f: _bars(f, groups, names, looks, lacking)
+        yield "groups", (width, 4.2), lambda f: _bars(f, groups, names, looks, said, lacking)
     curves = shot_curves(table)
     if any(curve for panel in curves.values() for curve in panel.values()):
         columns = min(len(curves), 3)
         size = (3.1 * columns + 0.2, 2.9 * -(-len(curves) // columns) + 0.7)
-        yield "few-shot", size, lambda f: _curves(f, curves, columns, looks)
+        yield "few-shot", size, lambda f: _curves(f, curves, columns, looks, said)
     moved = {name: rows for name, rows in shifts(table).items() if rows}
     if moved:
         tasks = {name: len(names) for name, names in table.shifted.items()}
         size = (max(2.9 * len(moved) + 1.6, 5.5), 1.9 + 0.3 * len(table.rows))
-        yield "shifted", size, lambda f: _shifts(f, moved, tasks, looks)
+        yield "shifted", size, lambda f: _shifts(f, moved, tasks, looks, said)
     for row in table.rows:
         shared = overlap(row, table.tasks, widths)
         if shared:
@@ -149,7 +150,7 @@ def _title(means: Sequence[Mean], lacking: Sequence[str]) -> str:
 
 
 def _scatter(
-    figure: Any, points: Sequence[Point], places: Sequence[float], looks: Looks, lacking: Sequence[str]
+    figure: Any, points: Sequence[Point], places: Sequence[float], looks: Looks, said: str, lacking: Sequence[str]
 ) -> Any:
     axes = figure.subplots()
     for point, place in zip(points, places, strict=True):
@@ -158,20 +159,20 @@ def _scatter(
             **looks[point.label],
         )  # fmt: skip
     means = [point.mean for point in points]
-    axes.set(ylabel=f"top-1 (%), {means[0].name}")
+    axes.set(ylabel=f"{said}, {means[0].name}")
     axes.set_title(_title(means, lacking), fontsize=9)
     axes.grid(alpha=0.6)
     figure.legend(loc="outside right center", fontsize=9)
     return axes
 
 
-def _over_parameters(figure: Any, points: Sequence[Point], looks: Looks, lacking: Sequence[str]) -> None:
+def _over_parameters(figure: Any, points: Sequence[Point], looks: Looks, said: str, lacking: Sequence[str]) -> None:
     from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
 
     some = [point.cost for point in points if point.cost > 0] or [1.0]
     decades = 10.0 ** np.arange(np.floor(np.log10(min(some))), np.ceil(np.log10(max(some))) + 1)
     nothing = decades[0] / 4
-    axes = _scatter(figure, points, [point.cost or nothing for point in points], looks, lacking)
+    axes = _scatter(figure, points, [point.cost or nothing for point in points], looks, said, lacking)
     axes.set_xscale("log")
     ticks = ([nothing] if any(not point.cost for point in points) else []) + list(decades)
     axes.xaxis.set_major_locator(FixedLocator(ticks))
@@ -181,9 +182,9 @@ def _over_parameters(figure: Any, points: Sequence[Point], looks: Looks, lacking
     axes.set(xlim=(ticks[0] / 1.6, max(ticks[-1], *some) * 1.6), xlabel="trained parameters without the head")
 
 
-def _over_time(figure: Any, points: Sequence[Point], looks: Looks, lacking: Sequence[str]) -> None:
+def _over_time(figure: Any, points: Sequence[Point], looks: Looks, said: str, lacking: Sequence[str]) -> None:
     minutes = [point.cost / 60 for point in points]
-    axes = _scatter(figure, points, minutes, looks, lacking)
+    axes = _scatter(figure, points, minutes, looks, said, lacking)
     axes.set(xlim=(0, 1.06 * max(minutes)), xlabel="minutes of one training, mean over the tasks")
 
 
@@ -192,6 +193,7 @@ def _bars(
     groups: Mapping[str, Mapping[str, Mean]],
     names: Sequence[str],
     looks: Looks,
+    said: str,
     lacking: Sequence[str],
 ) -> None:
     from matplotlib.patches import Patch
@@ -210,7 +212,7 @@ def _bars(
             )  # fmt: skip
         handles.append(Patch(edgecolor="white", lw=0, label=label, **face))
     axes.set_xticks(range(len(names)), names)
-    axes.set(ylabel="top-1 (%)", ylim=(0, 100))
+    axes.set(ylabel=said, ylim=(0, 100))
     axes.set_title(_title([mean for means in groups.values() for mean in means.values()], lacking), fontsize=9)
     axes.grid(alpha=0.6, axis="y")
     axes.tick_params(axis="x", length=0)
@@ -218,7 +220,7 @@ def _bars(
 
 
 def _curves(
-    figure: Any, panels: Mapping[str, Mapping[str, Sequence[tuple[int, Mean]]]], columns: int, looks: Looks
+    figure: Any, panels: Mapping[str, Mapping[str, Sequence[tuple[int, Mean]]]], columns: int, looks: Looks, said: str
 ) -> None:
     from matplotlib.ticker import FixedLocator, NullLocator
 
@@ -242,13 +244,13 @@ def _curves(
         axes.set_visible(False)
     figure.supxlabel("training images per class", fontsize=10)
     means = [mean for panel in panels.values() for curve in panel.values() for _, mean in curve]
-    figure.supylabel(f"top-1 (%), {_interval(means)}", fontsize=10)
+    figure.supylabel(f"{said}, {_interval(means)}", fontsize=10)
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize=9)
 
 
 def _shifts(
-    figure: Any, sets: Mapping[str, Mapping[str, tuple[Mean, Mean]]], tasks: Mapping[str, int], looks: Looks
+    figure: Any, sets: Mapping[str, Mapping[str, tuple[Mean, Mean]]], tasks: Mapping[str, int], looks: Looks, said: str
 ) -> None:
     """Draw each method's way from the test images to each shifted test set."""
     labels = list(dict.fromkeys(label for rows in sets.values() for label in rows))
@@ -265,7 +267,7 @@ def _shifts(
         over = next(iter(rows.values()))[1].name
         axes.set_title(f"{name}, {over}" if tasks[name] > 1 else name)
         axes.set_yticks(range(len(labels)), labels)
-        axes.set(xlabel="top-1 (%)", ylim=(len(labels) - 0.5, -0.5))
+        axes.set(xlabel=said, ylim=(len(labels) - 0.5, -0.5))
         axes.grid(alpha=0.6, axis="x")
     kinds = _interval([mean for rows in sets.values() for both in rows.values() for mean in both])
     for filled, words in ((True, "test images"), (False, "shifted test set")):

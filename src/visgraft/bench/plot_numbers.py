@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from visgraft.bench.statistics import Mean, RecipeRow, Table, costs, mean_of_groups, mean_of_tasks
+from visgraft.bench.costs import costs
+from visgraft.bench.statistics import Mean, RecipeRow, Table, mean_of_groups, mean_of_tasks
 
 if TYPE_CHECKING:
     from visgraft.bench.trial import Result

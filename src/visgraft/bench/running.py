@@ -1,5 +1,6 @@
 """Run one trial: from its row to its result, with nothing else to go by than the images and the weights."""
 
+import math
 import platform
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -17,20 +18,24 @@ from torch import nn
 
 from visgraft.adapters.directory import adapter_tensors
 from visgraft.backbones.creation import create_backbone, model_data_config
+from visgraft.bench.measures import measure_of
 from visgraft.bench.trial import Measured, Result, Trial, backbone_of, split_digest
 from visgraft.core.attach import count_parameters
 from visgraft.core.attached import get_attached
 from visgraft.core.method import ChoosesChannels
 from visgraft.data.dataset import Example
+from visgraft.data.examples import tasks_of
 from visgraft.data.images import load_images
 from visgraft.data.mirror import Mirror
 from visgraft.errors import VisgraftError
+from visgraft.measure.by_task import mean_precision
 from visgraft.measure.calibration import calibration
-from visgraft.measure.evaluation import Evaluation, peak_memory_bytes, score
+from visgraft.measure.evaluation import Evaluation, answers_of, peak_memory_bytes, score
 from visgraft.methods import get_method
 from visgraft.options import MethodConfig
 from visgraft.protocols.opening import open_task
 from visgraft.protocols.row import Parts, Protocol, Task
+from visgraft.training.crossval import Predictions
 from visgraft.training.fit import Answers, fit
 from visgraft.training.resume import Epoch
 from visgraft.version import __version__
@@ -117,7 +122,12 @@ def _open(trial: Trial, place: TrialSources) -> Parts:
 
 
 def _merged(first: Sequence[Example], second: Sequence[Example]) -> tuple[Example, ...]:
-    return tuple(sorted((*first, *second), key=lambda example: (example.label, str(example.path))))
+    several = bool(tasks_of(first))  # labels that have no order
+
+    def place(example: Example) -> Any:
+        return str(example.path) if several else (example.label, str(example.path))
+
+    return tuple(sorted((*first, *second), key=place))
 
 
 def _measure(
@@ -188,7 +198,9 @@ def preprocessing(model: nn.Module, trial: Trial) -> dict[str, Any]:
 
 
 def measure(answers: Answers, classes: int) -> Measured:
-    """Return the figures of answers on a test set, taken among the classes that the set has images of."""
+    """Return the figures of answers on a set of images; where each has one class, among the classes that it has."""
+    if answers.tasks or answers.labels.ndim == 2:
+        return _measure_labels(answers)
     present = torch.unique(answers.labels)
     logits = answers.logits.nan_to_num()  # of a training that diverged
     if len(present) < classes:
@@ -206,6 +218,23 @@ def measure(answers: Answers, classes: int) -> Measured:
         per_class=per_class(found, classes),
         restricted_to=len(present) if len(present) < classes else None,
     )
+
+
+def _measure_labels(answers: Answers) -> Measured:
+    """Return the figures of answers to several labels, a number or several classes, with intervals over the images."""
+    said = answers_of(answers.logits.nan_to_num(), answers.tasks, not answers.tasks)
+    found = Predictions(said[None], answers.labels, answers.groups, answers.tasks)
+    shared: dict[str, Any] = {
+        "images": len(answers.labels), "top1": None, "top1_ci95": None, "macro_f1": found.macro_f1,
+        "measure": measure_of(answers.tasks), "figure": found.figure, "figure_ci95": found.interval,
+    }  # fmt: skip
+    if answers.tasks:
+        units = {task.name: {"unit": task.unit} for task in answers.tasks if task.unit}
+        by_label = {name: one | units.get(name, {}) for name, one in found.task_figures().items()}
+        return Measured(calibration_error=None, per_class=(), by_label=by_label, **shared)
+    each = (mean_precision(said[None, :, [n]].numpy(), answers.labels[:, [n]].numpy()) for n in range(said.shape[1]))
+    precisions = tuple(None if math.isnan(one) else one for one in each)
+    return Measured(calibration_error=calibration(found.evaluations[0]).error, per_class=precisions, **shared)
 
 
 def per_class(found: Evaluation, classes: int) -> tuple[float | None, ...]:

@@ -1,22 +1,24 @@
 """From the results of a benchmark to numbers: one table per condition, named means, intervals, paired differences.
 
-Only results of kind "final" are read. Accuracies are shares between 0 and 1.
+Only results of kind "final" are read. Figures are shares between 0 and 1, whatever they measure.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from visgraft.bench.evidence import check_evidence
+from visgraft.bench.measures import TOP1
 from visgraft.errors import VisgraftError
 from visgraft.measure.intervals import wilson
 from visgraft.options import AUTO
 
 if TYPE_CHECKING:
-    from visgraft.bench.trial import Result
+    from visgraft.bench.trial import Measured, Result
 
 TEST = "test"
 RESAMPLES = 2000
@@ -82,16 +84,24 @@ class RecipeRow:
     results: tuple["Result", ...]
 
     def cells(self, test: str = TEST) -> dict[str, dict[int, float]]:
-        """Return the top-1 accuracy on a test set, by task and by seed; tasks without that test set are left out."""
+        """Return the figure on a test set, by task and by seed; tasks without that test set are left out."""
         found: dict[str, dict[int, float]] = {}
         for result in self.results:
             if test in result.measured:
-                found.setdefault(result.trial.task, {})[result.trial.seed] = result.measured[test].top1
+                found.setdefault(result.trial.task, {})[result.trial.seed] = result.measured[test].figure
         return {task: dict(sorted(seeds.items())) for task, seeds in found.items()}
 
     def images(self, test: str = TEST) -> dict[str, int]:
         """Return how many images the test set has, by task."""
         return {r.trial.task: r.measured[test].images for r in self.results if test in r.measured}
+
+    def measured(self, task: str, test: str = TEST) -> list["Measured"]:
+        """Return what was measured of a task on a test set, a training each."""
+        return [r.measured[test] for r in self.results if r.trial.task == task and test in r.measured]
+
+    def median(self, name: str) -> float:
+        """Return the median over the trainings of what results call `name`."""
+        return float(median(getattr(result, name) for result in self.results))
 
     def on(self, tasks: Sequence[str]) -> "RecipeRow":
         """Return the row with nothing but these tasks."""
@@ -114,6 +124,11 @@ class Table:
     def tasks(self) -> tuple[str, ...]:
         """All tasks that any row has, group by group."""
         return tuple(task for group in self.groups.values() for task in group)
+
+    @cached_property
+    def measures(self) -> dict[str, str]:
+        """What the figure of each task is."""
+        return {result.trial.task: result.measured[TEST].measure for result in self.results}
 
     @property
     def shifted(self) -> dict[str, tuple[str, ...]]:
@@ -178,24 +193,6 @@ class Paired(NamedTuple):
     pairs: int
 
 
-class Costs(NamedTuple):
-    """What a row takes; None where it lacks a task of the table, so that no mean is over other tasks than the next.
-
-    `parameters` are trained ones without the head, and `adapter_bytes` those stored, head included: medians over the
-    trainings. `seconds` of a final training and `search_seconds` of all trainings that chose its setting are means over
-    the tasks. `peak_memory_bytes` is the largest; `diverged` counts the trainings. `learned_top1`, top-1 on the images
-    learned from in the last epoch, is a mean over the tasks of those trainings that kept it.
-    """
-
-    parameters: float
-    adapter_bytes: float
-    seconds: float | None
-    search_seconds: float | None
-    peak_memory_bytes: int | None
-    diverged: int
-    learned_top1: float | None
-
-
 def tables(results: Sequence["Result"], order: Sequence[str] = ()) -> list[Table]:
     """Return one table per condition, in the order of their first results.
 
@@ -253,7 +250,7 @@ def _rows(results: Sequence["Result"]) -> tuple[RecipeRow, ...]:
         RecipeRow(method, recipe, epochs, method, tuple(row[place] for place in sorted(row)))
         for (method, recipe, epochs), row in found.items()
     ]
-    rows.sort(key=lambda r: (_rank(r.method), _median(r, "parameters"), r.method, r.recipe != own, r.recipe, r.epochs))
+    rows.sort(key=lambda r: (_rank(r.method), r.median("parameters"), r.method, r.recipe != own, r.recipe, r.epochs))
     return tuple(replace(row, label=_label(row, rows, own)) for row in rows)
 
 
@@ -291,14 +288,23 @@ def _mean(row: RecipeRow, groups: Groups, name: str, test: str) -> Mean | None:
     value = float(sum(weight * one.mean() for weight, one in zip(weights, values, strict=True)))
     if min(map(len, values)) > 1:
         return Mean(name, value, _limits(_over_seeds(values, weights), SEEDS))
-    return Mean(name, value, _over_images([float(v.mean()) for v in values], [images[t] for t in tasks], weights))
+    limits = [_limits_of(row.measured(task, test), images[task]) for task in tasks]
+    return Mean(name, value, _over_images([float(v.mean()) for v in values], limits, weights))
 
 
-def _over_images(rates: Sequence[float], images: Sequence[int], weights: np.ndarray) -> Interval:
-    """Interval of a weighted mean of independent rates, from each one's limits: Zou and Donner, Statistics in Medicine
-    27 (2008) 1693-1702. Of a single rate it is Wilson's.
+def _limits_of(found: Sequence["Measured"], images: int) -> tuple[float, float]:
+    """Return the 95 % limits over the images of a task's mean over seeds: Wilson's of a rate, else those measured."""
+    if found[0].measure == TOP1:
+        return wilson(float(np.mean([one.figure for one in found])), images)
+    low, high = np.mean([one.figure_ci95 for one in found], axis=0).tolist()
+    return low, high
+
+
+def _over_images(rates: Sequence[float], each: Sequence[tuple[float, float]], weights: np.ndarray) -> Interval:
+    """Interval of a weighted mean of independent figures, from each one's limits: Zou and Donner, Statistics in
+    Medicine 27 (2008) 1693-1702. Of a single figure it is its own.
     """
-    limits = np.array([wilson(rate, count) for rate, count in zip(rates, images, strict=True)])
+    limits = np.array(each)
     centre = float(weights @ np.array(rates))
     below, above = (float(np.sqrt(((weights * (limits[:, side] - rates)) ** 2).sum())) for side in (0, 1))
     return Interval(centre - below, centre + above, IMAGES)
@@ -361,37 +367,9 @@ def paired(first: RecipeRow, second: RecipeRow, test: str = TEST) -> Paired | No
 
 
 def macro_f1(row: RecipeRow, tasks: Sequence[str], test: str = TEST) -> float | None:
-    """Return the mean over the tasks of macro-F1, each a mean over seeds; None where a task is missing."""
+    """Return the mean over the tasks of macro-F1, each a mean over seeds; None where a task is missing or has none."""
     if row.missing(tasks, test):
         return None
-    found: dict[str, list[float]] = {task: [] for task in tasks}
-    for result in row.on(tasks).results:
-        if test in result.measured:
-            found[result.trial.task].append(result.measured[test].macro_f1)
-    return float(np.mean([np.mean(one) for one in found.values()]))
-
-
-def _median(row: RecipeRow, name: str) -> float:
-    return float(median(getattr(result, name) for result in row.results))
-
-
-def costs(row: RecipeRow, tasks: Sequence[str]) -> Costs:
-    """Return what a row takes on the table's tasks."""
-    complete = not row.missing(tasks)
-    seconds: dict[str, list[float]] = {}
-    searched: dict[str, float] = {}
-    learned: dict[str, list[float]] = {}
-    for result in row.results:
-        seconds.setdefault(result.trial.task, []).append(result.seconds)
-        searched[result.trial.task] = float(result.selection.get("seconds", 0.0))
-        if result.learned_top1 is not None:
-            learned.setdefault(result.trial.task, []).append(result.learned_top1)
-    return Costs(
-        parameters=_median(row, "parameters"),
-        adapter_bytes=_median(row, "adapter_bytes"),
-        seconds=float(np.mean([np.mean(one) for one in seconds.values()])) if complete else None,
-        search_seconds=float(np.mean(list(searched.values()))) if complete else None,
-        peak_memory_bytes=max(result.peak_memory_bytes for result in row.results) if complete else None,
-        diverged=sum(result.outcome == "diverged" for result in row.results),
-        learned_top1=float(np.mean([np.mean(one) for one in learned.values()])) if set(learned) >= set(tasks) else None,
-    )
+    found = [[one.macro_f1 for one in row.measured(task, test)] for task in tasks]
+    known = [[value for value in values if value is not None] for values in found]
+    return float(np.mean([np.mean(one) for one in known])) if all(known) else None

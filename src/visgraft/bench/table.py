@@ -1,6 +1,7 @@
 """The results of a benchmark as tables: Markdown to read, lines of values for a terminal, CSV to go on with.
 
-Every table says in its caption how its numbers came about. Accuracies are top-1 in percent, differences in points.
+Every table says in its caption how its numbers came about. Figures are in percent, differences in points; what is not
+top-1 says so in its column's head.
 """
 
 import csv as csv_format
@@ -11,7 +12,10 @@ from statistics import stdev
 from typing import TYPE_CHECKING, Any
 
 from visgraft.bench.caption import caption, interval_kinds
-from visgraft.bench.published import BACKBONES, SIZES, published, published_groups
+from visgraft.bench.costs import costs
+from visgraft.bench.label_sheet import label_sheet
+from visgraft.bench.measures import MEAN, MIXED, R2, TOP1, only_top1, shown
+from visgraft.bench.published_sheet import published_backbone, published_lines, published_sheet
 from visgraft.bench.sheet import NONE, Column, Sheet, cell, percent, points
 from visgraft.bench.statistics import (
     BASELINES,
@@ -21,7 +25,6 @@ from visgraft.bench.statistics import (
     Paired,
     RecipeRow,
     Table,
-    costs,
     macro_f1,
     mean_of_groups,
     mean_of_tasks,
@@ -37,7 +40,7 @@ PUBLISHED = "published"
 
 
 def sheets(results: Sequence["Result"], order: Sequence[str] = (), against: str | None = None) -> list[Sheet]:
-    """Return all tables: per condition the accuracies and costs, shifted test sets, and paired differences.
+    """Return all tables: per condition figures and costs, figures by label, shifted test sets, differences.
 
     Args:
         results: what `read_results` returned.
@@ -51,13 +54,14 @@ def sheets(results: Sequence["Result"], order: Sequence[str] = (), against: str 
     found: list[Sheet] = []
     for table in tables(results, order):
         found.append(_main(table))
+        found += label_sheet(table, _title(table))
         if table.shifted:
             found.append(_shifted(table))
         compared = list(_pairs(table))
         if compared:
             found.append(_compared(table, compared))
         if against == PUBLISHED:
-            found.append(_published(table))
+            found.append(published_sheet(table))
     return found
 
 
@@ -84,32 +88,42 @@ def _method_column(table: Table) -> Column:
     return Column("method", tuple(row.label for row in table.rows))
 
 
-def _task_columns(rows: Sequence[RecipeRow], tasks: Sequence[str], test: str = TEST) -> Iterator[Column]:
-    cells = [row.cells(test) for row in rows]
+def _said(table: Table, tasks: Sequence[str]) -> str:
+    """Return what a head adds where the tasks' figures are no top-1."""
+    measures = [table.measures[task] for task in tasks]
+    return "" if only_top1(measures) else f" ({shown(measures)})"
+
+
+def _task_columns(table: Table, tasks: Sequence[str], test: str = TEST) -> Iterator[Column]:
+    cells = [row.cells(test) for row in table.rows]
     for task in tasks:
         values = tuple(sum(c[task].values()) / len(c[task]) if task in c else None for c in cells)
-        yield Column(task, tuple(cell(c.get(task)) for c in cells), values)
+        yield Column(f"{task}{_said(table, [task])}", tuple(cell(c.get(task)) for c in cells), values)
 
 
 def _mean_column(head: str, means: Sequence[Mean | None]) -> Column:
     return Column(head, tuple(map(with_interval, means)), tuple(mean.value if mean else None for mean in means))
 
 
-def _accuracy_columns(table: Table, test: str = TEST) -> Iterator[Column]:
+def _figure_columns(table: Table, test: str = TEST) -> Iterator[Column]:
     """Yield the tasks group by group, each group's mean, the mean of the groups and that of all tasks."""
     several = len(table.groups) > 1
     for group, tasks in table.groups.items():
-        yield from _task_columns(table.rows, tasks, test)
+        yield from _task_columns(table, tasks, test)
         if several and len(tasks) > 1:
             means = [mean_of_tasks(row, tasks, test) for row in table.rows]
             texts = tuple(percent(mean.value if mean else None, 2) for mean in means)
             values = tuple(mean.value if mean else None for mean in means)
-            yield Column(f"{group}: mean of {len(tasks)} tasks", texts, values)
+            yield Column(f"{group}: mean of {len(tasks)} tasks{_said(table, tasks)}", texts, values)
     if several and len(table.groups) < len(table.tasks):
         means = [mean_of_groups(row, table.groups, test) for row in table.rows]
-        yield _mean_column(f"mean of {len(table.groups)} groups", means)
+        yield _mean_column(f"mean of {len(table.groups)} groups{_said(table, table.tasks)}", means)
     means = [mean_of_tasks(row, table.tasks, test) for row in table.rows]
-    yield _mean_column(f"mean of {len(table.tasks)} task{'s' * (len(table.tasks) != 1)}", means)
+    yield _mean_column(f"mean of {_count(table)}{_said(table, table.tasks)}", means)
+
+
+def _count(table: Table) -> str:
+    return f"{len(table.tasks)} task{'s' * (len(table.tasks) != 1)}"
 
 
 def _against(table: Table, row: RecipeRow, method: str, tasks: Sequence[str], test: str = TEST) -> Paired | None:
@@ -125,11 +139,12 @@ def _difference_columns(table: Table) -> Iterator[Column]:
         yield Column(f"Δ {method}", tuple(points(one.mean if one else None, 2) for one in found))
 
 
-def _macro_f1_column(table: Table) -> Column:
+def _macro_f1_column(table: Table) -> Iterator[Column]:
     """Show what top-1 hides where classes are of different sizes: how a method does on each of them."""
+    if MEAN in table.measures.values() or R2 in table.measures.values():
+        return  # each label has its own, or none
     values = tuple(macro_f1(row, table.tasks) for row in table.rows)
-    head = f"macro-F1 (%), mean of {len(table.tasks)} task{'s' * (len(table.tasks) != 1)}"
-    return Column(head, tuple(percent(value, 2) for value in values), values)
+    yield Column(f"macro-F1 (%), mean of {_count(table)}", tuple(percent(value, 2) for value in values), values)
 
 
 def _cost_columns(table: Table) -> Iterator[Column]:
@@ -151,9 +166,14 @@ def _scaled(value: float | None, unit: float) -> str:
 
 
 def _main(table: Table) -> Sheet:
-    accuracies = (*_accuracy_columns(table), *_difference_columns(table), _macro_f1_column(table))
-    columns = (_method_column(table), *accuracies, *_cost_columns(table))
-    return Sheet(f"{_title(table)}: top-1 accuracy (%)", caption(table), columns, tuple(_notes(table)))
+    figures = (*_figure_columns(table), *_difference_columns(table), *_macro_f1_column(table))
+    columns = (_method_column(table), *figures, *_cost_columns(table))
+    return Sheet(f"{_title(table)}: {_heading(table)}", caption(table), columns, tuple(_notes(table)))
+
+
+def _heading(table: Table) -> str:
+    measures = table.measures.values()
+    return "top-1 accuracy (%)" if only_top1(measures) else f"{shown(measures)} (%)"
 
 
 def _title(table: Table) -> str:
@@ -187,8 +207,8 @@ def _shifted(table: Table) -> Sheet:
         columns.append(Column(f"mean of {len(sets)} shifted sets", tuple(percent(m, 2) for m in means), tuple(means)))
     if len(tasks) > 1:
         for name, names in sets.items():
-            shown = _task_columns(table.rows, names, name)
-            columns += [Column(f"{one.head}, {name}", one.texts, one.values) for one in shown]
+            each = _task_columns(table, names, name)
+            columns += [Column(f"{one.head}, {name}", one.texts, one.values) for one in each]
     among = {
         f"{name}: answers are taken among the {measured.restricted_to} classes that it has"
         for result in table.results
@@ -207,12 +227,13 @@ def _shifted(table: Table) -> Sheet:
         f"Brackets: 95 % interval {interval_kinds(table.rows, tasks)}",
         *sorted(among),
     ]) + "."  # fmt: skip
-    return Sheet(f"{_title(table)}: shifted test sets, top-1 accuracy (%)", caption, tuple(columns), tuple(lacking))
+    return Sheet(f"{_title(table)}: shifted test sets, {_heading(table)}", caption, tuple(columns), tuple(lacking))
 
 
 def _shift_column(table: Table, name: str, tasks: Sequence[str]) -> Column:
     means = [mean_of_tasks(row, tasks, name) for row in table.rows]
-    return _mean_column(name if len(tasks) == 1 else f"{name}: mean of {len(tasks)} tasks", means)
+    head = name if len(tasks) == 1 else f"{name}: mean of {len(tasks)} tasks"
+    return _mean_column(f"{head}{_said(table, tasks)}", means)
 
 
 def _mean_of_sets(row: RecipeRow, sets: Mapping[str, Sequence[str]]) -> float | None:
@@ -260,73 +281,13 @@ def _difference_limits(interval: Interval | None) -> str:
     return NONE if interval is None else f"[{points(interval.low, 2)}, {points(interval.high, 2)}]"
 
 
-def _published_backbone(table: Table) -> str | None:
-    """Return what the published results call the table's backbone; None where there are none with it."""
-    return BACKBONES.get(table.condition.backbone.split(".")[0])
-
-
-def _csv_published(benchmark: str, backbone: str | None) -> Iterator[dict[str, Any]]:
-    if benchmark not in SIZES or backbone is None:
-        return
-    groups = {task: group for group, tasks in published_groups(benchmark).items() for task in tasks}
-    for one in published(benchmark, backbone, None):
-        for task, rate in one.top1.items():
-            parameters = "" if one.parameters is None else round(1e6 * one.parameters)
-            yield {
-                "source": one.source,
-                "protocol": benchmark,
-                "backbone": backbone,
-                "weights": one.pretraining,
-                "method": one.method,
-                "test_set": TEST,
-                "group": groups[task],
-                "task": task,
-                "of": "task",
-                "top1": rate / 100,
-                "parameters": parameters,
-            }
-
-
-def _published(table: Table) -> Sheet:
-    """Show what others published for the table's benchmark: all of its tasks, whichever ours has."""
-    benchmark, backbone = table.condition.protocol, _published_backbone(table)
-    if benchmark not in SIZES or backbone is None:
-        why = f"There are no published results of {benchmark} with {table.condition.backbone} to show here."
-        return Sheet(f"{_title(table)}: published results", why, ())
-    found, groups = published(benchmark, backbone, None), published_groups(benchmark)
-    tasks = [task for group in groups.values() for task in group]
-
-    def column(head: str, values: Sequence[float | None], digits: int = 1) -> Column:
-        return Column(head, tuple("" if v is None else f"{v:.{digits}f}" for v in values), tuple(values))
-
-    columns = [
-        Column("method, as published", tuple(one.method for one in found)),
-        Column("source", tuple(one.source for one in found)),
-        Column("pretraining", tuple(one.pretraining for one in found)),
-    ]
-    for group, members in groups.items():
-        columns += [column(task, [one.top1.get(task) for one in found]) for task in members]
-        if len(groups) > 1:
-            columns.append(column(f"{group}: mean of {len(members)} tasks", [one.mean(members) for one in found], 2))
-    if len(groups) > 1:
-        columns.append(column(f"mean of {len(groups)} groups", [one.mean_of_groups(groups) for one in found], 2))
-    columns.append(column(f"mean of {len(tasks)} tasks", [one.mean(tasks) for one in found], 2))
-    parameters = tuple("" if one.parameters is None else f"{one.parameters:g}" for one in found)
-    columns.append(Column("million parameters", parameters))
-    text = (
-        f"Not ours: results of {benchmark} with {backbone} as the sources report them, with their own programs, "
-        "weights and ways of choosing settings and epochs. Cells: top-1 in percent; the means are made here from the "
-        "cells. One method may appear under several names, each with its source."
-    )
-    return Sheet(f"{benchmark}, {backbone}: published results", text, tuple(columns))
-
-
 def csv(results: Sequence["Result"], order: Sequence[str] = (), against: str | None = None) -> str:
     """Return a line per row, task and test set, and one per mean, as CSV with heads.
 
-    Accuracies and differences are shares, with all digits; times are in seconds, memory and adapters in bytes. A line
-    of a mean has no task; a mean that lacks a task is left out. With `against`, what others published follows in lines
-    of its own, which name their source; ours have none.
+    Figures and differences are shares, with all digits; times are in seconds, memory and adapters in bytes. A line
+    of a mean has no task; a mean that lacks a task is left out. `measure` says what `figure` is; `top1` is empty where
+    it is anything else. With `against`, what others published follows in lines of its own, which name their source;
+    ours have none.
 
     Raises:
         VisgraftError: as `sheets`.
@@ -336,8 +297,8 @@ def csv(results: Sequence["Result"], order: Sequence[str] = (), against: str | N
     lines = [line for table in found for row in table.rows for line in _csv_lines(table, row)]
     if against == PUBLISHED:
         lines = [{"source": "", **line} for line in lines]
-        known = {(table.condition.protocol, _published_backbone(table)): None for table in found}
-        lines += [line for benchmark, backbone in known for line in _csv_published(benchmark, backbone)]
+        known = {(table.condition.protocol, published_backbone(table)): None for table in found}
+        lines += [line for benchmark, backbone in known for line in published_lines(benchmark, backbone)]
     heads = dict.fromkeys(name for line in lines for name in line)
     text = io.StringIO()
     writer = csv_format.DictWriter(text, list(heads), lineterminator="\n")
@@ -382,7 +343,7 @@ def _csv_line(
         "of": "task" if task else mean.name,
         "trainings": sum(map(len, own.cells(test).values())),
         "images": sum(own.images(test).values()),
-        "top1": mean.value,
+        **_csv_figure(table, tasks, mean),
         "deviation_over_seeds": stdev(values) if len(values) > 1 else "",
         "low": mean.interval.low,
         "high": mean.interval.high,
@@ -391,6 +352,12 @@ def _csv_line(
         **{f"minus_{method}": _csv_difference(table, own, method, test, mean) for method in BASELINES},
         **costs(own, tasks)._asdict(),
     }
+
+
+def _csv_figure(table: Table, tasks: Sequence[str], mean: Mean) -> dict[str, Any]:
+    measures = {table.measures[task] for task in tasks}
+    measure = measures.pop() if len(measures) == 1 else MIXED
+    return {"top1": mean.value if measure == TOP1 else "", "measure": measure, "figure": mean.value}
 
 
 def _csv_difference(table: Table, own: RecipeRow, method: str, test: str, mean: Mean) -> float | str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from visgraft.backbones.creation import Backbone
+from visgraft.bench.measures import TOP1
 from visgraft.errors import VisgraftError
 from visgraft.options import AUTO, TrainConfig
 from visgraft.protocols.row import Parts
@@ -118,18 +120,44 @@ def backbone_of(values: Mapping[str, Any]) -> Backbone:
 class Measured:
     """What a model reaches on one set of images; all rates lie between 0 and 1.
 
-    `per_class` holds the share of right answers of each class, None where the set has no image of it;
-    `calibration_error` is the expected calibration error in ten bins of equal width; `restricted_to` is how many
-    classes the answers were taken among, where the set has images of some only.
+    `figure` is what settings are chosen by and tables show, `measure` says what it is (see `measures.SHOWN`), and
+    `figure_ci95` is its 95 % interval over the images. `per_class` holds the share of right answers of each class, None
+    where the set has no image of it; `calibration_error` is the expected calibration error in ten bins of equal width;
+    `restricted_to` is how many classes the answers were taken among, where the set has images of some only.
+
+    Where images have one class each, the figure is `top1`, also of lines that were written before there were others;
+    elsewhere `top1` and its interval are None. Where they have several, `per_class` holds average precisions. With
+    several labels, or a number, `by_label` holds the figures of each label on the images that have it, by its name,
+    and the rates of classes are there alone.
     """
 
     images: int
-    top1: float
-    top1_ci95: tuple[float, float]
-    macro_f1: float
-    calibration_error: float
+    top1: float | None
+    top1_ci95: tuple[float, float] | None
+    macro_f1: float | None
+    calibration_error: float | None
     per_class: tuple[float | None, ...]
     restricted_to: int | None = None
+    measure: str = TOP1
+    figure: float = math.nan
+    figure_ci95: tuple[float, float] = (math.nan, math.nan)
+    by_label: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.measure == TOP1:
+            object.__setattr__(self, "figure", self.top1)
+            object.__setattr__(self, "figure_ci95", self.top1_ci95)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Measured":
+        """Build it from a line's values.
+
+        Raises:
+            TypeError: they are not those of a measurement.
+        """
+        limits = ("top1_ci95", "figure_ci95", "per_class")
+        found: dict[str, Any] = {n: tuple(v) if n in limits and v is not None else v for n, v in values.items()}
+        return cls(**found)
 
 
 @dataclass(frozen=True)
@@ -142,7 +170,7 @@ class Result:
     those that a method chose, by site and block. `adapter_bytes` is the size of the stored tensors, head included.
     `learned_top1` is top-1 on the images that were learned from, in the last epoch, as they were augmented, with the
     model in training mode; beside top-1 on the test images it tells what was not learned from what does not carry over.
-    None: diverged, or measured before it was kept.
+    None: diverged, measured before it was kept, or not of one class for each image.
     """
 
     trial: Trial
@@ -186,8 +214,5 @@ class Result:
         trial = Trial(**{**found["trial"], "chosen_from": tuple(found["trial"]["chosen_from"])})
         if values.get("key") != trial.key:
             raise VisgraftError(f"the result of {trial.name} does not belong to its trial, or is of another version")
-        measured = {
-            name: Measured(**{**one, "top1_ci95": tuple(one["top1_ci95"]), "per_class": tuple(one["per_class"])})
-            for name, one in found["measured"].items()
-        }
+        measured = {name: Measured.from_dict(one) for name, one in found["measured"].items()}
         return cls(**{**found, "trial": trial, "measured": measured})

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from visgraft.data.dataset import PARTS, Dataset, Example
 from visgraft.data.examples import classes_of, counts_by_class
-from visgraft.data.tasks import TaskLabels
+from visgraft.data.tasks import TaskLabels, written
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
@@ -128,7 +128,7 @@ def task_texts(labels: TaskLabels) -> list[str]:
         elif isinstance(value, int):
             told.append(f"{task.name}={task.classes[value]}")
         elif value is not None:
-            told.append(f"{task.name}={value:.6g}{f' {task.unit}' if task.unit else ''}")
+            told.append(f"{task.name}={written(value, task.std, 6)}{f' {task.unit}' if task.unit else ''}")
     return told
 
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from visgraft.check.findings import DatasetImage, FigureTable, Finding, counted, readable
 from visgraft.data.dataset import PARTS, Dataset, listed
 from visgraft.data.examples import Example, labels_of
-from visgraft.data.tasks import LabelTask
+from visgraft.data.tasks import LabelTask, written
 
 Value = int | tuple[int, ...] | float | None
 
@@ -57,24 +57,25 @@ def task_tables(dataset: Dataset) -> dict[str, FigureTable]:
 
 def _summary(task: LabelTask, found: NDArray[np.float64]) -> tuple[str | float, ...]:
     points = (*np.quantile(found, (0, 0.05, 0.5, 0.95, 1)), found.mean(), found.std())
-    return (_named(task), *(_rounded(point) for point in points))
+    return (_named(task), *(_rounded(point, float(found.std())) for point in points))
 
 
 def _named(task: LabelTask) -> str:
     return readable(f"{task.name} ({task.unit})" if task.unit else task.name)
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.4g}")
+def _rounded(value: float, spread: float) -> float:
+    return float(written(value, spread))
 
 
 def _histogram(task: LabelTask, found: NDArray[np.float64]) -> FigureTable:
     strange = list(far_out(found))
     away = np.isin(found, strange)
     counts, edges = np.histogram(found[~away], BINS)
+    spread = float(found[~away].std())
     rows = tuple(
-        (f"{low:.4g} to {high:.4g}", int(count), "█" * round(BAR * int(count) / max(int(counts.max()), 1)))
-        for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
+        (f"{low} to {high}", int(count), "█" * round(BAR * int(count) / max(int(counts.max()), 1)))
+        for (low, high), count in zip(pairwise(written(edge, spread) for edge in edges.tolist()), counts, strict=True)
     )
     without = f", without {int(away.sum())} far from the others" if strange else ""
     return FigureTable(f"Numbers of {_named(task)}{without}", ("number", "images", "of the most"), rows)
@@ -112,10 +113,12 @@ def number_findings(everything: Sequence[DatasetImage], tasks: Sequence[LabelTas
         if strange:
             rest = found[~np.isin(found, list(strange))]
             shown = tuple((picture,) for picture, value in zip(everything, values, strict=True) if value in strange)
-            told = listed(f"{value:g} ({count})" for value, count in strange.items())
+            spread = float(rest.std())
+            least, most = written(rest.min(), spread, 6), written(rest.max(), spread, 6)
+            told = listed(f"{written(value, spread, 6)} ({count})" for value, count in strange.items())
             title = (
                 f"{readable(task.name)}: {counted(len(shown), 'number')} far from the others, which lie between "
-                f"{rest.min():g} and {rest.max():g}: {told}"
+                f"{least} and {most}: {told}"
             )
             remedy = (
                 "correct them, or leave the cell blank where the number is not known; such numbers stretch the scale "
@@ -124,7 +127,7 @@ def number_findings(everything: Sequence[DatasetImage], tasks: Sequence[LabelTas
             findings.append(Finding("far_number", "warning", title, remedy, shown))
         common, often = Counter(found.tolist()).most_common(1)[0]
         if often >= SAME * len(found):
-            title = f"{readable(task.name)} is {common:g} in {often:,} of {len(found):,} images"
+            title = f"{readable(task.name)} is {written(common, task.std, 6)} in {often:,} of {len(found):,} images"
             remedy = "there is little to learn from the others; add images with other numbers, or ask for a class"
             findings.append(Finding("one_number", "warning", title, remedy))
     return findings

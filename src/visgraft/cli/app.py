@@ -90,6 +90,9 @@ def eval_(
         raise VisgraftError(f"--split is {split!r}, but must be test, val, train or all")
     loading = Loading(cache, skip_broken, background)
     figures = eval_adapter(adapter, source(data, csv, task), weights=weights, part=split, loading=loading)
+    if left_out := figures.get("tasks_left_out"):
+        told = ", ".join(f"{name} ({why})" for name, why in left_out.items())
+        warn(f"left out: {told}; the figures say nothing about {'it' if len(left_out) == 1 else 'them'}")
     if figures["classes_missing"]:
         names = listed(figures["classes_missing"])
         which = "" if split == "all" else f"{split} "
@@ -132,12 +135,17 @@ def merge(
 
 def info(adapter: AdapterFolder, json: Json = False) -> None:
     """Show what an adapter is, without loading its backbone."""
+    from visgraft.adapters.calibrated import ONE_LABEL, told_calibration
     from visgraft.adapters.directory import read_record
     from visgraft.cli.show import emit, print_tasks, result_console
     from visgraft.measure.measuring import adapter_bytes
 
     record = read_record(adapter)
-    config = {**record.to_json(), "adapter_bytes": adapter_bytes(adapter)}
+    calibrated = {
+        name: {"temperature": one.temperature, "images": one.images} for name, one in record.calibrated.items()
+    }
+    told = {"calibrated": calibrated.get(ONE_LABEL, calibrated) or None, "tells_unlike": record.unlike is not None}
+    config = {**record.to_json(), "adapter_bytes": adapter_bytes(adapter), **told}
 
     def text() -> None:
         facts, numbers = config["backbone"], config.get("parameters", {})
@@ -149,6 +157,10 @@ def info(adapter: AdapterFolder, json: Json = False) -> None:
             result_console.print(": ".join([str(task), ", ".join(task.classes)][: 2 if task.classes else 1]))
         if not record.tasks:
             result_console.print(f"classes: {', '.join(config['classes'])}")
+        sure = "; ".join(told_calibration(record.calibrated, record.tasks))
+        result_console.print(f"calibrated: {sure or 'no, so predict --coverage refuses it'}")
+        marks = "told" if record.unlike else "not told, so predict --unlike refuses it"
+        result_console.print(f"unlike pictures: {marks}")
         for name, value in config["record"].get("metrics", {}).items():
             if record.tasks and isinstance(value, dict):
                 result_console.print(f"{name}:")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from visgraft.cli.arguments import CpusPerTrial, GpusPerTrial, Json, On, Quiet, Workers
+from visgraft.cli.labels import Label, Number, OneClass, Several
 from visgraft.errors import Interrupted, VisgraftError, nearest
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from visgraft.bench.running import TrialSources
     from visgraft.bench.sweep import State
     from visgraft.bench.trial import Result
+    from visgraft.data.label_columns import LabelColumns
     from visgraft.data.mirror import Mirror
     from visgraft.executors.job import Executor
     from visgraft.protocols.row import Protocol
@@ -31,7 +33,6 @@ Root = Annotated[
 ]
 Tasks = Annotated[str | None, typer.Option(help="only these tasks, with commas")]
 Shots = Annotated[str | None, typer.Option(help="PROTOCOL folder: training images per class, e.g. 1,2,4,8,16")]
-Label = Annotated[str | None, typer.Option(help="PROTOCOL folder: column of a table that holds one class; none: label")]
 ShiftedFolders = Annotated[
     list[str] | None,
     typer.Option(help="PROTOCOL folder: NAME=FOLDER, a further test set of the same classes; repeatable"),
@@ -68,6 +69,9 @@ def check(
     root: Root = None,
     tasks: Tasks = None,
     label: Label = None,
+    number: Number = None,
+    several: Several = None,
+    one_class: OneClass = None,
     shots: Shots = None,
     shifted: ShiftedFolders = None,
     json: Json = False,
@@ -77,7 +81,8 @@ def check(
     from visgraft.cli.text import styled
     from visgraft.protocols.opening import check_root
 
-    rows, folder, _ = _protocol(protocol, root, _names(tasks or ""), shots, shifted, label)
+    columns = _columns(label, number, several, one_class)
+    rows, folder, _ = _protocol(protocol, root, _names(tasks or ""), shots, shifted, columns)
     rows = dataclasses.replace(rows, tasks=rows.only(_names(tasks)) if tasks else rows.tasks)
     if rows.prepare is not None:
         rows.prepare(folder, [task.name for task in rows.tasks])
@@ -107,6 +112,9 @@ def run(
     root: Root = None,
     tasks: Tasks = None,
     label: Label = None,
+    number: Number = None,
+    several: Several = None,
+    one_class: OneClass = None,
     shots: Shots = None,
     shifted: ShiftedFolders = None,
     backbone: Annotated[str | None, typer.Option(help="timm model name; none: the protocol's")] = None,
@@ -135,7 +143,8 @@ def run(
     from visgraft.cli.show import emit, print_table
     from visgraft.executors.choosing import choose_executor
 
-    rows, folder, mirror = _protocol(protocol, root, _names(tasks or ""), shots, shifted, label)
+    columns = _columns(label, number, several, one_class)
+    rows, folder, mirror = _protocol(protocol, root, _names(tasks or ""), shots, shifted, columns)
     common, own = _parse(options or [], _names(methods))
     request = Request(
         rows, folder, _names(methods), _backbone(rows, backbone, weights, image_size),
@@ -275,7 +284,7 @@ def _protocol(
     tasks: Sequence[str],
     shots: str | None,
     shifted: Sequence[str] | None,
-    label: str | None,
+    columns: "LabelColumns | None",
 ) -> tuple["Protocol", Path, "Mirror | None"]:
     """Return a protocol, the folder of its images, and what that is a copy of."""
     from visgraft.data.mirror import mirrored
@@ -284,9 +293,9 @@ def _protocol(
     from visgraft.protocols import get_protocol
 
     if name != FOLDER:
-        if shots or shifted or label:
+        if shots or shifted or columns:
             raise VisgraftError(
-                f"{name} fixes its own images; use --label, --shots and --shifted with the protocol folder only"
+                f"{name} fixes its own images; use --label, --number, --shots, --shifted with the protocol folder only"
             )
         found = get_protocol(name)
         if root is None and found.prepare is None:
@@ -311,7 +320,15 @@ def _protocol(
         raise VisgraftError(f"--shots is {shots!r}, but must be whole numbers with commas, e.g. 1,2,4") from error
     folder, mirror = mirrored(root) if is_url(root) else (Path(root), None)
     others = {title: Path(folder) for title, _, folder in pairs}
-    return folder_protocol(folder, shots=counts, shifted=others, label=label), folder, mirror
+    return folder_protocol(folder, shots=counts, shifted=others, labels=columns), folder, mirror
+
+
+def _columns(
+    label: str | None, number: str | None, several: str | None, one_class: str | None
+) -> "LabelColumns | None":
+    from visgraft.data.label_columns import LabelColumns
+
+    return LabelColumns.parsed(label, number, several, one_class)
 
 
 def _backbone(rows: "Protocol", name: str | None, weights: str | None, image_size: int | None) -> Any:

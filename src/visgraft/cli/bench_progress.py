@@ -57,9 +57,12 @@ def _time_left(state: "State", workers: int) -> str:
 
 def describe(result: Any) -> str:
     """One line on a result."""
+    from visgraft.bench.measures import only_top1, shown
     from visgraft.cli.show import percent
 
-    figures = ", ".join(f"{name} {percent(one.top1)} %" for name, one in result.measured.items())
+    figures = ", ".join(f"{name} {percent(one.figure)} %" for name, one in result.measured.items())
+    measures = [one.measure for one in result.measured.values()]
+    figures += "" if only_top1(measures) else f" ({shown(measures)})"
     varied = result.trial.train["lr"]
     outcome = "" if result.outcome == "finished" else f" ({result.outcome})"
     return f"{result.trial.name} (lr {varied:g}): {figures}{outcome}, {result.seconds:.0f} s"

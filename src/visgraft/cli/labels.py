@@ -15,15 +15,21 @@ PANEL = "Labels"
 
 
 def _columns(help: str) -> Any:
-    return Annotated[str | None, typer.Option(help=help, rich_help_panel=PANEL, show_default=False)]
+    return typer.Option(help=help, rich_help_panel=PANEL, show_default=False)
 
 
+Label = Annotated[
+    str | None, _columns("columns of a table to learn, e.g. category,colour,reading; none: label, or labels")
+]
+Number = Annotated[str | None, _columns("columns that hold numbers, perhaps with their units: reading=bar")]
+Several = Annotated[str | None, _columns("columns that hold several classes each, as a|b")]
+OneClass = Annotated[str | None, _columns("columns that hold one class each, though they look like numbers")]
 OPTIONS: dict[str, tuple[Any, Any]] = {
     "csv": (Csv, None),
-    "label": (_columns("columns of a table to learn, e.g. category,colour,reading; none: label, or labels"), None),
-    "number": (_columns("columns that hold numbers, perhaps with their units: reading=bar"), None),
-    "several": (_columns("columns that hold several classes each, as a|b"), None),
-    "one_class": (_columns("columns that hold one class each, though they look like numbers"), None),
+    "label": (Label, None),
+    "number": (Number, None),
+    "several": (Several, None),
+    "one_class": (OneClass, None),
     "task": (TaskFolders, None),
 }
 

@@ -63,7 +63,7 @@ def _fields(found: "Prediction") -> dict[str, Any]:
     def of_task(answer: Any) -> dict[str, Any]:
         if not isinstance(answer, NumberAnswer):
             return {"classes": _classes(answer)}
-        return {name: value for name, value in answer._asdict().items() if value is not None}
+        return answer.told()
 
     if found.tasks is None:
         return {"classes": _classes(found.classes)}

@@ -56,7 +56,7 @@ def _bound(examples: Sequence[Example], tasks: tuple[LabelTask, ...]) -> Sequenc
 def _described(task: LabelTask, values: Sequence[float | None], where: str) -> LabelTask:
     numbers = np.array([value for value in values if value is not None], np.float64)
     if len(np.unique(numbers)) < 2:
-        found = f"only the number {numbers[0]:g}" if len(numbers) else "no number"
+        found = f"only the number {numbers[0]:.12g}" if len(numbers) else "no number"
         raise DataError(
             f"{where}: the training images have {found} in column {task.name}; at least two different ones are needed, "
             "or leave the column out of --label"

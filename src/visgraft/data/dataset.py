@@ -8,7 +8,7 @@ import hashlib
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -24,6 +24,7 @@ from visgraft.errors import CannotDivide, DataError, UnknownClasses, nearest
 
 PARTS = ("train", "val", "test")
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+TRUTHS = ("true", "false")
 HASHED_AT_A_TIME = 4096  # names
 
 
@@ -58,7 +59,7 @@ class Dataset:
     some, and `classes` are the names of all outputs. `notes` say in one line each what was passed over, and
     `unlabelled` are folders of images without classes that lie beside the parts. `mirror` says of
     which folder at an address `root` is this machine's copy. `label_column` is the column of a table that was named as
-    that of the classes.
+    that of the classes. `absent` says of tasks of a model, by name, why the source has no labels for them.
     """
 
     root: Path
@@ -75,6 +76,7 @@ class Dataset:
     unlabelled: tuple[Path, ...] = ()
     mirror: Mirror | None = None
     label_column: str = ""
+    absent: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def all(self) -> Sequence[Example]:
@@ -239,14 +241,23 @@ def match_classes(found: Iterable[str], known: Sequence[str], where: str, multi_
             f"{where} has classes that the adapter does not know: {listed(extra)} (it knows {listed(known)}); leave "
             f"them out, or train on these with train --init-from{hint}",
             multi_label,
+            listed(extra),
         )
     return tuple(known)
 
 
 def known_names(known: Sequence[str] | None) -> Callable[[str], str]:
-    """Return a function that spells a class as it is known, where Unicode can write its accents in another way."""
+    """Return a function that spells a class as it is known: where Unicode can write its accents in another way.
+
+    True and false, which every tool writes in a case of its own, are known in any.
+    """
     spelled = {unicodedata.normalize("NFC", name): name for name in known or ()}
-    return lambda name: spelled.get(unicodedata.normalize("NFC", name), name)
+    truths = {name.casefold(): name for name in known or () if name.casefold() in TRUTHS}
+
+    def spell(name: str) -> str:
+        return spelled.get(unicodedata.normalize("NFC", name)) or truths.get(name.casefold(), name)
+
+    return spell
 
 
 def check_classes(classes: Iterable[str], where: str) -> None:

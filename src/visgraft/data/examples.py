@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, overload
 
 import numpy as np
 
-from visgraft.data.tasks import TaskLabels
+from visgraft.data.tasks import LabelTask, TaskLabels
 
 Label = int | tuple[int, ...] | TaskLabels
 AT_A_TIME = 8192  # rows that are turned into Python objects before the next are
@@ -253,6 +253,12 @@ def groups_of(examples: Iterable[Example]) -> Coded | None:
 def names_of(examples: Iterable[Example]) -> Iterator[str]:
     """Yield the path of each example as text."""
     return examples.names() if isinstance(examples, Examples) else (str(example.path) for example in examples)
+
+
+def tasks_of(examples: Sequence[Example]) -> tuple[LabelTask, ...]:
+    """Return what several labels of each image answer; nothing where an image has one label."""
+    label = examples[0].label if len(examples) else None
+    return label.tasks if isinstance(label, TaskLabels) else ()
 
 
 def classes_of(label: Label) -> tuple[int, ...]:

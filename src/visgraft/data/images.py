@@ -14,9 +14,9 @@ from visgraft.backbones.creation import image_transform
 from visgraft.data.cache import Decode, Pixels, choose_cache, hold_pixels, is_on_disk
 from visgraft.data.dataset import Example
 from visgraft.data.decode import open_image
-from visgraft.data.examples import Examples, chosen, groups_of, labels_of, paths_of
+from visgraft.data.examples import Examples, chosen, groups_of, labels_of, paths_of, tasks_of
 from visgraft.data.task_tensors import membership
-from visgraft.data.tasks import LabelTask, TaskLabels, label_row
+from visgraft.data.tasks import LabelTask, label_row
 from visgraft.errors import DataError
 
 
@@ -141,12 +141,6 @@ def load_images(
         outputs,
         tasks_of(kept),
     )
-
-
-def tasks_of(examples: Sequence[Example]) -> tuple[LabelTask, ...]:
-    """Return what several labels of each image answer; nothing where an image has one label."""
-    label = examples[0].label if len(examples) else None
-    return label.tasks if isinstance(label, TaskLabels) else ()
 
 
 def _check_colour(data_config: Mapping[str, Any]) -> None:

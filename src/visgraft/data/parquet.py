@@ -29,7 +29,9 @@ def open_parquet(path: Path) -> Any:
 
 
 def parquet_texts(path: Path, columns: Sequence[int]) -> Iterator[tuple[str | None, ...]]:
-    """Yield the values of some columns, by their numbers, row by row; whole numbers as digits.
+    """Yield the values of some columns, by their numbers, row by row: whole numbers as digits, True and False so.
+
+    Arrow would write the latter in lower case, unlike Python and pandas in a .csv file of the same table.
 
     Raises:
         DataError: a column holds no text, or the file cannot be read.
@@ -43,6 +45,9 @@ def parquet_texts(path: Path, columns: Sequence[int]) -> Iterator[tuple[str | No
             texts = []
             for name in names:
                 column = batch.column(name)
+                if pyarrow.types.is_boolean(column.type):
+                    texts.append([None if value is None else str(value) for value in column.to_pylist()])
+                    continue
                 try:
                     texts.append(column.cast(pyarrow.string()).to_pylist())
                 except pyarrow.ArrowException as error:

@@ -9,6 +9,7 @@ from typing import Any
 from visgraft.data.binding import check_outputs
 from visgraft.data.dataset import PARTS, Dataset, fingerprint
 from visgraft.data.examples import Coded, Columns, Example, Examples, Texts, groups_of, labels_of, names_of
+from visgraft.data.shared_images import in_same_parts
 from visgraft.data.tasks import LabelTask, TaskLabels, outputs_of
 from visgraft.errors import DataError
 
@@ -17,11 +18,13 @@ def joined_tasks(found: Mapping[str, Dataset], known: Sequence[LabelTask] = ()) 
     """Return data sets, by the names of their tasks, as one; `known` are the tasks of a model that is measured on it.
 
     Raises:
-        DataError: a data set has several tasks itself, or outputs of two tasks have one name.
+        DataError: a data set has several tasks itself, outputs of two tasks have one name, or an image would be in
+            different parts (see `in_same_parts`).
     """
     nested = next((name for name, dataset in found.items() if dataset.tasks), None)
     if nested is not None:
         raise DataError(f"--task {nested}={found[nested].root} has several labels itself; name a folder of classes")
+    found = in_same_parts(found, bool(known))
     tasks = tuple(known) or tuple(
         LabelTask(name, "several_classes" if one.multi_label else "one_class", one.classes)
         for name, one in found.items()
@@ -40,6 +43,7 @@ def joined_tasks(found: Mapping[str, Dataset], known: Sequence[LabelTask] = ()) 
         layout="flat" if flat else "split", fingerprint=mark, multi_label=False, notes=notes, tasks=tasks,
         split=next((one.split for one in found.values() if one.split is not None), None),
         unlabelled=tuple(folder for one in found.values() for folder in one.unlabelled),
+        absent={task.name: f"no --task {task.name}=FOLDER is given" for task in tasks if task.name not in found},
     )  # fmt: skip
 
 

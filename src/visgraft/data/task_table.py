@@ -176,4 +176,5 @@ def with_tasks(dataset: Dataset, tasks: Sequence[LabelTask]) -> Dataset:
                 for v in labels.values
             ]
             parts[part] = Examples(replace(examples.columns, labels=Coded(labels.codes, values)), examples.rows)
-    return replace(dataset, classes=outputs_of(tasks), tasks=tuple(tasks), **parts)
+    absent = {task.name: f"{dataset.root} has no column {task.name}" for task in tasks if task.name not in place}
+    return replace(dataset, classes=outputs_of(tasks), tasks=tuple(tasks), absent=absent, **parts)

@@ -35,7 +35,7 @@ class LabelTask:
         high: their greatest.
 
     Raises:
-        ValueError: the kind is none of these, or a number is not finite or does not vary.
+        ValueError: the kind is none of these, a class comes twice, or a number is not finite or does not vary.
     """
 
     name: str
@@ -54,6 +54,9 @@ class LabelTask:
             raise ValueError(f"task {self.name!r} has the mean {self.mean} and the standard deviation {self.std}")
         if bool(self.classes) == (self.kind == "number"):
             raise ValueError(f"task {self.name!r} is a {self.kind} with {len(self.classes)} classes")
+        if len(set(self.classes)) < len(self.classes):
+            twice = next(name for name in self.classes if self.classes.count(name) > 1)
+            raise ValueError(f"task {self.name!r} has the class {twice!r} twice")
 
     @property
     def outputs(self) -> int:
@@ -72,7 +75,8 @@ class LabelTask:
 
     def __str__(self) -> str:
         if self.kind == "number":
-            return f"{self.name}: a number from {self.low:g} to {self.high:g}{f' {self.unit}' if self.unit else ''}"
+            low, high = (written(value, self.std, 6) for value in (self.low, self.high))
+            return f"{self.name}: a number from {low} to {high}{f' {self.unit}' if self.unit else ''}"
         return f"{self.name}: {'one' if self.kind == 'one_class' else 'any number'} of {len(self.classes)} classes"
 
     def to_json(self) -> dict[str, Any]:
@@ -121,6 +125,21 @@ class TaskLabels:
                 yield from (place.start + index for index in value)
             elif isinstance(value, int):
                 yield place.start + value
+
+
+def digits_of(value: float, spread: float, digits: int = 4) -> int:
+    """Return with how many digits that count a number is written, at least `digits`.
+
+    There are more where numbers that scatter by `spread`, their standard deviation, would otherwise look alike.
+    """
+    if not (value and spread > 0 and math.isfinite(value) and math.isfinite(spread)):
+        return digits
+    return max(digits, math.floor(math.log10(abs(value))) - math.floor(math.log10(spread)) + 2)
+
+
+def written(value: float, spread: float, digits: int = 4) -> str:
+    """Return a number as text with the digits of `digits_of`."""
+    return f"{value:.{digits_of(value, spread, digits)}g}"
 
 
 def output_slices(tasks: Sequence[LabelTask]) -> list[slice]:

@@ -11,10 +11,11 @@ from visgraft.adapters.directory import Adapted, load, read_record
 from visgraft.adapters.hub import FILES, on_hub, resolve, settled
 from visgraft.adapters.record import AdapterRecord
 from visgraft.core.attach import count_parameters
-from visgraft.data.dataset import PARTS, Dataset, Example, Split
-from visgraft.data.examples import classes_of, labels_of
-from visgraft.data.images import Images, Loading, load_images, tasks_of
+from visgraft.data.dataset import PARTS, Dataset, Example, Split, listed
+from visgraft.data.examples import classes_of, labels_of, tasks_of
+from visgraft.data.images import Images, Loading, load_images
 from visgraft.data.read import AnySource, Source, read_data, with_column
+from visgraft.data.tasks import TaskLabels
 from visgraft.errors import AdapterError, DataError, UnknownClasses
 from visgraft.measure.evaluation import Evaluation, evaluate, peak_memory_bytes
 from visgraft.measure.numbers import NumberFigures
@@ -104,11 +105,40 @@ def _other_kind(data: AnySource, adapter: Path, multi_label: bool) -> AdapterErr
 
 
 def classes_without(examples: Sequence[Example], classes: Sequence[str]) -> list[str]:
-    """Return the classes of which there is no image."""
+    """Return the classes of which there is no image, without those of tasks that no image has a label of."""
     coded = labels_of(examples)
     there = {label for code in set(coded.codes.tolist()) for label in classes_of(coded.values[code])}
-    numbers = {task.name for task in tasks_of(examples) if task.kind == "number"}
-    return [name for number, name in enumerate(classes) if number not in there and name not in numbers]
+    tasks, absent = tasks_of(examples), unlabelled_tasks(examples)
+    others = {name for task in tasks if not task.classes or task.name in absent for name in task.output_names}
+    return [name for number, name in enumerate(classes) if number not in there and name not in others]
+
+
+def unlabelled_tasks(examples: Sequence[Example]) -> list[str]:
+    """Return the tasks that no image has a label of, or, of several classes, none but that there is none."""
+    coded = labels_of(examples)
+    used = [coded.values[code] for code in set(coded.codes.tolist())]
+    found = []
+    for place, task in enumerate(tasks_of(examples)):
+        values = [label.values[place] for label in used if isinstance(label, TaskLabels)]
+        if all(value is None or value == () for value in values):
+            found.append(task.name)
+    return found
+
+
+def _left_out(dataset: Dataset, examples: Sequence[Example], part: str) -> dict[str, str]:
+    """Return why tasks are not measured, by name.
+
+    Raises:
+        DataError: none is left.
+    """
+    which = "" if part == "all" else f"{part} "
+    names = unlabelled_tasks(examples)
+    if names and len(names) == len(dataset.tasks):
+        raise DataError(
+            f"{dataset.root}: no {which}image has a label of {listed(names)}; fill in some, or choose another part "
+            "with --split"
+        )
+    return {name: dataset.absent.get(name, f"no {which}image has a label of it") for name in names}
 
 
 def _examples(dataset: Dataset, same: bool, part: str, adapter: Path) -> Sequence[Example]:
@@ -146,7 +176,14 @@ def eval_adapter(
     part: str = "test",
     loading: Loading = _DEFAULT_LOADING,
 ) -> dict[str, Any]:
-    """Measure an adapter on the test images of a data set, or on `val`, `train` or `all`."""
+    """Measure an adapter on the test images of a data set, or on `val`, `train` or `all`.
+
+    Of an adapter with several tasks, `tasks_left_out` says which were not measured, and why.
+
+    Raises:
+        AdapterError: the adapter does not name its classes, or the data ask for something else.
+        DataError: the data cannot be used, or have no label that the adapter answers.
+    """
     return measure_adapter(adapter, data, weights=weights, part=part, loading=loading)[0]
 
 
@@ -163,6 +200,7 @@ def measure_adapter(
     record = read_record(adapter)
     dataset, same = adapter_data(adapter, data)
     examples = _examples(dataset, same, part, adapter)
+    left_out = _left_out(dataset, examples, part)
     adapted = load(adapter, weights=weights)
     images = load_as_trained(examples, record, len(dataset.classes), loading)
     evaluation = evaluate(adapted.model, images, record.precision)  # as in training, so that figures compare
@@ -172,6 +210,7 @@ def measure_adapter(
         "backbone": record.backbone.name,
         "split": part,
         **figures_of(evaluation),
+        **({"tasks_left_out": left_out} if record.tasks else {}),
         "classes_missing": classes_without(examples, record.classes),
         "skipped": skipped_of(images),
         "precision": record.precision,

@@ -6,9 +6,10 @@ from functools import partial
 from pathlib import Path
 
 from visgraft.data.dataset import PARTS, Dataset, Example, Split, listed
+from visgraft.data.examples import classes_of
 from visgraft.data.label_columns import LabelColumns
 from visgraft.data.read import TABLE_EXTENSIONS, Source, read_data
-from visgraft.errors import DataError
+from visgraft.errors import DataError, UnknownClasses
 from visgraft.files import HUB_PREFIX
 from visgraft.protocols.row import TEST, Parts, Protocol, Task
 from visgraft.protocols.shots import check_shots, draw_shots, draw_up_to
@@ -32,22 +33,24 @@ def folder_protocol(
     shots: Sequence[int] = (),
     shifted: Mapping[str, Path] | None = None,
     split: Split = _DEFAULT_SPLIT,
-    label: str | None = None,
+    labels: LabelColumns | None = None,
 ) -> Protocol:
     """Make a protocol of one data set: a folder, a .csv or .tsv table or hf:NAME_OR_PATH, see `visgraft.data.read`.
+
+    Images may have one class or several, or, in a table, several labels and numbers.
 
     Args:
         root: the data set; pass the same to `open_task`.
         shots: make a task for each: so many training images of each class, and up to min(shots, 4) validation images.
         shifted: further test sets by their names: data sets with classes of the same names. Of one that has a test
             part, that part is taken, of another all images. Images of classes that `root` lacks are left out, and the
-            protocol's title names these classes.
+            protocol's title names these classes; with several labels these must be the same.
         split: how validation and test images are drawn where the data set does not say.
-        label: the column of a table that holds one class per image, of the further test sets' tables too; None: label.
+        labels: the columns of a table to learn, of the further test sets' tables too; None: label, or labels.
 
     Raises:
-        DataError: a data set cannot be used, has no validation or test images, several classes per image or numbers,
-            shares no class, or has too few images for the shots.
+        DataError: a data set cannot be used, has no validation or test images, lacks a label in one of these, shares no
+            class, or has too few images for the shots, or more than one class for each image and shots are asked for.
     """
     shifted = dict(shifted or {})
     for name in shifted:
@@ -55,10 +58,12 @@ def folder_protocol(
             raise DataError(f"a further test set is called {name!r}; give it another name than {', '.join(PARTS)}")
     for count in shots:
         check_shots(count)
-    data = _read(root, split, label)
-    sets = {name: _read_shifted(folder, data, label) for name, folder in shifted.items()}
-    title = f"{_name(root)}-{label}" if label else _name(root)
-    open_it = partial(open_folder, shifted=shifted, split=split, label=label)
+    data = _read(root, labels, split)
+    if shots and (data.tasks or data.multi_label):
+        raise DataError(f"{root}: shots are drawn per class, so every image needs exactly one; leave --shots out")
+    sets = {name: _read_shifted(folder, data, labels) for name, folder in shifted.items()}
+    title = "-".join([_name(root), *(labels.names if labels else ())])
+    open_it = partial(open_folder, shifted=shifted, split=split, labels=labels)
     bare = Task(title, title, len(data.classes), {}, ".", open_it, "class folders, a table or hf:NAME_OR_PATH")
     tests = {TEST: data.part("test"), **{name: one.examples for name, one in sets.items()}}
     tasks = []
@@ -79,15 +84,21 @@ def folder_protocol(
 
 
 def open_folder(
-    folder: Path, task: Task, seed: int, *, shifted: Mapping[str, Path], split: Split, label: str | None = None
+    folder: Path,
+    task: Task,
+    seed: int,
+    *,
+    shifted: Mapping[str, Path],
+    split: Split,
+    labels: LabelColumns | None = None,
 ) -> Parts:
     """Read the data set anew and draw the shots; `seed` is of the shots alone, the parts follow `split`.
 
     Raises:
         DataError: see `folder_protocol`.
     """
-    data = _read(folder, split, label)
-    others = {name: _read_shifted(other, data, label).examples for name, other in shifted.items()}
+    data = _read(folder, labels, split)
+    others = {name: _read_shifted(other, data, labels).examples for name, other in shifted.items()}
     tests = {TEST: data.part("test"), **others}
     return Parts(data.classes, *_drawn(data, task.shots, seed), tests)
 
@@ -99,33 +110,59 @@ def _drawn(data: Dataset, shots: int, seed: int) -> tuple[Sequence[Example], Seq
     return train, draw_up_to(data.part("val"), min(shots, MOST_VALIDATION), seed)
 
 
-def _read(source: Path, split: Split, label: str | None) -> Dataset:
-    table = source.suffix.lower() in TABLE_EXTENSIONS and not source.is_dir()
-    columns = LabelColumns.parsed(label, None, None, None) if table else None
-    data = read_data(Source(source, labels=columns), split)
+def _is_table(source: Path) -> bool:
+    return source.suffix.lower() in TABLE_EXTENSIONS and not source.is_dir()
+
+
+def _read(source: Path, labels: LabelColumns | None, split: Split) -> Dataset:
+    if labels is not None:
+        _check_table(source, labels)
+    return read_data(Source(source, labels=labels), split)
+
+
+def _check_table(source: Path, labels: LabelColumns) -> None:
+    """Raise a DataError unless a data set can have these columns."""
+    if not _is_table(source):
+        names = ", ".join(labels.names)
+        raise DataError(f"{source} is no table; give a .csv, .tsv or .parquet file with the columns {names}")
+
+
+def _read_shifted(source: Path, data: Dataset, labels: LabelColumns | None) -> Shifted:
     if data.tasks:
-        raise DataError(
-            f"{source}: benchmarks measure one class per image, but {'; '.join(map(str, data.tasks))}; give --label "
-            "one column of classes, or measure all of them with `visgraft compare` or `visgraft train --folds 5`"
-        )
-    if data.multi_label:
-        raise DataError(f"{source} has several classes per image; benchmarks need a column label with one")
-    return data
-
-
-def _read_shifted(source: Path, data: Dataset, column: str | None) -> Shifted:
-    other = _read(source, _WHOLE, column)
-    label = {name: index for index, name in enumerate(data.classes)}
-    if not label.keys() & set(other.classes):
+        return _read_answered(source, data)
+    other = _read(source, labels if _is_table(source) else None, _WHOLE)
+    if other.tasks or other.multi_label != data.multi_label:
+        raise DataError(f"{source} has labels of another kind than {data.root}; give images with the same labels")
+    number = {name: index for index, name in enumerate(data.classes)}
+    if not number.keys() & set(other.classes):
         known, theirs = listed(data.classes), listed(other.classes)
         raise DataError(f"{source} shares no class with {data.root}: {theirs} there, {known} here; rename its folders")
-    chosen = other.test or other.all
-    names = [other.classes[int(e.label)] for e in chosen]  # type: ignore[arg-type]
-    examples = [e._replace(label=label[name]) for e, name in zip(chosen, names, strict=True) if name in label]
-    if not examples:
+    numbers = [number.get(name) for name in other.classes]
+    examples = [_numbered(example, numbers) for example in other.test or other.all]
+    kept = [example for example in examples if example is not None]
+    if not kept:
         raise DataError(f"{source} has no test image of a class of {data.root}; add some")
-    left_out = tuple(name for name in other.classes if name not in label)
-    return Shifted(tuple(sorted(examples, key=lambda e: (e.label, str(e.path)))), left_out)
+    left_out = tuple(name for name in other.classes if name not in number)
+    return Shifted(tuple(sorted(kept, key=lambda e: (e.label, str(e.path)))), left_out)
+
+
+def _numbered(example: Example, numbers: Sequence[int | None]) -> Example | None:
+    """Return an image with its classes numbered anew; None where it has classes, but none that is known."""
+    found = tuple(sorted(number for old in classes_of(example.label) if (number := numbers[old]) is not None))
+    if isinstance(example.label, int):
+        return example._replace(label=found[0]) if found else None
+    return example._replace(label=found) if found or not classes_of(example.label) else None
+
+
+def _read_answered(source: Path, data: Dataset) -> Shifted:
+    """Read a further test set with the labels of several tasks; of classes it may lack some, but have no others."""
+    columns = LabelColumns.of(data.tasks)
+    _check_table(source, columns)
+    try:
+        other = read_data(Source(source, labels=columns), _WHOLE, tasks=data.tasks)
+    except UnknownClasses as error:
+        raise DataError(f"{source} has classes that {data.root} lacks: {error.found}; leave its rows out") from error
+    return Shifted(tuple(sorted(other.test or other.all, key=lambda e: str(e.path))), ())
 
 
 def _name(source: Path) -> str:

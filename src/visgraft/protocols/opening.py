@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from visgraft.data.dataset import Example, listed
+from visgraft.data.examples import classes_of, tasks_of
+from visgraft.data.tasks import TaskLabels
 from visgraft.errors import DataError
 from visgraft.protocols.row import Parts, Protocol, Task
 
@@ -55,7 +57,8 @@ def problems(parts: Parts, task: Task, *, any_size: bool = False) -> list[str]:
             if wanted[name] and len(wanted[name]) != count
         ]
     for name, examples in by_name.items():
-        outside = next((e for e in examples if e.label not in range(len(parts.classes))), None)
+        known = range(len(parts.classes))
+        outside = next((e for e in examples if any(n not in known for n in classes_of(e.label))), None)
         if outside is not None:
             text = f"{outside.path} in {name} has the label {outside.label}"
             found.append(f"{text}, but labels are 0 to {len(parts.classes) - 1}; repair it")
@@ -63,7 +66,7 @@ def problems(parts: Parts, task: Task, *, any_size: bool = False) -> list[str]:
     absent = _untrained(parts) if task.shots else []
     if absent:
         found.append(f"classes without a training image: {listed(absent)}; add some")
-    return [*found, *leaks(by_name)]
+    return [*found, *without_labels(parts), *leaks(by_name)]
 
 
 def _by_name(parts: Parts) -> dict[str, Sequence[Example]]:
@@ -72,8 +75,20 @@ def _by_name(parts: Parts) -> dict[str, Sequence[Example]]:
 
 def _untrained(parts: Parts) -> list[str]:
     """Return the classes without a training image."""
-    known = {example.label for example in parts.train}
-    return [name for label, name in enumerate(parts.classes) if label not in known]
+    known = {number for example in parts.train for number in classes_of(example.label)}
+    numbers = {task.name for task in tasks_of(parts.train) if not task.classes}
+    return [name for label, name in enumerate(parts.classes) if label not in known and name not in numbers]
+
+
+def without_labels(parts: Parts) -> list[str]:
+    """Name the parts in which no image has one of several labels: figures would be of other labels there."""
+    found = []
+    for name, examples in _by_name(parts).items():
+        values = [example.label.values for example in examples if isinstance(example.label, TaskLabels)]
+        there = zip(tasks_of(examples), zip(*values, strict=True), strict=False)
+        absent = [task.name for task, own in there if all(value is None for value in own)]
+        found += [f"no {name} image has a label {one}; fill in some, or leave the column out" for one in absent]
+    return found
 
 
 def leaks(by_name: Mapping[str, Sequence[Example]]) -> list[str]:
@@ -110,7 +125,8 @@ def _finding(task: Task, root: Path) -> TaskCheck:
     counts = ", ".join(f"{len(examples):,} {name}" for name, examples in _by_name(parts).items())
     absent = _untrained(parts)
     note = f"; {len(absent)} classes have no training image, as published" if absent else ""
-    return TaskCheck(task.name, True, f"{task.classes} classes, {counts}{note}")
+    asked = "; ".join(map(str, tasks_of(parts.train))) or f"{task.classes} classes"
+    return TaskCheck(task.name, True, f"{asked}, {counts}{note}")
 
 
 def _missing(parts: Parts) -> list[str]:

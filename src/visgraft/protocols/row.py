@@ -15,7 +15,8 @@ class Parts(NamedTuple):
     """The images of a task, found but not read.
 
     `tests` are test sets by name: "test" and, where a protocol asks what a change of domain does, the shifted ones.
-    A label is an index into `classes`.
+    A label is an index into `classes`, or, where images have several classes, several labels or numbers, what
+    `visgraft.data.examples.Example` says; with several labels `classes` are the names of all outputs.
     """
 
     classes: tuple[str, ...]
@@ -28,6 +29,7 @@ class Parts(NamedTuple):
 class Task:
     """One row of a protocol.
 
+    `classes` is the number of classes, or, with several labels, of outputs: one for each class, one for a number.
     `images` are how many images the published set has: of "train", "val" and of each test set by its name.
     `open` finds them: (the task's folder, this task, seed of what is drawn) -> parts; it raises a DataError that names
     the missing folder or file and the layout expected.

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from visgraft.data.images import Images
+from visgraft.data.tasks import written
 from visgraft.measure.evaluation import Evaluation, is_multi_label
 from visgraft.measure.numbers import NumberFigures
 from visgraft.pictures import Picture, PixelArray, heat_map, photograph
@@ -88,7 +89,8 @@ def _far_off(model: nn.Module, images: Images, index: int, true: float, answered
     moved = occlusion(model, images, index, 0).abs().numpy().astype(np.float64)
     strongest, task = float(moved.max()), images.tasks[0]
     heat = heat_map(pixels, moved / max(strongest, FAINT * task.std), f"What {task.name} depends on")
-    return FarOff(file, true, answered, photograph(pixels, f"{file}, answered {answered:.4g}"), heat, strongest)
+    picture = photograph(pixels, f"{file}, answered {written(answered, task.std)}")
+    return FarOff(file, true, answered, picture, heat, strongest)
 
 
 def _label_mistakes(

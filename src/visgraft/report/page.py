@@ -10,7 +10,7 @@ from visgraft.adapters.directory import CONFIG, read_record
 from visgraft.adapters.hub import on_hub, settled
 from visgraft.data.images import Loading
 from visgraft.data.read import AnySource
-from visgraft.data.tasks import LabelTask, figure_name
+from visgraft.data.tasks import LabelTask, figure_name, written
 from visgraft.errors import AdapterError, VisgraftError, nearest
 from visgraft.files import new_file
 from visgraft.measure.evaluation import is_multi_label
@@ -189,7 +189,13 @@ def render(report: ReportPage) -> str:
 
     loader = PackageLoader("visgraft", "report")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, lstrip_blocks=True)
-    environment.filters |= {"percent": compare.percent, "signed": compare.signed, "number": _number, "short": _short}
+    environment.filters |= {
+        "percent": compare.percent,
+        "signed": compare.signed,
+        "number": _number,
+        "short": _short,
+        "apart": _apart,
+    }
     return environment.get_template("template.html").render(report=report, marker=MARKER)
 
 
@@ -201,6 +207,11 @@ def _number(value: float | None, unit: str = "", scale: float = 1.0, digits: int
 def _short(value: float | None) -> str:
     """A number of any size with four digits that count, and a minus sign; a dash for None."""
     return "–" if value is None else f"{value:.4g}".replace("-", "−")
+
+
+def _apart(value: float, spread: float) -> str:
+    """A number with as many digits as tell those apart that scatter by `spread`, and a minus sign."""
+    return written(value, spread).replace("-", "−")
 
 
 def check_page(path: Path) -> None:

@@ -1,6 +1,6 @@
 """What the page says of one run: measured on the data where there is some, otherwise read from the adapter."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,7 @@ class SeenImages:
     members: Any
     skipped: int
     missing: list[str]
+    left_out: Mapping[str, str]
     grouped: bool
     parts: PartsShown | None
 
@@ -141,7 +142,7 @@ def make_section(
         )
         say(f"{run.name}: mistakes, and what the answers depend on")
         questions = _questions(run, anchor, evaluation, images, adapted)
-        seen = _see(run, evaluation, images, adapted, found["classes_missing"], say)
+        seen = _see(run, evaluation, images, adapted, found, say)
         maps, scored = _salience(run, adapted, data, loading, say)
     figures_seen = (seen.evaluation, seen.members) if seen else (None, np.arange(0))
     return RunSection(
@@ -158,9 +159,9 @@ def make_section(
 
 
 def _see(
-    run: ReportedRun, evaluation: Evaluation, images: Images, adapted: Adapted, missing: list[str], say: Say
+    run: ReportedRun, evaluation: Evaluation, images: Images, adapted: Adapted, found: Mapping[str, Any], say: Say
 ) -> SeenImages:
-    """Gather what the page says of all images, and what the parts of the method do on them."""
+    """Gather what the page says of all images, and what the parts of the method do on them; `found` are the figures."""
     made = made_of_parts(adapted.model)
     if made:
         say(f"{run.name}: each {made.module.part_name} alone")
@@ -169,7 +170,8 @@ def _see(
         images.paths,
         clusters(images.groups, len(images)),
         len(images.skipped),
-        missing,
+        found["classes_missing"],
+        found.get("tasks_left_out", {}),
         any(group is not None for group in images.groups),
         show_parts(adapted.model, images, run.record.precision),
     )

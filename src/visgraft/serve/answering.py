@@ -48,7 +48,8 @@ class Seconds:
 class SaidOf(NamedTuple):
     """What one adapter says of one picture: logits and probabilities [outputs], or why there is no answer.
 
-    With several tasks, a number in its unit stands in place of a probability.
+    With several tasks, a number in its unit stands in place of a probability. `features` [F] are the plain backbone's,
+    where they were asked for.
     """
 
     image: str
@@ -56,6 +57,7 @@ class SaidOf(NamedTuple):
     logits: Tensor = torch.empty(0)
     probabilities: Tensor = torch.empty(0)
     error: str = ""
+    features: Tensor | None = None
 
 
 @dataclass
@@ -67,9 +69,11 @@ class Answerer:
     decoders: ThreadPoolExecutor = field(default_factory=lambda: side_threads(os.cpu_count(), "visgraft-decode"))
 
     async def answer(
-        self, pictures: Sequence[SentPicture], names: Sequence[str], owner: str
+        self, pictures: Sequence[SentPicture], names: Sequence[str], owner: str, look: bool = False
     ) -> tuple[list[SaidOf], Seconds]:
         """Answer every picture with every adapter that is named; a broken picture has one entry that says why.
+
+        With `look`, the plain backbone looks at each as well.
 
         Raises:
             NoAdapterError: there is none of a name.
@@ -78,7 +82,7 @@ class Answerer:
         adapters = [self.hosting.get(name) for name in names]
         seconds = Seconds()
         with self.hosting.engine.admit(owner, len(pictures) * len(adapters)) as ticket:
-            said = await asyncio.gather(*(self._one(picture, adapters, ticket, seconds) for picture in pictures))
+            said = await asyncio.gather(*(self._one(picture, adapters, ticket, seconds, look) for picture in pictures))
         return [one for of_picture in said for one in of_picture], seconds
 
     async def prepared(self, images: Tensor, name: str, owner: str) -> tuple[list[SaidOf], Seconds]:
@@ -96,7 +100,7 @@ class Answerer:
         return found, seconds
 
     async def _one(
-        self, picture: SentPicture, adapters: Sequence[HostedAdapter], ticket: Ticket, seconds: Seconds
+        self, picture: SentPicture, adapters: Sequence[HostedAdapter], ticket: Ticket, seconds: Seconds, look: bool
     ) -> list[SaidOf]:
         begin = time.perf_counter()
         loop = asyncio.get_running_loop()
@@ -108,7 +112,8 @@ class Answerer:
             return [SaidOf(picture.name, None, error=str(error))]
         seconds.decode = max(seconds.decode, time.perf_counter() - begin)
         waiting = [
-            asyncio.wrap_future(ticket.put(image, one.adapter)) for image, one in zip(images, adapters, strict=True)
+            asyncio.wrap_future(ticket.put(image, one.adapter, look))
+            for image, one in zip(images, adapters, strict=True)
         ]
         try:
             answers = await asyncio.gather(*waiting)
@@ -139,4 +144,5 @@ class Answerer:
 def _said(image: str, adapter: HostedAdapter, answered: Answered, seconds: Seconds) -> SaidOf:
     seconds.wait = max(seconds.wait, answered.wait)
     seconds.forward = max(seconds.forward, answered.forward)
-    return SaidOf(image, adapter, answered.logits, adapter.record.answers(answered.logits))
+    said = adapter.record.answers(answered.logits)
+    return SaidOf(image, adapter, answered.logits, said, features=answered.features)

@@ -27,6 +27,7 @@ from visgraft.serve.covering import check_covering
 from visgraft.serve.engine import QueueFullError
 from visgraft.serve.guard import Guard, said
 from visgraft.serve.hosting import NoAdapterError
+from visgraft.serve.marking import check_marking
 from visgraft.serve.replies import AnswerList, AsciiJson, ErrorReply, answer_to
 from visgraft.serve.resources import add_adapters
 from visgraft.serve.server import Server
@@ -132,14 +133,19 @@ def add_predict(app: FastAPI, server: Server) -> None:
         coverage: Annotated[
             float | None, Query(gt=0, lt=1, description="name a set that holds the truth with this probability")
         ] = None,
+        unlike: Annotated[
+            float | None, Query(gt=0, lt=1, description="mark pictures as far as so few like the training's are, 0.05")
+        ] = None,
     ) -> Any:
         """Name the classes of pictures: parts of a multipart form, or one picture as the body."""
-        if coverage is not None:
+        if coverage is not None or unlike is not None:
             hosting = await server.current()
-            asked = ((name, hosting.get(name).record) for name in adapter or hosting.adapters)
-            check_covering(coverage, asked, top=top)
-        found, seconds = await server.answer(request, await pictures_of(request, server.config.max_images), adapter)
-        answers = [answer_to(one, top or 5, coverage) for one in found]
+            asked = {name: hosting.get(name) for name in adapter or hosting.adapters}
+            check_covering(coverage, ((name, one.record) for name, one in asked.items()), top=top)
+            check_marking(unlike, asked.items())
+        pictures = await pictures_of(request, server.config.max_images)
+        found, seconds = await server.answer(request, pictures, adapter, look=unlike is not None)
+        answers = [answer_to(one, top or 5, coverage, unlike) for one in found]
         if all(one.adapter is None for one in found):
             broken = {"error": found[0].error, "answers": [a.model_dump(exclude_none=True) for a in answers]}
             return AsciiJson(broken, 422)

@@ -23,7 +23,7 @@ PICTURES = _body({"multipart/form-data": _object(image=_list(BINARY)), "image/*"
 
 ADAPTER = _body(
     {
-        "multipart/form-data": _object(("config", "tensors"), config=BINARY, tensors=BINARY),
+        "multipart/form-data": _object(("config", "tensors"), config=BINARY, tensors=BINARY, unlike=BINARY),
         "application/json": _object(("path",), path={"type": "string"}),
     }
 )

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from fastapi import FastAPI, HTTPException, Request, Response
 
-from visgraft.data.tasks import class_outputs, output_slices
+from visgraft.data.tasks import class_outputs, output_slices, written
 from visgraft.errors import VisgraftError
 from visgraft.serve.answering import SaidOf, SentPicture
 from visgraft.serve.bodies import CLASSIFY, INFER
@@ -318,7 +318,7 @@ def _output(name: Any, most: Any, found: Sequence[SaidOf]) -> tuple[str, list[in
 def _as_label(answer: Classes | NumberAnswer) -> str:
     """Return an answer to one task as a table of labels has it."""
     if isinstance(answer, NumberAnswer):
-        return f"{answer.value:.6g}"
+        return written(answer.value, answer.spread, 6)
     return str(joined([name for name, _ in answer]))
 
 

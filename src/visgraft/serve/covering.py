@@ -92,7 +92,7 @@ def tasks_covered(record: AdapterRecord, answers: Tensor, coverage: float) -> li
         highest, own = _bound("the adapter", record, coverage, task.name), answers[:, place]
         column: Sequence[Classes | NumberAnswer]
         if task.kind == "number":
-            column = [NumberAnswer(value, task.unit, *interval(value, highest)) for value in own[:, 0].tolist()]
+            column = [NumberAnswer(n, task.unit, *interval(n, highest), task.std) for n in own[:, 0].tolist()]
         else:
             several = task.kind == "several_classes"
             column = _sets(task.classes, own, several, record.calibrated[task.name], highest)

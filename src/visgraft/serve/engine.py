@@ -5,7 +5,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 from visgraft.bank.bank import Bank
 from visgraft.bank.held import BankAdapter
 from visgraft.errors import DataError, VisgraftError
+from visgraft.measure.precision import Compute
+from visgraft.measure.unlike import FrozenFeatures
 
 RECENT = 32
 """Batches over which the time of an image is averaged, to say when it is worth to come again."""
@@ -28,12 +30,16 @@ class QueueFullError(VisgraftError):
 
 
 class Answered(NamedTuple):
-    """What the model said of an image: `logits` [outputs] on the CPU; seconds waited and computed, and the batch."""
+    """What the model said of an image: `logits` [outputs] on the CPU; seconds waited and computed, and the batch.
+
+    `features` [F] are those of the plain backbone, where they were asked for.
+    """
 
     logits: Tensor
     wait: float
     forward: float
     batch: int
+    features: Tensor | None = None
 
 
 class _Item(NamedTuple):
@@ -44,6 +50,7 @@ class _Item(NamedTuple):
     owner: str
     since: float
     future: "Future[Answered]"
+    look: bool = False
 
 
 class Ticket:
@@ -52,10 +59,13 @@ class Ticket:
     def __init__(self, engine: "Engine", owner: str, images: int) -> None:
         self.engine, self.owner, self.left = engine, owner, images
 
-    def put(self, image: Tensor, adapter: BankAdapter) -> "Future[Answered]":
-        """Let a prepared image [3, H, W] wait for the model; the future is done once it has answered."""
+    def put(self, image: Tensor, adapter: BankAdapter, look: bool = False) -> "Future[Answered]":
+        """Let a prepared image [3, H, W] wait for the model; the future is done once it has answered.
+
+        With `look`, the plain backbone looks at it as well.
+        """
         future: Future[Answered] = Future()
-        self.engine.push(_Item(image, adapter, self.owner, time.perf_counter(), future))
+        self.engine.push(_Item(image, adapter, self.owner, time.perf_counter(), future, look))
         self.forgo()
         return future
 
@@ -98,6 +108,7 @@ class Engine:
         self._expected = 0
         self._closing = False
         self._seconds: deque[float] = deque(maxlen=RECENT)  # of an image, in the last batches
+        self._plain: FrozenFeatures | None = None  # made when it is first asked for, and used in the thread alone
         self._thread = threading.Thread(target=self._run, name="visgraft-engine", daemon=True)
         self._thread.start()
 
@@ -163,8 +174,11 @@ class Engine:
         return max(1.0, images * each)
 
     def _run(self) -> None:
-        while batch := self._next():
-            self._answer(batch)
+        with ExitStack() as lent:
+            while batch := self._next():
+                if self._plain is None and any(item.look for item in batch):
+                    self._plain = FrozenFeatures(lent.enter_context(self.bank.lent(None)))
+                self._answer(batch)
 
     def _next(self) -> list[_Item]:
         """Return the next batch, in turn of its owners; nothing once closed and empty."""
@@ -214,14 +228,36 @@ class Engine:
         with torch.inference_mode():
             found = self.bank([item.image for item in batch], [item.adapter for item in batch])
             logits = [answer.logits.float().cpu() for answer in found]
+            features = self._features(batch)
         seconds = time.perf_counter() - begin
-        for item, one in zip(batch, logits, strict=True):
-            if not bool(one.isfinite().all()):
+        for item, one, seen in zip(batch, logits, features, strict=True):
+            if not bool(one.isfinite().all()) or not (seen is None or bool(seen.isfinite().all())):
                 item.future.set_exception(
                     DataError("the model's answer is not finite; send smaller numbers, or a picture")
                 )
                 continue
-            answered = Answered(one.clone(), begin - item.since, seconds, len(batch))
+            answered = Answered(one.clone(), begin - item.since, seconds, len(batch), seen)
             if self._observe is not None:
                 self._observe(answered, item.adapter)
             item.future.set_result(answered)
+
+    def _features(self, batch: Sequence[_Item]) -> list[Tensor | None]:
+        """Return what the plain backbone sees [F] in the images of which that is asked, in each adapter's precision.
+
+        An image that several adapters answer is looked at once for all of a precision.
+        """
+        found: list[Tensor | None] = [None] * len(batch)
+        alike: dict[tuple[str, torch.Size], dict[int, list[int]]] = {}
+        for row, item in enumerate(batch):
+            if item.look:
+                alike.setdefault((item.adapter.precision, item.image.shape), {}).setdefault(id(item.image), []).append(
+                    row
+                )
+        for (precision, _), rows in alike.items():
+            assert self._plain is not None
+            x = torch.stack([batch[first].image for first, *_ in rows.values()])
+            device = next(self._plain.model.parameters()).device
+            for seen, same in zip(self._plain(x, Compute(device, precision)), rows.values(), strict=True):
+                for row in same:
+                    found[row] = seen.clone()
+        return found

@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from visgraft.adapters.canary import canary_pixels, compare_canary, normalised
-from visgraft.adapters.hub import CONFIG, TENSORS, settled
+from visgraft.adapters.hub import CONFIG, TENSORS, UNLIKE, settled
 from visgraft.adapters.record import AdapterRecord
+from visgraft.adapters.reference import read_content
 from visgraft.bank.bank import Bank
 from visgraft.bank.held import BankAdapter
 from visgraft.errors import AdapterError, VisgraftError, nearest
@@ -35,10 +36,11 @@ class NoAdapterError(VisgraftError):
 
 
 class HostedAdapter(NamedTuple):
-    """An adapter that answers, and the sha256 of its two files."""
+    """An adapter that answers, the sha256 of its files, and the content of that which tells unlike pictures, if any."""
 
     adapter: BankAdapter
     digest: str
+    reference: bytes | None = None
 
     @property
     def record(self) -> AdapterRecord:
@@ -110,7 +112,7 @@ class Hosting:
                 if name in self._hosted and self._hosted[name].digest == facts["digest"]:
                     continue
                 try:
-                    self._answer_with(self._opened(name, facts["path"], facts["digest"]), facts["digest"])
+                    self._answer_with(self._opened(name, facts["path"], facts["digest"]))
                 except VisgraftError as error:
                     if strict:
                         raise
@@ -142,7 +144,7 @@ class Hosting:
             made = self._opened(name, path, digest)
             before = name in self._hosted
             seen = self.store.put(name, Path(path), digest, keep=keep)
-            hosted = self._answer_with(made, digest)
+            hosted = self._answer_with(made)
             self._seen = seen
         return hosted, before
 
@@ -179,16 +181,17 @@ class Hosting:
                 self._logits(picture, hosted.adapter)
             self._check_canary(hosted.adapter, name)
 
-    def _opened(self, name: str, path: str | Path, digest: str) -> BankAdapter:
+    def _opened(self, name: str, path: str | Path, digest: str) -> HostedAdapter:
         made = self.bank.open(name, path)
+        reference = _reference_of(made, path)
         if digest_of(path) != digest:  # after it was read, so that the digest is that of what was read
             raise AdapterError(f"{path} has changed since it was added; add it again")
         self._check_canary(made, path)
-        return made
+        return HostedAdapter(made, digest, reference)
 
-    def _answer_with(self, made: BankAdapter, digest: str) -> HostedAdapter:
+    def _answer_with(self, hosted: HostedAdapter) -> HostedAdapter:
+        made = hosted.adapter
         self.bank.put(made, replace=True, pinned=made.name in self.pinned)
-        hosted = HostedAdapter(made, digest)
         self._hosted = {**self._hosted, made.name: hosted}
         return hosted
 
@@ -220,6 +223,17 @@ class Hosting:
             )
 
 
+def _reference_of(made: BankAdapter, path: str | Path) -> bytes | None:
+    """Return the file that tells unlike pictures; where it is lost or damaged, the adapter answers without it."""
+    if made.record.unlike is None:
+        return None
+    try:
+        return read_content(path, made.record)[0]
+    except AdapterError as error:
+        LOG.warning("adapter %s cannot tell unlike pictures: %s", made.name, error)
+        return None
+
+
 def check_name(name: str) -> None:
     """Raise a VisgraftError where an adapter cannot be called so."""
     parts = name.split("/")
@@ -239,13 +253,15 @@ def check_name(name: str) -> None:
 
 
 @contextlib.contextmanager
-def uploaded(config: bytes, tensors: Iterator[bytes] | bytes) -> Iterator[Path]:
+def uploaded(config: bytes, tensors: bytes, unlike: bytes | None = None) -> Iterator[Path]:
     """Yield a folder with an adapter that somebody sent, which goes again afterwards."""
     with tempfile.TemporaryDirectory(prefix="visgraft-upload-") as folder:
         path = Path(folder)
         try:
             (path / CONFIG).write_bytes(config)
-            (path / TENSORS).write_bytes(tensors if isinstance(tensors, bytes) else b"".join(tensors))
+            (path / TENSORS).write_bytes(tensors)
+            if unlike is not None:
+                (path / UNLIKE).write_bytes(unlike)
         except OSError as error:
             raise StoreError(f"{folder} cannot be written ({error}); make room there") from error
         try:

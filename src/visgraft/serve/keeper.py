@@ -10,10 +10,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from visgraft.adapters.hub import CONFIG, TENSORS
 from visgraft.errors import VisgraftError
 from visgraft.serve.sockets import listen
-from visgraft.serve.store import UPLOADS, FolderStore, StoreError, begin_state, write_files
+from visgraft.serve.store import UPLOADS, FolderStore, StoreError, begin_state, files_of, write_files
 
 GIVEN = "given"
 ANSWER_SECONDS = 30.0
@@ -25,21 +24,15 @@ FIGURES_SECONDS = 60.0
 
 
 class Sent(NamedTuple):
-    """An adapter on its way to another machine: the digest of its files, and what is in them."""
+    """An adapter on its way to another machine: the digest of its files, and what is in them by name."""
 
     digest: str
-    config: bytes
-    tensors: bytes
-
-    @property
-    def files(self) -> dict[str, bytes]:
-        """Its files by name."""
-        return {CONFIG: self.config, TENSORS: self.tensors}
+    files: dict[str, bytes]
 
     @classmethod
     def of(cls, folder: Path, digest: str) -> "Sent":
         """Return an adapter in a folder."""
-        return cls(digest, (folder / CONFIG).read_bytes(), (folder / TENSORS).read_bytes())
+        return cls(digest, files_of(folder))
 
 
 class Keeper:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from visgraft.data.tasks import LabelTask, output_slices
+from visgraft.data.tasks import LabelTask, digits_of, output_slices, written
 
 THRESHOLD = 0.5
 """Least probability of a class, where an image may have several, unless the user says otherwise."""
@@ -15,22 +15,32 @@ Classes = list[tuple[str, float]]
 
 
 class NumberAnswer(NamedTuple):
-    """A number in its `unit`, which is empty where the user gave none; with a coverage between `low` and `high`."""
+    """A number in its `unit`, which is empty where the user gave none; with a coverage between `low` and `high`.
+
+    `spread` is the standard deviation of the training images' numbers, by which it is written with enough digits.
+    """
 
     value: float
     unit: str
     low: float | None = None
     high: float | None = None
+    spread: float = 0.0
 
     def __str__(self) -> str:
-        said = f"{_digits(self.value)} {self.unit}".rstrip()
+        said = f"{self._digits(self.value)} {self.unit}".rstrip()
         if self.low is None or self.high is None:
             return said
-        return f"{said} ({_digits(self.low)} to {_digits(self.high)})"
+        return f"{said} ({self._digits(self.low)} to {self._digits(self.high)})"
 
+    def _digits(self, value: float) -> str:
+        if 1e-3 <= abs(value) < 1e4 or not value:
+            return written(value, self.spread)
+        return f"{value:,.{digits_of(value, self.spread, 6)}g}"
 
-def _digits(value: float) -> str:
-    return f"{value:.4g}" if 1e-3 <= abs(value) < 1e4 or not value else f"{value:,.6g}"
+    def told(self) -> dict[str, float | str]:
+        """Return what of it is an answer, by name."""
+        known = {name: value for name, value in self._asdict().items() if value is not None}
+        return {name: value for name, value in known.items() if name != "spread"}
 
 
 TaskAnswers = dict[str, Classes | NumberAnswer]
@@ -71,7 +81,7 @@ def answers_to_tasks(
         own = answers[:, place]
         column: Sequence[Classes | NumberAnswer]
         if task.kind == "number":
-            column = [NumberAnswer(value, task.unit) for value in own[:, 0].tolist()]
+            column = [NumberAnswer(value, task.unit, spread=task.std) for value in own[:, 0].tolist()]
         else:
             column = best_classes(task.classes, own, task.kind == "several_classes", top, threshold)
         for of_image, answer in zip(found, column, strict=True):

@@ -13,6 +13,7 @@ from visgraft.data.tasks import class_outputs, output_slices
 from visgraft.serve.answering import SaidOf
 from visgraft.serve.covering import name_sets, tasks_covered
 from visgraft.serve.hosting import HostedAdapter
+from visgraft.serve.marking import far_of
 from visgraft.serve.naming import Classes, NumberAnswer, answers_to_tasks
 
 
@@ -53,7 +54,8 @@ class TaskReply(BaseModel):
 class AnswerTo(BaseModel):
     """What an adapter says of a picture, most probable first; or why the picture cannot be answered.
 
-    Of an adapter with several tasks, `tasks` stand in place of `classes`.
+    Of an adapter with several tasks, `tasks` stand in place of `classes`. Where it was asked, `as_far` is the share of
+    validation images that lie at least as far from the training's, and `unlike` whether that is below the level.
     """
 
     image: str
@@ -61,6 +63,8 @@ class AnswerTo(BaseModel):
     digest: str | None = None
     classes: list[ClassScore] | None = None
     tasks: dict[str, TaskReply] | None = None
+    as_far: float | None = None
+    unlike: bool | None = None
     error: str | None = None
 
 
@@ -72,10 +76,10 @@ class AnswerList(BaseModel):
 
 
 class OneAdapter(BaseModel):
-    """An adapter: `digest` is the sha256 over its two files, `figures` what was measured when it was trained.
+    """An adapter: `digest` is the sha256 over its files, `figures` what was measured when it was trained.
 
     `tasks` are what its outputs answer, in their order, where that is not one label. One that is `calibrated` answers
-    with a coverage.
+    with a coverage, one with `unlike` marks pictures unlike those of its training.
     """
 
     name: str
@@ -85,6 +89,7 @@ class OneAdapter(BaseModel):
     outputs: int
     multi_label: bool
     calibrated: bool
+    unlike: bool
     figures: dict[str, Any]
     pinned: bool
     tasks: list[dict[str, Any]] = []
@@ -98,15 +103,25 @@ class Adapters(BaseModel):
     adapters: list[OneAdapter]
 
 
-def answer_to(one: SaidOf, top: int, coverage: float | None = None) -> AnswerTo:
+def answer_to(one: SaidOf, top: int, coverage: float | None = None, unlike: float | None = None) -> AnswerTo:
     """Return what an adapter says of a picture, as it is sent: `top` classes, or the set with this coverage.
 
+    With `unlike`, it says as well how far the picture lies from the training's, and marks it at this level.
+
     Raises:
-        AdapterError, CoverageError: the adapter cannot answer with the coverage.
+        AdapterError, CoverageError: the adapter cannot answer with the coverage, or mark at this level.
     """
     if one.adapter is None:
         return AnswerTo(image=one.image, error=one.error)
-    record, name, digest = one.adapter.record, one.adapter.adapter.name, one.adapter.digest
+    answer = _answer_to(one, one.adapter, top, coverage)
+    if unlike is None or one.features is None:
+        return answer
+    far = far_of(one.adapter, one.features, unlike)
+    return answer.model_copy(update={"as_far": far.as_far, "unlike": far.unlike})
+
+
+def _answer_to(one: SaidOf, adapter: HostedAdapter, top: int, coverage: float | None) -> AnswerTo:
+    record, name, digest = adapter.record, adapter.adapter.name, adapter.digest
     if record.tasks:
         if coverage is None:
             (found,) = answers_to_tasks(record.tasks, one.probabilities[None], top, 0.0)
@@ -157,6 +172,7 @@ def one_adapter(name: str, hosted: HostedAdapter, pinned: bool) -> OneAdapter:
         outputs=record.outputs,
         multi_label=record.multi_label,
         calibrated=bool(record.calibrated),
+        unlike=hosted.reference is not None,
         figures=_finite(record.figures),
         pinned=pinned,
         tasks=task_facts(record),

@@ -15,6 +15,8 @@ from visgraft.serve.server import Server
 from visgraft.serve.store import StoreError
 
 Put = tuple[HostedAdapter, bool]
+PARTS = ("config", "tensors", "unlike")
+"""Of the form with which an adapter is sent; the last need not be there."""
 MOST_CONFIG = 2**20  # bytes of an adapter_config.json
 
 
@@ -47,7 +49,7 @@ def add_adapters(app: FastAPI, server: Server) -> None:
         openapi_extra=ADAPTER,
     )
     async def put(name: str, request: Request, response: Response) -> Any:
-        """Add an adapter, or put it in place of another: its two files, or a path below the server's folder."""
+        """Add an adapter, or put it in place of another: its files, or a path below the server's folder."""
         form = request.headers.get("content-type", "").lower().startswith("multipart/")
         hosted, before = await (_put_files if form else _put_path)(server, name, request)
         response.status_code = 200 if before else 201
@@ -71,17 +73,18 @@ async def _put_path(server: Server, name: str, request: Request) -> Put:
 
 
 async def _put_files(server: Server, name: str, request: Request) -> Put:
-    async with request.form(max_files=2, max_fields=2) as form:
-        files = [file for file in (form.get(part) for part in ("config", "tensors")) if isinstance(file, UploadFile)]
-        if len(files) != 2:
+    async with request.form(max_files=3, max_fields=3) as form:
+        files = {part: file for part in PARTS if isinstance(file := form.get(part), UploadFile)}
+        if not {"config", "tensors"} <= files.keys():
             wanted = "-F config=@adapter_config.json -F tensors=@adapter_model.safetensors"
             raise HTTPException(422, f"send the two files of an adapter: {wanted}")
-        facts, tensors = [await file.read() for file in files]
+        sent = {part: await file.read() for part, file in files.items()}
+        facts, tensors, unlike = sent["config"], sent["tensors"], sent.get("unlike")
     if len(facts) > MOST_CONFIG:
         raise HTTPException(413, f"config is larger than {MOST_CONFIG:,} bytes, so it is no adapter_config.json")
 
     def load() -> Put:
-        with uploaded(facts, tensors) as folder:
+        with uploaded(facts, tensors, unlike) as folder:
             return _loaded(server, name, folder, "the adapter that was sent", True)
 
     return await server.load(load)

@@ -72,9 +72,9 @@ class Server:
                 self._checked = time.monotonic()
 
     async def answer(
-        self, request: Request, pictures: list[SentPicture], names: list[str]
+        self, request: Request, pictures: list[SentPicture], names: list[str], look: bool = False
     ) -> tuple[list[SaidOf], Seconds]:
-        """Answer pictures, count them, and note in the request's line what it was about."""
+        """Answer pictures, count them, and note in the request's line what it was about (see `Answerer.answer`)."""
         hosting = await self.current()
         if not names:
             if len(hosting.adapters) != 1:
@@ -92,7 +92,7 @@ class Server:
                 f"{len(pictures)} pictures for {len(names)} adapters are more than one request may have; send at most "
                 f"{min(self.config.max_images, self.config.max_queue // len(names))}",
             )
-        found, seconds = await self.answerer.answer(pictures, names, request.state.owner)
+        found, seconds = await self.answerer.answer(pictures, names, request.state.owner, look)
         self.note(request, found, seconds, len(pictures))
         return found, seconds
 

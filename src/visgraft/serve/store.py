@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from visgraft.adapters.hub import CONFIG, TENSORS, resolve
+from visgraft.adapters.hub import CONFIG, TENSORS, UNLIKE, resolve
 from visgraft.errors import AdapterError, VisgraftError
 from visgraft.files import one_at_a_time, write_json
 
@@ -104,7 +104,7 @@ class FolderStore:
         place = path
         if keep:
             place = self.folder / UPLOADS / digest
-            write_files(place, {file: (path / file).read_bytes() for file in (CONFIG, TENSORS)})
+            write_files(place, files_of(path))
         write_json(self.folder / STATE, self.read() | {name: {"path": str(place), "digest": digest}})
         return self.mark()
 
@@ -117,8 +117,14 @@ class FolderStore:
         return self.mark()
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Return the files of an adapter that a server answers with, by name."""
+    kept = (UNLIKE,) if (folder / UNLIKE).is_file() else ()
+    return {name: (folder / name).read_bytes() for name in (CONFIG, TENSORS, *kept)}
+
+
 def digest_of(path: str | Path) -> str:
-    """Return the sha256 over an adapter's two files.
+    """Return the sha256 over an adapter's two files, and the one that tells unlike pictures, where it is there.
 
     Raises:
         AdapterError: there is none.
@@ -127,7 +133,7 @@ def digest_of(path: str | Path) -> str:
 
     read_record(path)
     found = hashlib.sha256()
-    for name in (CONFIG, TENSORS):
+    for name in (CONFIG, TENSORS, *((UNLIKE,) if (resolve(path) / UNLIKE).is_file() else ())):
         try:
             with open(resolve(path) / name, "rb") as file:
                 found.update(hashlib.file_digest(file, "sha256").digest())

@@ -16,8 +16,9 @@ from visgraft.backbones.creation import Backbone, create_backbone, model_data_co
 from visgraft.core.attach import count_parameters, detach
 from visgraft.core.attached import find_attached, get_attached
 from visgraft.data.dataset import Dataset, Example, listed, stratum
-from visgraft.data.examples import Coded, joined, labels_of
-from visgraft.data.images import Images, load_images, tasks_of
+from visgraft.data.examples import Coded, joined, labels_of, names_of, tasks_of
+from visgraft.data.images import Images, load_images
+from visgraft.data.shared_images import with_shared
 from visgraft.data.stratify import label_marks, marked_folds
 from visgraft.data.task_tensors import known
 from visgraft.data.tasks import LabelTask, column_slices, output_slices
@@ -192,7 +193,7 @@ def folds(examples: Sequence[Example], folds: int = 5, repeats: int = 2, seed: i
 
 def _task_folds(examples: Sequence[Example], folds: int, repeats: int, seed: int) -> list[Fold]:
     """Divide images with labels for several tasks, which `folds` explains."""
-    tasks, members = tasks_of(examples), clusters([example.group for example in examples], len(examples))
+    tasks, members = tasks_of(examples), _task_members(examples)
     small = [
         f"{name} ({count})" for name, count in _holders(labels_of(examples), tasks, members).items() if count < folds
     ]
@@ -203,6 +204,11 @@ def _task_folds(examples: Sequence[Example], folds: int, repeats: int, seed: int
             f"but some have fewer: {listed(small)}; take fewer folds"
         )
     return marked_folds(label_marks(labels_of(examples)), members, folds, repeats, seed)
+
+
+def _task_members(examples: Sequence[Example]) -> np.ndarray:
+    """Return the cluster of each image, int64 [N]; an image that two tasks have from places of their own is one."""
+    return with_shared(clusters([example.group for example in examples], len(examples)), names_of(examples))
 
 
 def _holders(labels: Coded, tasks: Sequence[LabelTask], members: np.ndarray) -> dict[str, int]:
@@ -225,9 +231,9 @@ def check_folds(dataset: Dataset, number: int, repeats: int, seed: int) -> None:
 
 def possible_folds(examples: Sequence[Example], most: int = 5) -> int:
     """Return into how many folds the images can be divided: as many as the rarest class has images or groups."""
-    members = clusters([example.group for example in examples], len(examples))
     if tasks_of(examples):
-        return min(most, *_holders(labels_of(examples), tasks_of(examples), members).values())
+        return min(most, *_holders(labels_of(examples), tasks_of(examples), _task_members(examples)).values())
+    members = clusters([example.group for example in examples], len(examples))
     found: dict[int, set[int]] = defaultdict(set)
     for example, member in zip(examples, members.tolist(), strict=True):
         found[stratum(example.label)].add(member)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from visgraft.core.attach import attach, strip
 from visgraft.core.configure import configure
 from visgraft.data.images import Images
+from visgraft.data.tasks import LabelTask
 from visgraft.errors import TrainingDiverged, VisgraftError
 from visgraft.measure.evaluation import logits_of
 from visgraft.measure.precision import make_compute
@@ -19,11 +20,16 @@ from visgraft.training.loop import Training, train
 
 
 class Answers(NamedTuple):
-    """What a model answers on labelled images: logits float32 [N, outputs] and labels, and the seconds that it took."""
+    """What a model answers on labelled images: logits float32 [N, outputs] and labels, and the seconds that it took.
+
+    `groups` and `tasks` are those of the images.
+    """
 
     logits: Tensor
     labels: Tensor
     seconds: float
+    groups: tuple[str | None, ...] = ()
+    tasks: tuple[LabelTask, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,4 +123,4 @@ def answer(model: nn.Module, images: Images, precision: str) -> Answers:
     """Return what a model answers on labelled images, in eval mode."""
     begin = time.perf_counter()
     logits = logits_of(model, images, make_compute(precision))
-    return Answers(logits, images.labels, time.perf_counter() - begin)
+    return Answers(logits, images.labels, time.perf_counter() - begin, images.groups, images.tasks)

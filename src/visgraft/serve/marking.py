@@ -1,0 +1,51 @@
+"""Marks pictures unlike any of an adapter's training in what the server answers, by what the engine has looked at."""
+
+from collections.abc import Iterable
+from functools import lru_cache
+
+import safetensors.torch
+from torch import Tensor
+
+from visgraft.adapters.reference import Reference, check_kept, parse_reference
+from visgraft.measure.unlike import share_as_far
+from visgraft.serve.hosting import HostedAdapter
+from visgraft.serve.unlike import Far, check_level, check_share
+
+MOST_PARSED = 64
+"""References that are kept in double precision; others lie as files are, in a quarter of the memory or less."""
+
+
+def check_marking(level: float | None, adapters: Iterable[tuple[str, HostedAdapter]]) -> None:
+    """Raise unless each of these adapters, by name, can mark unlike pictures at a level; None: any can.
+
+    Raises:
+        AdapterError: one keeps no reference, or had too few validation images for this level.
+        VisgraftError: the level is none.
+    """
+    if level is not None:
+        check_share(level)
+        for name, hosted in adapters:
+            check_level(level, name, len(_reference(name, hosted).distances))
+
+
+def far_of(hosted: HostedAdapter, features: Tensor, level: float) -> Far:
+    """Return how far a picture lies, of the plain backbone's features [F], and whether it is marked at a level.
+
+    Raises:
+        AdapterError: see `check_marking`.
+    """
+    name = hosted.adapter.name
+    check_marking(level, [(name, hosted)])  # one may have taken the other's name meanwhile
+    (share,) = share_as_far(_reference(name, hosted), features.double().numpy()[None]).tolist()
+    return Far(share, share <= level)
+
+
+def _reference(name: str, hosted: HostedAdapter) -> Reference:
+    check_kept(name, hosted.reference is not None)
+    assert hosted.reference is not None
+    return _parsed(hosted.reference)
+
+
+@lru_cache(maxsize=MOST_PARSED)
+def _parsed(content: bytes) -> Reference:
+    return parse_reference(safetensors.torch.load(content))
