@@ -34,7 +34,7 @@ from visgraft import files
 from visgraft.adapters.directory import TENSORS
 from visgraft.export.plain import merge_adapter, reopen_plain
 from visgraft.methods import get_method
-from visgraft.training import run as training
+from visgraft.training import keeping
 from visgraft.training.resume import state_file
 from visgraft.training.run import train_folder
 
@@ -124,7 +124,7 @@ def colours(root: Path) -> Path:
 
 def fit(data: Path, out: Path, resume: bool = False) -> None:
     """Train, writing the state after every epoch."""
-    training.STATE_SECONDS = 0.0
+    keeping.STATE_SECONDS = 0.0
     train_folder(data, out, backbone=BACKBONE, method_config=LORA, train_config=RECIPE, resume=resume)
 
 

@@ -65,6 +65,7 @@ REACHED = {
     "cli/app": ("visgraft", "demo", *MEASURING),
     "cli/arguments": (*TRAINING[:2], "eval", "report", "check"),
     "cli/bench": ("bench run", "bench check", "bench table"),
+    "cli/bench_images": ("bench run", "bench check"),
     "cli/demo": ("demo",),
     "cli/export": ("export",),
     "cli/import_": ("import",),

@@ -179,6 +179,7 @@ def test_adapters_that_are_not_linear_are_compared_by_what_they_do(lora: Path, p
     images = sorted(pictures.rglob("*.png"))[:8]
     found = diff_adapters(prompts, other, images=images)
     assert found.total is None and found.no_maps is not None and not found.tensors
+    assert len(found.parts) > 4
     assert all(part.maps is None and part.features is not None and part.features.distance for part in found.parts[4:])
     assert found.parts[0].features is not None and found.parts[0].features.distance is None, "it is not adapted"
     same = diff_adapters(prompts, prompts, images=images)

@@ -81,6 +81,29 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("archive", [True, False])
+def test_every_protocol_of_pickle_is_read_or_refused_in_one_line_and_never_run(
+    protocol: int, archive: bool, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    whole, trap, marker = tmp_path / "whole.pth", tmp_path / "trap.pth", tmp_path / "marker"
+    state = vit(seed=1).state_dict()
+    for file, content in ((whole, state), (trap, {**state, "norm.bias": Trap(marker)})):
+        torch.save(content, file, pickle_protocol=protocol, _use_new_zipfile_serialization=archive)
+    told = refusal(lambda: load_weights(vit(), trap))
+    newer = "saved with pickle_protocol=4 or above (torch.save it anew without)"
+    if protocol < 4:
+        assert str(trap) in told and "could run code and are never unpickled; if you trust the file, resave" in told
+        model = vit(seed=2)
+        load_weights(model, whole)
+        own = model.state_dict()
+        assert all(torch.equal(own[name], tensor) for name, tensor in state.items() if not name.startswith("head."))
+    else:
+        assert f"{trap} cannot be read as weights" in told and newer in told
+        assert newer in refusal(lambda: load_weights(vit(), whole))
+    assert not marker.exists() and not [str(one.message) for one in recwarn if "pickle" in str(one.message)]
+
+
 DAMAGED: dict[str, Callable[[bytes], bytes]] = {
     "truncated": lambda data: data[:-1],
     "cut in the header": lambda data: data[:50],

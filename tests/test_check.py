@@ -400,7 +400,7 @@ def test_the_page_is_self_contained_and_escapes_names(tmp_path: Path) -> None:
     assert not page.tags & {"b", "script", "i", "u", "link", "iframe"}
     assert "&lt;b&gt;bold&lt;/b&gt;" in text
     assert "{{ 7*7 }}" in text
-    assert all(source.startswith(("data:image/jpeg;base64,", "#")) for source in page.sources)
+    assert page.sources and all(source.startswith(("data:image/jpeg;base64,", "#")) for source in page.sources)
     assert sum(source.startswith("data:") for source in page.sources) >= 2
     assert "url(" not in text and "@import" not in text
     assert out.stat().st_size < 3_000_000

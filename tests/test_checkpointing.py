@@ -72,3 +72,4 @@ def test_families_have_it() -> None:
     for kind in ALL_FAMILIES:
         model: Any = family(kind)
         model.set_grad_checkpointing(True)
+        assert any(getattr(module, "grad_checkpointing", False) for module in model.modules()), kind

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sklearn
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -138,12 +139,12 @@ def test_calibration_lowers_the_loss_of_other_images() -> None:
 
 
 def test_the_temperature_is_scikit_learns() -> None:
-    calibration: Any = pytest.importorskip("sklearn.calibration")
-    scaling = getattr(calibration, "_TemperatureScaling", None)
-    if scaling is None:
+    if tuple(map(int, sklearn.__version__.split(".")[:2])) < (1, 8):
         pytest.skip("scikit-learn below 1.8 has no temperature")
+    from sklearn.calibration import _TemperatureScaling
+
     logits, labels = answers(3000, 3, sharp=2.0)
-    theirs = 1 / float(scaling().fit(logits.double().numpy(), labels.numpy()).beta_)
+    theirs = 1 / float(_TemperatureScaling().fit(logits.double().numpy(), labels.numpy()).beta_)
     assert fit_temperature(logits.softmax(-1), labels) == pytest.approx(theirs, rel=0.01)
 
 

@@ -218,7 +218,6 @@ def test_bytes_from_inside_a_data_set(tmp_path: Path) -> None:
 
 
 def test_heic_is_upright(tmp_path: Path) -> None:
-    pytest.importorskip("pillow_heif")
     image = Image.new("RGB", (64, 32), "black")
     image.paste("white", (0, 0, 32, 32))
     exif = Image.Exif()

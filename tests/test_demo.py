@@ -63,7 +63,7 @@ def test_an_interrupted_demo_says_what_is_true_of_it(
     tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo, "QUICK_OPTIONS", {"lr": 5e-3, "epochs": 500, "last_blocks": 1})
-    monkeypatch.setattr("visgraft.training.run.STATE_SECONDS", 0.0)
+    monkeypatch.setattr("visgraft.training.keeping.STATE_SECONDS", 0.0)
 
     def stop() -> None:
         while not state_file(tmp_path / "alore-quick").exists():

@@ -20,8 +20,6 @@ from visgraft.executors.job import Event, Executor, Job, Note
 from visgraft.executors.on_ray import OnRay
 from visgraft.executors.processes import Processes
 
-pytest.importorskip("ray")
-
 
 def square(number: int, note: Note) -> int:
     note("half way")

@@ -35,18 +35,9 @@ def model_of(name: str = "lora-0", kind: str = "plain", classes: Any = ()) -> Ad
     return Adapted.of(adapted(name, kind), classes=classes)
 
 
-def needs(package: str, why: str = "") -> None:
-    """Skip a test without a package, which is not imported to find out: that of OpenVINO tells its maker."""
-    if importlib.util.find_spec(package) is None:
-        pytest.skip(f"pip install 'visgraft[{package}]' installs it{why}")
-
-
-def needs_openvino() -> None:
-    needs("openvino")
-
-
 def needs_executorch() -> None:
-    needs("executorch", "; of 20 packages, so that the test extra leaves it out")
+    if importlib.util.find_spec("executorch") is None:
+        pytest.skip("pip install 'visgraft[executorch]' installs it; of 20 packages, so that the test extra lacks it")
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +126,6 @@ def test_a_program_in_half_precision_is_smaller_and_measured_and_keeps_names_tha
 @pytest.mark.long
 @pytest.mark.parametrize(("name", "kind"), OTHERS, ids=lambda value: value)
 def test_openvino_answers_as_the_model_and_tells_nobody(name: str, kind: str, tmp_path: Path) -> None:
-    needs_openvino()
     model, out = model_of(name, kind, NAMES), tmp_path / 'it\'s "m" ü'
     certificate = export_model(model, out, "openvino")
     assert certificate.agreement == 1.0 and certificate.computed_by.startswith("openvino 2")
@@ -219,7 +209,8 @@ def test_a_missing_package_is_named_with_what_installs_it(
     "format", ["torch", *(pytest.param(other, marks=pytest.mark.long) for other in ("openvino", "executorch"))]
 )
 def test_a_damaged_file_is_one_line(format: str, written: tuple[Path, ExportCertificate], tmp_path: Path) -> None:
-    {"openvino": needs_openvino, "executorch": needs_executorch}.get(format, lambda: None)()
+    if format == "executorch":
+        needs_executorch()
     form = FORMATS[format]
     target = tmp_path / f"m{form.suffix}"
     if format == "torch":
@@ -241,8 +232,6 @@ def test_where_a_file_does_not_fit_nothing_is_left(format: str, tmp_path: Path) 
     """Torch's own writer would end this process here."""
     import resource
 
-    if format == "openvino":
-        needs_openvino()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60000, hard))
     try:

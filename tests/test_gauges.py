@@ -125,8 +125,15 @@ def test_impossible_gauges_are_refused(position: int, size: int, message: str) -
         draw_gauge(position, np.random.default_rng(0), size)
 
 
-@pytest.mark.parametrize("wrong", [{"val": -1}, {"seed": -1}, {"size": 20}])
-def test_impossible_folders_are_refused(tmp_path: Path, wrong: dict[str, int]) -> None:
-    with pytest.raises(DataError):
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"val": -1}, "must not be negative, got .*val=-1"),
+        ({"seed": -1}, "must not be negative, got .*seed=-1"),
+        ({"size": 20}, "a gauge of 20 pixels cannot be read"),
+    ],
+)
+def test_impossible_folders_are_refused(tmp_path: Path, wrong: dict[str, int], told: str) -> None:
+    with pytest.raises(DataError, match=told):
         draw_gauges(tmp_path / "gauges", **wrong)
     assert list(tmp_path.iterdir()) == []

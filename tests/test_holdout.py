@@ -165,7 +165,8 @@ def test_two_folders_without_classes_and_nothing_else(photos: Path, numbered: Pa
 
 
 def test_other_parts_of_a_hub_data_set_are_measured(numbered: Path, tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["10", "2", "1"])})
     rng = np.random.default_rng(0)
     pictures = [Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)) for _ in range(4)]

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from PIL import Image
 
@@ -14,8 +15,6 @@ from visgraft.data.dataset import Dataset, Split
 from visgraft.data.decode import open_image
 from visgraft.data.read import read_data
 from visgraft.errors import DataError
-
-datasets = pytest.importorskip("datasets")
 
 ALL = Split(0, 0)
 CLASSES = datasets.ClassLabel(names=["zebra", "ant", "moth"])

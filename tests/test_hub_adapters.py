@@ -357,7 +357,7 @@ def test_a_version_that_was_cut_off_leaves_the_earlier_one(
     first = answers("hf:user/a")
     repo.commit(files(other))
     hub.instead = broken(500, b"", "/large/")
-    with pytest.raises(AdapterError):
+    with pytest.raises(AdapterError, match="hf:user/a: "):
         visgraft.load("hf:user/a")
     offline(monkeypatch)
     assert torch.equal(answers("hf:user/a"), first)

@@ -73,7 +73,7 @@ def interrupted(data: Path, out: Path, backbone: Sequence[object] = SMALL) -> li
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)  # SIGINT may be ignored, as in jobs of a script
 
-    with patch("visgraft.training.run.STATE_SECONDS", 0.0):
+    with patch("visgraft.training.keeping.STATE_SECONDS", 0.0):
         threading.Thread(target=stop, daemon=True).start()
         code, _, err = run(*command)
     assert code == 130 and "give the same command with --resume to go on" in err, err
@@ -115,7 +115,8 @@ def test_resume_names_the_first_image_that_differs(tmp_path: Path) -> None:
 
 
 def test_an_image_that_is_not_there_is_left_out_where_that_was_asked_for(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     rng = np.random.default_rng(0)
     pictures: list[object] = [Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)) for _ in range(16)]

@@ -83,6 +83,21 @@ def test_docs_list_the_rooms_in_their_order_and_each_says_what_belongs_there() -
         assert sum(bool(line) for line in lines) >= 3 and any("belong" in line for line in lines), path.parent.name
 
 
+def test_no_file_and_no_function_is_too_long_to_read() -> None:
+    """Of a function everything counts, from its first decorator on."""
+    files, functions = dict[str, int](), dict[str, int]()
+    for path in SOURCE.rglob("*.py"):
+        text, place = path.read_text(encoding="utf-8"), path.relative_to(SOURCE).as_posix()
+        files[place] = len(text.splitlines())
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                first = min([node, *node.decorator_list], key=lambda part: part.lineno).lineno
+                functions[f"{place}: {node.name}"] = (node.end_lineno or 0) - first + 1
+    assert len(files) > 200 and len(functions) > 2000
+    assert {name: lines for name, lines in files.items() if lines > 400} == {}
+    assert {name: lines for name, lines in functions.items() if lines > 60} == {}
+
+
 def test_a_name_means_one_thing() -> None:
     found: dict[str, set[str]] = {}
     for path in SOURCE.rglob("*.py"):

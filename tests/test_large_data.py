@@ -160,7 +160,9 @@ def test_texts_keep_every_file_name() -> None:
 
 
 def test_a_parquet_table_reads_as_the_csv_of_the_same_rows(tmp_path: Path) -> None:
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+    from pyarrow import parquet
+
     plain = LAYOUTS["grouped"][0](tmp_path)
     rows = [line.split(",") for line in plain.read_text(encoding="utf-8").splitlines()]
     columns: dict[str, list[object]] = {name: [row[i] for row in rows[1:]] for i, name in enumerate(rows[0])}

@@ -96,6 +96,7 @@ def test_the_merged_model_is_the_exact_one_rounded_once() -> None:
     for name, tensor in plain.state_dict().items():
         assert torch.equal(tensor, exact.state_dict()[name].float()), name
     untouched = [name for name in vit().state_dict() if name.startswith("patch_embed")]
+    assert untouched == ["patch_embed.proj.weight", "patch_embed.proj.bias"]
     assert all(torch.equal(plain.state_dict()[name], vit().state_dict()[name]) for name in untouched)
     assert {tensor.dtype for tensor in plain.state_dict().values()} == {torch.float32}
     assert 0 < certificate.fold_difference < certificate.fold_tolerance

@@ -184,7 +184,7 @@ def test_inside_transformers_wrapper_it_answers_too(kind: str, tmp_path: Path) -
     adapter, weights = written(SAID["lora-all"], tmp_path, kind)
     found = export_adapter(adapter, tmp_path / "out", "peft", weights=str(weights), for_="transformers")
     names = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    assert all(name.startswith("base_model.model.timm_model.") for name in names)
+    assert names and all(name.startswith("base_model.model.timm_model.") for name in names)
     base: Any = TimmWrapperForImageClassification(TimmWrapperConfig(architecture=f"tiny_{kind}", num_labels=5))
     base.timm_model.load_state_dict(load_file(weights))
     model = PeftModel.from_pretrained(base, str(tmp_path / "out")).eval()

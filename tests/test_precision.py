@@ -58,6 +58,7 @@ def test_training_gives_the_frozen_weights_back_as_they_were_also_after_an_error
         else:
             assert lr < 1 and not same(before, held(model))
         after = dict(model.named_parameters())
+        assert frozen
         assert all(after[name].dtype == torch.float32 and torch.equal(after[name], frozen[name]) for name in frozen)
 
 

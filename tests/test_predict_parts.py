@@ -16,8 +16,6 @@ from typing import Any
 import pytest
 from predicting import adapters, content, make, pictures, refused, run
 
-pytest.importorskip("pyarrow")
-
 Rows = list[dict[str, Any]]
 
 
@@ -218,7 +216,8 @@ def test_an_ensemble_in_parts(adapters: dict[str, Path], many: Path, tmp_path: P
 @pytest.fixture(scope="module")
 def elsewhere(pictures: list[Path]) -> str:
     """A folder in a file system of fsspec's in this process."""
-    fsspec = pytest.importorskip("fsspec")
+    import fsspec
+
     memory = fsspec.filesystem("memory")
     for place in ("b/2.png", "b/1.PNG", "a.png", ".hidden/x.png", "b/note.txt"):
         memory.pipe_file(f"/photos/{place}", pictures[0].read_bytes())

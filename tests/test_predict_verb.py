@@ -46,7 +46,8 @@ def test_tables_hold_what_json_says(
         with out.open(newline="", encoding="utf-8") as file:
             rows: list[dict[str, Any]] = list(csv.DictReader(file))
     else:
-        parquet = pytest.importorskip("pyarrow.parquet")
+        from pyarrow import parquet
+
         rows = parquet.read_table(out).to_pylist()
     columns = ["class", "probability", "class_2", "probability_2", "class_3", "probability_3"]
     assert list(rows[0]) == ["image", "adapter", *columns]
@@ -62,7 +63,8 @@ def test_tables_hold_what_json_says(
 def test_a_large_parquet_file_is_written_in_parts(
     adapters: dict[str, Path], pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet")
+    from pyarrow import parquet
+
     monkeypatch.setattr("visgraft.serve.tables.ROWS_AT_ONCE", 4)
     assert run(adapters["linear"], *pictures, "--out", tmp_path / "t.parquet")[0] == 0
     file = parquet.ParquetFile(tmp_path / "t.parquet")
@@ -230,7 +232,9 @@ def test_a_table_names_an_adapter_for_each_image(
     named = [(str(pictures[0]), "sub/lora"), ("near.png", "alore"), (str(pictures[1]), "sub/lora")]
     (tmp_path / "near.png").write_bytes(pictures[2].read_bytes())
     if ending == "parquet":
-        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        import pyarrow
+        from pyarrow import parquet
+
         columns = {"adapter": [b for _, b in named], "more": [1, 2, 3], "Image": [a for a, _ in named]}
         parquet.write_table(pyarrow.table(columns), work)
     else:
@@ -292,8 +296,8 @@ def test_what_does_not_go_with_a_table_is_refused(zoo: Path, pictures: list[Path
 def test_parquet_files_whose_columns_are_no_text_or_damaged(
     adapters: dict[str, Path], pictures: list[Path], tmp_path: Path
 ) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
+    from pyarrow import parquet
 
     work, names = tmp_path / "work.parquet", pyarrow.array([str(picture) for picture in pictures[:2]])
     for column in (names, names.cast(pyarrow.binary()), names.dictionary_encode()):

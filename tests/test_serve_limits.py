@@ -343,7 +343,7 @@ def test_one_image_does_not_take_a_batch_with_it(bank: Bank, monkeypatch: pytest
         gate.release(20)
         for one, logits in zip((found[0], found[2]), expected, strict=True):
             torch.testing.assert_close(one.result(120).logits, logits, rtol=1e-4, atol=1e-5)
-        with pytest.raises(VisgraftError):
+        with pytest.raises(VisgraftError, match="31"):
             found[1].result(120)
     assert max(map(len, batches)) == 3
     engine.close()

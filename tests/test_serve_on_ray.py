@@ -65,7 +65,6 @@ class Direct:
 def test_a_change_of_somebody_else_is_never_taken_for_seen(
     adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("ray")
     monkeypatch.setattr("visgraft.serve.keeper.answer_of", lambda answer, seconds=0: answer)
     monkeypatch.setattr("ray.get_runtime_context", type("Node", (), {"get_node_id": lambda self: "0" * 20}))
     sent = {name: Sent.of(adapters[name], digest_of(adapters[name])) for name in ("sct", "lora")}
@@ -124,7 +123,6 @@ def start(*words: Any, log: Path) -> Served:
 @pytest.fixture(scope="module")
 def served(cluster: Any, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """Two workers on a cluster, answering."""
-    pytest.importorskip("ray.serve", reason="ray[serve] is not installed", exc_type=ImportError)
     log = tmp_path_factory.mktemp("log") / "log"
     found = start(adapters["sct"], "--workers", 2, "--max-images", 64, log=log)
     try:
@@ -137,7 +135,6 @@ def served(cluster: Any, adapters: dict[str, Path], tmp_path_factory: pytest.Tem
 
 @pytest.mark.long
 def test_what_a_cluster_cannot_serve_is_refused(cluster: Any, adapters: dict[str, Path]) -> None:
-    pytest.importorskip("ray.serve", reason="ray[serve] is not installed", exc_type=ImportError)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         words = adapters["sct"], "--on", "ray", "--port", taken.getsockname()[1]
         assert "cannot be listened on (Address already in use); choose another --host or --port" in refused(*words)

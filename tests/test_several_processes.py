@@ -117,6 +117,7 @@ def check_equal(found: dict[str, Tensor], expected: dict[str, Tensor], case: Cas
 def test_two_processes_give_the_weights_of_one(name: str, together: Any) -> None:
     tensors, _, _ = together
     found = [{k.removeprefix(f"{name}/"): v for k, v in t.items() if k.startswith(f"{name}/")} for t in tensors]
+    assert found[0] and found[0].keys() == found[1].keys()
     assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
     check_equal(found[0], single(name), CASES[name])
 

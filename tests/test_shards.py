@@ -21,8 +21,6 @@ from visgraft.data.decode import open_image
 from visgraft.data.identity import content_digests
 from visgraft.errors import DataError
 
-pytest.importorskip("webdataset")
-
 CONFIG = {"input_size": [3, 8, 8], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "crop_pct": 1.0}
 ALL = Split(0, 0)
 
@@ -182,7 +180,6 @@ def served(folder: Path) -> Iterator[str]:
 
 
 def test_remote_shards_are_downloaded_once(tmp_path: Path) -> None:
-    pytest.importorskip("aiohttp")
     pack(tmp_path / "there" / "a.tar", samples(0, 4))
     with served(tmp_path / "there") as address:
         data = read_data(f"wds:{address}/a.tar", ALL)

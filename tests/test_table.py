@@ -114,6 +114,16 @@ def test_groups_stay_in_one_part(tmp_path: Path) -> None:
     assert len(drawn.val) == 8
 
 
+def test_the_draw_of_groups_is_reproducible_and_follows_the_seed(tmp_path: Path) -> None:
+    lines = [f"{number:02}.png,{'ab'[number % 2]},patient {number // 4}" for number in range(40)]
+    table = write_table(tmp_path, "image_path,label,group", *lines, images=40)
+
+    def drawn(seed: int) -> list[str]:
+        return [example.path.name for example in read_table(table, split=Split(0.2, 0.2, seed)).test]
+
+    assert drawn(3) == drawn(3) and any(drawn(seed) != drawn(3) for seed in range(3))
+
+
 def test_multi_label(tmp_path: Path) -> None:
     lines = rows(12, "rust;scratch", "", "scratch", "scratch; dent ;scratch")
     data = read_table(write_table(tmp_path, "image_path,labels", *lines), split=ALL)

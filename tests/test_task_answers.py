@@ -163,7 +163,8 @@ def test_a_table_has_columns_of_each_task_and_reads_back_as_labels(
 
 
 def test_parquet_keeps_kinds_units_and_parts(shop: Path, pictures: list[Path], tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet")
+    from pyarrow import parquet
+
     (tmp_path / "broken.png").write_bytes(b"none")
     images = [*pictures, tmp_path / "broken.png"]
     asked = ("--top", 2, "--batch-size", 4)

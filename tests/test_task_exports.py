@@ -75,7 +75,6 @@ def test_one_label_leaves_no_trace_of_tasks(tmp_path: Path) -> None:
 
 
 def test_peft_takes_the_tasks_along_and_brings_them_back(shop: Path, pictures: list[Path], tmp_path: Path) -> None:
-    pytest.importorskip("peft")
     from visgraft.export.peft_import import import_peft
     from visgraft.export.peft_open import FACTS
 

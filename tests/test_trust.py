@@ -158,7 +158,8 @@ def test_every_way_of_asking_names_the_same_sets(gauges: Path, trained: Path, tm
     assert run(trained, *images, "--coverage", 0.95, "--out", table)[0] == 0
     rows = list(csv.DictReader(table.open(encoding="utf-8")))
     assert [[row[key] for key in ("class", "class_2", "class_3") if row[key]] for row in rows] == wanted
-    parquet = pytest.importorskip("pyarrow.parquet")
+    from pyarrow import parquet
+
     for target, more in ((tmp_path / "t.parquet", []), (tmp_path / "parts", ["--part-size", 7])):
         assert run(trained, *images, "--coverage", 0.95, "--out", target, *more)[0] == 0
         found_rows = parquet.read_table(target).to_pylist()
@@ -383,7 +384,8 @@ def test_unlike_is_told_in_every_form(gauges: Path, trained: Path, tmp_path: Pat
     assert [(row["as_far"], row["unlike"]) for row in json.loads(out)] == wanted
     lines = run(trained, *images, "--unlike", 0.1)[1].splitlines()
     assert ["(unlike: " in line for line in lines] == [mark for _, mark in wanted]
-    parquet = pytest.importorskip("pyarrow.parquet")
+    from pyarrow import parquet
+
     for target in (tmp_path / "t.csv", tmp_path / "t.parquet", tmp_path / "parts"):
         assert run(trained, *images, "--unlike", 0.1, "--out", target)[0] == 0
         if target.suffix == ".csv":

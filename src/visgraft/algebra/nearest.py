@@ -125,12 +125,11 @@ def nearest_adapters(
     dataset = _read_single(photos)
     paths = find_adapters(among)
     records, left = _readable(paths)
-    chosen = _commonest(records)
-    if chosen is None:
+    if not records:
         raise _nothing_left(among, left)
+    chosen = _commonest(records)
     bank = empty_bank(paths[chosen], weights=weights)
-    prepared: dict[str, _Prepared] = {}
-    found: list[tuple[FeatureScore, np.ndarray]] = []
+    prepared, found = dict[str, _Prepared](), list[tuple[FeatureScore, np.ndarray]]()
     for number, (name, record) in enumerate(records.items()):
         on_progress(number, len(records))
         try:
@@ -187,12 +186,10 @@ def _readable(paths: Mapping[str, Path]) -> tuple[dict[str, AdapterRecord], list
     return records, left
 
 
-def _commonest(records: Mapping[str, AdapterRecord]) -> str | None:
-    """Return the first adapter of the backbone that most are of; None where there is none."""
+def _commonest(records: Mapping[str, AdapterRecord]) -> str:
+    """Return the first adapter of the backbone that most are of."""
     # An adapter that trains tensors which somebody else unfroze has a digest without those.
     kinds = {name: repr((one.backbone.name, one.digest, one.own)) for name, one in records.items()}
-    if not kinds:
-        return None
     (most, _), *_ = Counter(kinds.values()).most_common(1)
     return next(name for name, kind in kinds.items() if kind == most)
 

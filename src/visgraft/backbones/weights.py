@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import sys
+import warnings
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -175,12 +176,15 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     if path.suffix.lower() == ".safetensors":
         return read_safetensors(path)
     try:
-        with torch.serialization.safe_globals(SAFE_CLASSES):
+        with torch.serialization.safe_globals(SAFE_CLASSES), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # what torch cannot read of it, it refuses
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         blocked = re.search(r"GLOBAL (\S+)", str(error))
-        if blocked is None:  # a damaged file, or no pickle at all
-            raise ValueError("it is damaged, or no file of tensors that torch wrote") from error
+        if blocked is None:  # a damaged file, no pickle at all, or one with instructions of protocol 4 and later
+            newer = ", or was saved with pickle_protocol=4 or above (torch.save it anew without)"
+            known = newer if "Unsupported operand" in str(error) else ", or no file of tensors that torch wrote"
+            raise ValueError(f"it is damaged{known}") from error
         raise WeightsError(
             f"{path} holds Python objects besides tensors ({blocked[1]}), which could run code and are never "
             "unpickled; if you trust the file, resave its tensors with safetensors.torch.save_file, and pass that file"

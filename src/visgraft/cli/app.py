@@ -21,13 +21,14 @@ from visgraft.cli.arguments import (
     Json,
     Part,
     Quiet,
-    SkipBroken,
     TaskFolders,
+    TypedLoading,
     Weights,
     source,
 )
 from visgraft.cli.bench import build as build_bench
 from visgraft.cli.blend import blend
+from visgraft.cli.bundles import with_bundles
 from visgraft.cli.check import check
 from visgraft.cli.compare import compare
 from visgraft.cli.diff import diff
@@ -67,29 +68,28 @@ Nothing at hand? visgraft demo --quick takes a minute. All verbs: visgraft --hel
 LINE_FEEDS = re.compile(r"\s*[\n\r]\s*")
 
 
+@with_bundles
 def eval_(
     adapter: AdapterFolder,
+    *,
     data: Data = None,
     csv: Csv = None,
     task: TaskFolders = None,
     weights: Weights = None,
     split: Part = "test",
-    cache: Cache = "auto",
-    skip_broken: SkipBroken = False,
-    background: Background = None,
+    reading: TypedLoading,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Measure an adapter on the test images of a folder, a table or a data set."""
     from visgraft.cli.show import emit, print_figures, warn
     from visgraft.data.dataset import listed
-    from visgraft.data.images import Loading
     from visgraft.measure.measuring import eval_adapter
 
     if split not in ("test", "val", "train", "all"):
         raise VisgraftError(f"--split is {split!r}, but must be test, val, train or all")
-    loading = Loading(cache, skip_broken, background)
-    figures = eval_adapter(adapter, source(data, csv, task), weights=weights, part=split, loading=loading)
+    images, loading = source(data, csv, task), reading.loading()
+    figures = eval_adapter(adapter, images, weights=weights, part=split, loading=loading)
     if left_out := figures.get("tasks_left_out"):
         told = ", ".join(f"{name} ({why})" for name, why in left_out.items())
         warn(f"left out: {told}; the figures say nothing about {'it' if len(left_out) == 1 else 'them'}")

@@ -1,10 +1,17 @@
 """Arguments and options that several verbs share."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from visgraft.options import flag_of
+
+if TYPE_CHECKING:
+    from visgraft.data.images import Loading
+    from visgraft.executors.job import Executor
 
 METHOD, BACKBONE, WEIGHTS = "alore", "vit_base_patch16_224.augreg_in21k", "hub"
 """What trains where nothing is named."""
@@ -66,13 +73,6 @@ Workers = Annotated[
         help="trainings at a time; none: 1, on Ray as many as fit; 0: in this process", min=0, show_default=False
     ),
 ]
-OnParts = Annotated[
-    str | None,
-    typer.Option(
-        help="--out FOLDER: where parts are written: here, processes, ray or ray://HOST:PORT; none: here",
-        show_default=False,
-    ),
-]
 CpusPerWorker = Annotated[
     int | None, typer.Option(help="--on ray: cores that each worker has; none: 1", show_default=False)
 ]
@@ -115,14 +115,44 @@ def source(data: str | None, csv: Path | None, tasks: Sequence[str] | None = Non
     return Source(data, csv, labels, tuple(pairs))
 
 
-def given_executor(on: str | None, workers: int | None, cpus: int | None, gpus: float | None, module: str) -> Any:
-    """Return where trainings run that need a module; None, one after another in this process, where nobody said.
+@dataclass(frozen=True)
+class TypedLoading:
+    """How images are read, as typed."""
 
-    Raises:
-        VisgraftError: there is no such executor, or an option would have no effect.
-    """
-    from visgraft.executors.choosing import choose_executor
+    cache: Cache = "auto"
+    skip_broken: SkipBroken = False
+    background: Background = None
 
-    if (on, workers, cpus, gpus) == (None, None, None, None):
-        return None
-    return choose_executor(on, workers, cpus=cpus, gpus=gpus, preload=[module], fresh=False)
+    def loading(self) -> "Loading":
+        """Return what `load_images` takes."""
+        from visgraft.data.images import Loading
+
+        return Loading(self.cache, self.skip_broken, self.background)
+
+
+@dataclass(frozen=True)
+class TypedPlace:
+    """Where trainings run, as typed; None where nothing is said."""
+
+    on: On = None
+    workers: Workers = None
+    cpus_per_trial: CpusPerTrial = None
+    gpus_per_trial: GpusPerTrial = None
+
+    @property
+    def given(self) -> str | None:
+        """The first option that was given."""
+        return next((flag_of(name) for name, value in vars(self).items() if value is not None), None)
+
+    def executor(self, module: str) -> "Executor | None":
+        """Return where trainings run that need a module; None, one after another in this process, if nobody said.
+
+        Raises:
+            VisgraftError: there is no such executor, or an option would have no effect.
+        """
+        from visgraft.executors.choosing import choose_executor
+
+        if self.given is None:
+            return None
+        cpus, gpus = self.cpus_per_trial, self.gpus_per_trial
+        return choose_executor(self.on, self.workers, cpus=cpus, gpus=gpus, preload=[module], fresh=False)

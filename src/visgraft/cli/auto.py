@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from visgraft.cli.labels import TypedImages
+from visgraft.cli.launched import refuse_launched
 from visgraft.errors import VisgraftError
 from visgraft.options import AUTO, MethodConfig, TrainConfig, flag_of
 
@@ -26,8 +27,9 @@ def check_asked(values: Mapping[str, Any], begun: Mapping[str, Any]) -> None:
         begun: further options that begin or continue a training of a method that is known already.
 
     Raises:
-        VisgraftError: one is given.
+        VisgraftError: one is given, or several processes were started.
     """
+    refuse_launched("--method auto", "chooses within a time")
     for name, value in values.items():
         if value is not None and name not in GIVEN:
             raise VisgraftError(

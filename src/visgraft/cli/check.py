@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from visgraft.cli.arguments import Json
-from visgraft.cli.labels import TypedImages, with_labels
+from visgraft.cli.bundles import with_bundles
+from visgraft.cli.labels import TypedImages
 
 if TYPE_CHECKING:
     from visgraft.check import Finding, Report
@@ -18,7 +19,7 @@ SETS, PICTURES = 3, 4  # shown of each finding
 CLASSES = 20
 
 
-@with_labels
+@with_bundles
 def check(
     images: TypedImages,
     *,

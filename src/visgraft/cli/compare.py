@@ -9,23 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visgraft.cli.arguments import (
-    BACKBONE,
-    WEIGHTS,
-    Background,
-    Cache,
-    CpusPerTrial,
-    CropMode,
-    GpusPerTrial,
-    Json,
-    On,
-    Pool,
-    Quiet,
-    SkipBroken,
-    Workers,
-    given_executor,
-)  # fmt: skip
-from visgraft.cli.labels import TypedImages, with_labels
+from visgraft.cli.arguments import BACKBONE, WEIGHTS, CropMode, Json, Pool, Quiet, TypedLoading, TypedPlace
+from visgraft.cli.bundles import with_bundles
+from visgraft.cli.labels import TypedImages
 
 if TYPE_CHECKING:
     from visgraft.search import Comparison, Progress
@@ -58,7 +44,7 @@ TrainBest = Annotated[
 ]
 
 
-@with_labels
+@with_bundles
 def compare(
     images: TypedImages,
     *,
@@ -77,13 +63,8 @@ def compare(
     precision: Precision = "auto",
     out: Out = None,
     train_best: TrainBest = None,
-    cache: Cache = "auto",
-    skip_broken: SkipBroken = False,
-    background: Background = None,
-    on: On = None,
-    workers: Workers = None,
-    cpus_per_trial: CpusPerTrial = None,
-    gpus_per_trial: GpusPerTrial = None,
+    reading: TypedLoading,
+    place: TypedPlace,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
@@ -92,25 +73,24 @@ def compare(
     from visgraft.backbones.creation import Backbone, with_pool
     from visgraft.cli.show import emit, loading_progress, print_skipped, warn
     from visgraft.data.dataset import Split
-    from visgraft.data.images import Loading
     from visgraft.search import compare as compare_methods
     from visgraft.search import parse_budget
 
-    place = given_executor(on, workers, cpus_per_trial, gpus_per_trial, "visgraft.search.spread")
+    executor = place.executor("visgraft.search.spread")
     _check_targets(out, train_best)
     labelled = images.source()
     origin = Backbone(backbone, weights, image_size, seed, crop_mode=crop_mode)
     origin = origin if pool is None else with_pool(origin, pool)
     if weights == "none":
         warn("--weights none: the backbone is random, so the comparison says little")
-    split, loading = Split(val_fraction, test_fraction, seed), Loading(cache, skip_broken, background)
+    split, loading = Split(val_fraction, test_fraction, seed), reading.loading()
     options: dict[str, Any] = {"backbone": origin, "split": split, "loading": loading}
     with loading_progress() as show_loading, comparison_progress() as show:
         found = compare_methods(
             labelled, [name.strip() for name in methods.split(",") if name.strip()],
             budget_seconds=parse_budget(budget or "30m") if budget or trials is None else None,
             spent_seconds=time.monotonic() - begin,
-            trials=trials, epochs=epochs, seed=seed, precision=precision, executor=place,
+            trials=trials, epochs=epochs, seed=seed, precision=precision, executor=executor,
             on_progress=show, on_loading=show_loading, **options,
         )  # fmt: skip
     result = found.to_dict() | {

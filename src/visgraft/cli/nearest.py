@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from visgraft.cli.arguments import Background, Cache, Csv, Data, Json, Quiet, SkipBroken, Weights, source
+from visgraft.cli.arguments import Csv, Data, Json, Quiet, TypedLoading, Weights, source
+from visgraft.cli.bundles import with_bundles
 
 if TYPE_CHECKING:
     from visgraft.algebra.nearest import FeatureScore, NearestAdapters
 
 
+@with_bundles
 def nearest(
     photos: Data = None,
+    *,
     among: Annotated[Path | None, typer.Option(help="folder with adapters of one backbone, at any depth")] = None,
     csv: Csv = None,
     full: Annotated[
@@ -22,9 +25,7 @@ def nearest(
     ] = False,
     top: Annotated[int | None, typer.Option(help="how many adapters to list; none: all", min=1)] = None,
     weights: Weights = None,
-    cache: Cache = "auto",
-    skip_broken: SkipBroken = False,
-    background: Background = None,
+    reading: TypedLoading,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
@@ -33,15 +34,13 @@ def nearest(
 
     from visgraft.algebra.nearest import nearest_adapters
     from visgraft.cli.show import emit
-    from visgraft.data.images import Loading
     from visgraft.errors import VisgraftError
 
     if among is None:
         raise VisgraftError("there are no adapters to choose from; give --among DIR, a folder that holds some")
-    loading = Loading(cache, skip_broken, background)
     with _progress() as show:
         found = nearest_adapters(
-            source(photos, csv), among, weights=weights, full=full, loading=loading, on_progress=show
+            source(photos, csv), among, weights=weights, full=full, loading=reading.loading(), on_progress=show
         )
     listed = replace(found, adapters=found.adapters[:top])
     emit(listed.to_dict(), json, lambda: _print_result(found, listed, full))

@@ -9,17 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visgraft.cli.arguments import (
-    Background,
-    CpusPerWorker,
-    GpusPerWorker,
-    Json,
-    OnParts,
-    Quiet,
-    SkipBroken,
-    Weights,
-)
+from visgraft.cli.arguments import Background, Json, Quiet, SkipBroken, Weights
+from visgraft.cli.bundles import with_bundles
 from visgraft.cli.predict_output import StreamProgress, choose_table, printed
+from visgraft.cli.predict_parts import PartOptions, predict_in_parts
 from visgraft.errors import DataError
 
 if TYPE_CHECKING:
@@ -69,22 +62,14 @@ Out = Annotated[
     Path | None,
     typer.Option(help="table to write: .csv or .parquet; or a folder, for .parquet in parts", show_default=False),
 ]
-PartSize = Annotated[
-    int | None, typer.Option(help="--out FOLDER: images of each part; none: 10000", min=1, show_default=False)
-]
-Shard = Annotated[
-    str | None,
-    typer.Option(help="--out FOLDER: 3/16 writes the third of every 16 parts; none: all", show_default=False),
-]
-PartsAtATime = Annotated[
-    int | None, typer.Option(help="--out FOLDER: parts written at a time; none: 1, or on Ray as many as fit", min=1)
-]
 BatchSize = Annotated[int, typer.Option(help="images per forward", min=1)]
 Ensemble = Annotated[bool, typer.Option("--ensemble", help="one answer of all: the mean probabilities")]
 
 
+@with_bundles
 def predict(
     arguments: Arguments,
+    *,
     adapters: AdaptersFolder = None,
     weights: Weights = None,
     top: Top = None,
@@ -92,12 +77,7 @@ def predict(
     coverage: Coverage = None,
     unlike: Unlike = None,
     out: Out = None,
-    part_size: PartSize = None,
-    shard: Shard = None,
-    on: OnParts = None,
-    workers: PartsAtATime = None,
-    cpus_per_worker: CpusPerWorker = None,
-    gpus_per_worker: GpusPerWorker = None,
+    in_parts: PartOptions,
     skip_broken: SkipBroken = False,
     background: Background = None,
     batch_size: BatchSize = 64,
@@ -110,13 +90,11 @@ def predict(
     from visgraft.adapters.hub import settled
     from visgraft.bank.opening import check_same_backbone, load_bank
     from visgraft.cli.predict_images import find_images, find_work, split_arguments
-    from visgraft.cli.predict_parts import PartOptions, predict_in_parts
     from visgraft.serve.covering import check_covering
     from visgraft.serve.layout import table_layout
     from visgraft.serve.prediction import predict_rows, predict_stream
     from visgraft.serve.unlike import check_references
 
-    in_parts = PartOptions(part_size, shard, on, workers, cpus_per_worker, gpus_per_worker)
     by_folder = in_parts.for_folder(out)
     named, images = split_arguments(arguments, adapters)
     work = find_work(images, named, ensemble)

@@ -4,8 +4,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
+from visgraft.cli.arguments import CpusPerWorker, GpusPerWorker
 from visgraft.errors import Interrupted, VisgraftError
 
 if TYPE_CHECKING:
@@ -20,16 +23,35 @@ OTHER_TABLES = (".tsv", ".txt", ".json", ".jsonl", ".xlsx", ".parq", ".arrow", "
 """Names that nobody gives to a folder."""
 
 
+PartSize = Annotated[
+    int | None, typer.Option(help="--out FOLDER: images of each part; none: 10000", min=1, show_default=False)
+]
+Shard = Annotated[
+    str | None,
+    typer.Option(help="--out FOLDER: 3/16 writes the third of every 16 parts; none: all", show_default=False),
+]
+OnParts = Annotated[
+    str | None,
+    typer.Option(
+        help="--out FOLDER: where parts are written: here, processes, ray or ray://HOST:PORT; none: here",
+        show_default=False,
+    ),
+]
+PartsAtATime = Annotated[
+    int | None, typer.Option(help="--out FOLDER: parts written at a time; none: 1, or on Ray as many as fit", min=1)
+]
+
+
 @dataclass(frozen=True)
 class PartOptions:
     """The options that only a folder of parts has, as typed; None where they are not given."""
 
-    part_size: int | None = None
-    shard: str | None = None
-    on: str | None = None
-    workers: int | None = None
-    cpus_per_worker: int | None = None
-    gpus_per_worker: float | None = None
+    part_size: PartSize = None
+    shard: Shard = None
+    on: OnParts = None
+    workers: PartsAtATime = None
+    cpus_per_worker: CpusPerWorker = None
+    gpus_per_worker: GpusPerWorker = None
 
     def for_folder(self, out: Path | None) -> bool:
         """Return whether answers go to a folder of parts.

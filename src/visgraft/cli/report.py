@@ -5,10 +5,13 @@ from typing import Annotated
 
 import typer
 
-from visgraft.cli.arguments import Background, Cache, Csv, Json, Quiet, SkipBroken, TaskFolders, Weights, source
+from visgraft.cli.arguments import Csv, Json, Quiet, TaskFolders, TypedLoading, Weights, source
+from visgraft.cli.bundles import with_bundles
 
 
+@with_bundles
 def report(
+    *,
     runs: Annotated[list[Path], typer.Argument(help="folders that `train` wrote, or hf:USER/NAME", show_default=False)],
     out: Annotated[Path, typer.Option(help="HTML file to write", show_default=False)],
     data: Annotated[
@@ -18,15 +21,12 @@ def report(
     task: TaskFolders = None,
     weights: Weights = None,
     split: Annotated[str, typer.Option(help="val, test for a last look, or all where it learned none")] = "val",
-    cache: Cache = "auto",
-    skip_broken: SkipBroken = False,
-    background: Background = None,
+    reading: TypedLoading,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Write one HTML page on runs: how they compare, how they learned, where they fail, what they cost."""
     from visgraft.cli.show import emit, progress_console, result_console
-    from visgraft.data.images import Loading
     from visgraft.report.page import check_page, gather, render, write_page
 
     check_page(out)
@@ -36,7 +36,7 @@ def report(
         images,
         weights=weights,
         part=split,
-        loading=Loading(cache, skip_broken, background),
+        loading=reading.loading(),
         on_step=progress_console.print,
     )
     write_page(out, render(found))

@@ -1,66 +1,89 @@
 """The verb `serve`: answer over HTTP, with any number of adapters on one backbone."""
 
 import ipaddress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from visgraft.cli.arguments import CpusPerWorker, GpusPerWorker, Weights
+from visgraft.cli.bundles import with_bundles
 
 if TYPE_CHECKING:
     from visgraft.executors.on_ray import OnRay
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
+Adapters = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[ADAPTER]...", help="adapter folders or hf:USER/NAME", show_default=False),
+]
+AdaptersBelow = Annotated[
+    Path | None,
+    typer.Option("--adapters", metavar="DIR", help="folder with any number of adapters", show_default=False),
+]
+Host = Annotated[str, typer.Option(help="address to listen on; another than this machine's own needs tokens")]
+TokenFile = Annotated[
+    Path | None,
+    typer.Option(help="file with a token on each line, of which every request must bear one", show_default=False),
+]
+OnServers = Annotated[
+    str | None,
+    typer.Option(help="where: processes, ray or ray://HOST:PORT; none: processes", show_default=False),
+]
+Threads = Annotated[
+    int | None, typer.Option(help="of each process; none: its share of the cores", min=1, show_default=False)
+]
+StoreFolder = Annotated[
+    Path | None,
+    typer.Option(help="folder for uploaded adapters; none: they end with the server", show_default=False),
+]
+Capacity = Annotated[
+    int | None,
+    typer.Option(help="adapters held beside the backbone; none: all; others are parked", min=1, show_default=False),
+]
+Pinned = Annotated[list[str] | None, typer.Option(help="name of an adapter that is never parked", show_default=False)]
 
+
+@dataclass(frozen=True)
+class TypedLimits:
+    """What is answered at once, and what is refused, as typed."""
+
+    max_batch: Annotated[int, typer.Option(help="images in a forward at most", min=1)] = 32
+    max_delay_ms: Annotated[
+        float, typer.Option(help="how long an idle model waits for images that are being decoded", min=0, max=1000)
+    ] = 5.0
+    max_queue: Annotated[int, typer.Option(help="images under way at most; more are told to come again", min=1)] = 512
+    max_images: Annotated[int, typer.Option(help="images in a request at most", min=1)] = 64
+    max_body_mb: Annotated[float, typer.Option(help="megabytes of a request at most", min=0.001)] = 32.0
+    max_megapixels: Annotated[float, typer.Option(help="of a picture, by its header", min=0.001)] = 50.0
+
+    def options(self) -> dict[str, Any]:
+        """Return them as the server takes them, in bytes and pixels."""
+        alike = ("max_batch", "max_delay_ms", "max_queue", "max_images")
+        sizes = {"max_body": int(self.max_body_mb * 2**20), "max_pixels": int(self.max_megapixels * 1_000_000)}
+        return {name: getattr(self, name) for name in alike} | sizes
+
+
+@with_bundles
 def serve(
-    adapters: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[ADAPTER]...", help="adapter folders or hf:USER/NAME", show_default=False),
-    ] = None,
-    folder: Annotated[
-        Path | None,
-        typer.Option("--adapters", metavar="DIR", help="folder with any number of adapters", show_default=False),
-    ] = None,
-    host: Annotated[str, typer.Option(help="address to listen on; another than this machine's own needs tokens")] = (
-        "127.0.0.1"
-    ),
+    adapters: Adapters = None,
+    *,
+    folder: AdaptersBelow = None,
+    host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port; 0: one that is free", min=0, max=65535)] = 8000,
     weights: Weights = None,
-    token_file: Annotated[
-        Path | None,
-        typer.Option(help="file with a token on each line, of which every request must bear one", show_default=False),
-    ] = None,
-    on: Annotated[
-        str | None,
-        typer.Option(help="where: processes, ray or ray://HOST:PORT; none: processes", show_default=False),
-    ] = None,
+    token_file: TokenFile = None,
+    on: OnServers = None,
     workers: Annotated[int, typer.Option(help="processes, each with its own backbone", min=1)] = 1,
     cpus_per_worker: CpusPerWorker = None,
     gpus_per_worker: GpusPerWorker = None,
-    threads: Annotated[
-        int | None, typer.Option(help="of each process; none: its share of the cores", min=1, show_default=False)
-    ] = None,
-    store: Annotated[
-        Path | None,
-        typer.Option(help="folder for uploaded adapters; none: they end with the server", show_default=False),
-    ] = None,
-    capacity: Annotated[
-        int | None,
-        typer.Option(help="adapters held beside the backbone; none: all; others are parked", min=1, show_default=False),
-    ] = None,
-    pin: Annotated[
-        list[str] | None, typer.Option(help="name of an adapter that is never parked", show_default=False)
-    ] = None,
-    max_batch: Annotated[int, typer.Option(help="images in a forward at most", min=1)] = 32,
-    max_delay_ms: Annotated[
-        float, typer.Option(help="how long an idle model waits for images that are being decoded", min=0, max=1000)
-    ] = 5.0,
-    max_queue: Annotated[int, typer.Option(help="images under way at most; more are told to come again", min=1)] = 512,
-    max_images: Annotated[int, typer.Option(help="images in a request at most", min=1)] = 64,
-    max_body_mb: Annotated[float, typer.Option(help="megabytes of a request at most", min=0.001)] = 32.0,
-    max_megapixels: Annotated[float, typer.Option(help="of a picture, by its header", min=0.001)] = 50.0,
+    threads: Threads = None,
+    store: StoreFolder = None,
+    capacity: Capacity = None,
+    pin: Pinned = None,
+    limits: TypedLimits,
 ) -> None:
     """Serve adapters over HTTP: a page for people, routes for programs."""
     from visgraft.serve.extra import check_installed
@@ -72,8 +95,7 @@ def serve(
     named = name_adapters(adapters or [], folder, pin or [])
     tokens = read_tokens(token_file, host)
     options: dict[str, Any] = {"weights": weights, "capacity": capacity, "pinned": tuple(pin or ()), "tokens": tokens}
-    options |= {"max_batch": max_batch, "max_delay_ms": max_delay_ms, "max_queue": max_queue, "max_images": max_images}
-    options |= {"max_body": int(max_body_mb * 2**20), "max_pixels": int(max_megapixels * 1_000_000)}
+    options |= limits.options()
     options |= {"adapters": str(folder) if folder else None, "threads": threads}
     options |= {"hosts": (*LOCAL, host.lower()) if _is_local(host) else ()} | ({"store": str(store)} if store else {})
     cluster = _cluster(on, workers, cpus_per_worker, gpus_per_worker)

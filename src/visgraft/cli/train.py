@@ -3,33 +3,22 @@
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visgraft.cli.arguments import (
-    BACKBONE,
-    METHOD,
-    WEIGHTS,
-    Background,
-    Cache,
-    CpusPerTrial,
-    CropMode,
-    GpusPerTrial,
-    Json,
-    On,
-    Pool,
-    Quiet,
-    SkipBroken,
-    Workers,
-    given_executor,
-)  # fmt: skip
+from visgraft.cli.arguments import BACKBONE, METHOD, WEIGHTS, CropMode, Json, Pool, Quiet, TypedLoading, TypedPlace
 from visgraft.cli.auto import Asked, check_asked, choose
-from visgraft.cli.labels import TypedImages, with_labels
+from visgraft.cli.bundles import with_bundles
+from visgraft.cli.labels import TypedImages
 from visgraft.cli.launched import refuse_launched
 from visgraft.errors import VisgraftError
 from visgraft.options import AUTO
+
+if TYPE_CHECKING:
+    from visgraft.executors.job import Executor
 
 
 def _method_names(incomplete: str) -> list[str]:
@@ -62,9 +51,18 @@ InitFrom = Annotated[
 TimeToChoose = Annotated[
     str | None, typer.Option(help="time in which --method auto chooses, e.g. 90s or 1h; none: 30m", show_default=False)
 ]
+Unlike = Annotated[bool, typer.Option(help="also keep what pictures unlike those of the training are told by")]
 
 
-@with_labels
+@dataclass(frozen=True)
+class TypedFolds:
+    """A cross-validation beside the training, as typed; none where there are no folds."""
+
+    folds: Annotated[int, typer.Option(help="also cross-validate with so many folds, for few images; 0: do not")] = 0
+    repeats: Annotated[int, typer.Option(help="times the folds are drawn anew", min=1)] = 2
+
+
+@with_bundles
 def train(
     images: TypedImages,
     *,
@@ -80,20 +78,12 @@ def train(
     init_from: InitFrom = None,
     budget: TimeToChoose = None,
     trials: Annotated[int | None, typer.Option(help="settings per method that --method auto tries", min=1)] = None,
-    folds: Annotated[int, typer.Option(help="also cross-validate with so many folds, for few images; 0: do not")] = 0,
-    repeats: Annotated[int, typer.Option(help="times the folds are drawn anew", min=1)] = 2,
-    on: On = None,
-    workers: Workers = None,
-    cpus_per_trial: CpusPerTrial = None,
-    gpus_per_trial: GpusPerTrial = None,
+    crossed: TypedFolds,
+    place: TypedPlace,
     resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted run of this command")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say how long, how large; write nothing")] = False,
-    cache: Cache = "auto",
-    skip_broken: SkipBroken = False,
-    background: Background = None,
-    unlike: Annotated[
-        bool, typer.Option(help="also keep what pictures unlike those of the training are told by")
-    ] = True,
+    reading: TypedLoading,
+    unlike: Unlike = True,
     log: Annotated[str | None, typer.Option(help="tensorboard: write curves to OUT.tensorboard")] = None,
     quiet: Quiet = False,
     json: Json = False,
@@ -103,36 +93,32 @@ def train(
     begin = time.monotonic()
     from visgraft.cli.options import train_config
     from visgraft.data.dataset import Split
-    from visgraft.data.images import Loading
 
     if dry_run:
-        refuse_launched("--dry-run", "forecasts a training")
-        _check_dry_run({"--resume": resume, "--folds": folds, "--log": log})
-    place = _place(folds, on, workers, cpus_per_trial, gpus_per_trial)
+        _check_dry_run({"--resume": resume, "--folds": crossed.folds, "--log": log})
+    executor = _executor(crossed, place)
     automatic = _is_automatic(method, budget, trials)
     if automatic:
-        refuse_launched("--method auto", "chooses within a time")
         check_asked(values, {"--init-from": init_from, "--resume": resume, "--dry-run": dry_run})
     origin, config = _start(init_from, None if automatic else method, backbone, weights, image_size, values)
     recipe = train_config(config.method, values)
     origin = dataclasses.replace(_seen_as_asked(origin, crop_mode, pool, init_from), seed=recipe.seed)  # the head's
-    _check_start(origin, init_from, folds)
+    _check_start(origin, init_from, crossed.folds)
     labelled, split = images.source(), Split(val_fraction, test_fraction, recipe.seed)
-    loading = Loading(cache, skip_broken, background)
-    whole = {"backbone": origin, "method_config": config, "train_config": recipe, "loading": loading}
+    whole = {"backbone": origin, "method_config": config, "train_config": recipe, "loading": reading.loading()}
     whole |= {"split": split, "init_from": init_from}
     if dry_run:
         _forecast(labelled, out, whole, json)
         return
-    _check_before(out, labelled, split, folds, repeats)
+    _check_before(out, labelled, split, crossed)
     kept, again = dict[str, Any](), None
     if automatic:
         chosen = choose(images, out, whole, Asked(values, budget, trials, begin), json)
         kept, again = chosen.record, f"to train on: {chosen.command} --resume"
         whole |= {"method_config": chosen.method, "train_config": chosen.recipe, "record": kept}
     figures = {**_train(labelled, out, whole | {"unlike": unlike}, resume, log, again), **kept}
-    if folds:
-        figures["cross_validation"] = _cross_validate(labelled, whole, folds, repeats, place)
+    if crossed.folds:
+        figures["cross_validation"] = _cross_validate(labelled, whole, crossed, executor)
     _tell(figures, out, json)
 
 
@@ -174,7 +160,7 @@ def _seen_as_asked(origin: Any, crop_mode: str | None, pool: str | None, init_fr
     return origin if pool is None else with_pool(origin, pool)
 
 
-def _check_before(out: Path, images: Any, split: Any, folds: int, repeats: int) -> None:
+def _check_before(out: Path, images: Any, split: Any, crossed: TypedFolds) -> None:
     """Refuse before the training what would stop the command after it."""
     from visgraft.adapters.directory import CONFIG
     from visgraft.data.read import read_data
@@ -184,8 +170,8 @@ def _check_before(out: Path, images: Any, split: Any, folds: int, repeats: int) 
 
     if is_first():
         check_target(out, CONFIG)
-    if folds:
-        check_folds(read_data(images, split), folds, repeats, split.seed)
+    if crossed.folds:
+        check_folds(read_data(images, split), crossed.folds, crossed.repeats, split.seed)
 
 
 def _offer_predict(out: Path, folders: Sequence[str]) -> None:
@@ -219,6 +205,7 @@ def _train(
 
 def _check_dry_run(given: Mapping[str, Any]) -> None:
     """Raise where an option is of no effect because nothing is trained."""
+    refuse_launched("--dry-run", "forecasts a training")
     for option in (option for option, value in given.items() if value):
         raise VisgraftError(
             f"{option} does not go with --dry-run, which forecasts one training from its beginning and writes nothing; "
@@ -237,22 +224,22 @@ def _forecast(images: Any, out: Path, whole: Mapping[str, Any], json: bool) -> N
     emit(forecast, json, lambda: print_forecast(forecast))
 
 
-def _place(folds: int, on: str | None, workers: int | None, cpus: int | None, gpus: float | None) -> Any:
+def _executor(crossed: TypedFolds, place: TypedPlace) -> "Executor | None":
     """Return the executor of the folds; None: one after another in this process."""
     from visgraft.executors.distributed import is_launched
 
-    given = {"--on": on, "--workers": workers, "--cpus-per-trial": cpus, "--gpus-per-trial": gpus}
-    named = next((name for name, value in given.items() if value is not None), None)
-    if named is not None and is_launched():
+    if place.given and is_launched():
         raise VisgraftError(
-            f"{named} does not go with several processes of one training; cross-validate in a command alone"
+            f"{place.given} does not go with several processes of one training; cross-validate in a command alone"
         )
-    if named is not None and not folds:
-        raise VisgraftError(f"{named} says where the trainings of --folds run; leave it out, or add --folds 5")
-    return given_executor(on, workers, cpus, gpus, "visgraft.training.folds")
+    if place.given and not crossed.folds:
+        raise VisgraftError(f"{place.given} says where the trainings of --folds run; leave it out, or add --folds 5")
+    return place.executor("visgraft.training.folds")
 
 
-def _cross_validate(images: Any, whole: Mapping[str, Any], folds: int, repeats: int, place: Any) -> dict[str, Any]:
+def _cross_validate(
+    images: Any, whole: Mapping[str, Any], crossed: TypedFolds, executor: "Executor | None"
+) -> dict[str, Any]:
     """Return what the setting reaches on all training and validation images, each held out in turn."""
     from visgraft.cli.show import jobs_progress, training_progress
     from visgraft.data.read import read_data
@@ -260,13 +247,13 @@ def _cross_validate(images: Any, whole: Mapping[str, Any], folds: int, repeats: 
 
     recipe = whole["train_config"]
     setting = {name: whole[name] for name in ("backbone", "method_config", "train_config", "loading")}
-    title = f"cross-validation, {folds} folds, {repeats} times: "
-    data, how = read_data(images, whole["split"]), {"folds": folds, "repeats": repeats, "seed": recipe.seed}
-    if place is None or place.places == 1:
+    title = f"cross-validation, {crossed.folds} folds, {crossed.repeats} times: "
+    data, how = read_data(images, whole["split"]), {**vars(crossed), "seed": recipe.seed}
+    if executor is None or executor.places == 1:
         with training_progress(recipe.epochs, title) as show:
-            return cross_validate(data, **setting, **how, executor=place, on_progress=show).to_dict()
+            return cross_validate(data, **setting, **how, executor=executor, on_progress=show).to_dict()
     with jobs_progress(title, "trainings") as tell:
-        return cross_validate(data, **setting, **how, executor=place, on_fold=tell).to_dict()
+        return cross_validate(data, **setting, **how, executor=executor, on_fold=tell).to_dict()
 
 
 def _start(

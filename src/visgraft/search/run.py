@@ -93,11 +93,17 @@ def compare(
     examples = [*kept_examples(dataset.train, images), *kept_examples(dataset.val, val)]
     race = _race(task, names, dataset, examples, clock, epochs, loading, executor, on_progress)
     race.search(trials)
+    crossed = _cross_validate(race, examples, automatic)
+    return _conclude(race, dataset, crossed, automatic)
+
+
+def _cross_validate(race: Race, examples: Sequence[Example], automatic: bool) -> Mapping[str, Predictions]:
+    """Return the held-out answers of the methods to be compared, of an automatic choice the best few."""
     if automatic and race.plan.folds:
         race.keep(FINALISTS)
     crossed = race.cross_validate(examples)
-    race.keep(FINALISTS if automatic and crossed else len(names))
-    return _conclude(race, dataset, crossed, automatic)
+    race.keep(FINALISTS if automatic and crossed else len(race.searches))
+    return crossed
 
 
 def _race(

@@ -177,22 +177,29 @@ def predict_rows(
 
     read = ((path, found) for (path, _), found in decoded(pairs, prepare, 2 * batch_size))
     distances = None if unlike is None else Distances(bank, bank.names, unlike)
+    return _run_rows(bank, batches(read, batch_size), named, distances, on_broken, on_progress)
 
-    def run() -> Iterator[Prediction]:
-        done = 0
-        with distances.looking() if distances else no_distances() as look:
-            for batch in batches(read, batch_size):
-                good = readable(batch, on_broken)
-                answers = bank([x for _, (x, _) in good], [name for _, (_, name) in good])
-                fars = apart(look, [x for _, (x, _) in good], [name for _, (_, name) in good])
-                for (path, _), answer, far in zip(good, answers, fars, strict=True):
-                    record, found = bank.record(answer.adapter), answer.probabilities.cpu()
-                    yield Prediction(path, answer.adapter, *named(record, found[None])[0], *far)
-                done += len(batch)
-                if on_progress is not None:
-                    on_progress(done)
 
-    return run()
+def _run_rows(
+    bank: Bank,
+    read: Iterator[list[tuple[AnyPath, tuple[Tensor, str] | DataError]]],
+    named: Naming,
+    distances: Distances | None,
+    on_broken: Callable[[AnyPath, str], None] | None,
+    on_progress: Callable[[int], None] | None,
+) -> Iterator[Prediction]:
+    done = 0
+    with distances.looking() if distances else no_distances() as look:
+        for batch in read:
+            good = readable(batch, on_broken)
+            answers = bank([x for _, (x, _) in good], [name for _, (_, name) in good])
+            fars = apart(look, [x for _, (x, _) in good], [name for _, (_, name) in good])
+            for (path, _), answer, far in zip(good, answers, fars, strict=True):
+                record, found = bank.record(answer.adapter), answer.probabilities.cpu()
+                yield Prediction(path, answer.adapter, *named(record, found[None])[0], *far)
+            done += len(batch)
+            if on_progress is not None:
+                on_progress(done)
 
 
 def _check_options(

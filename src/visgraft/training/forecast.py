@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice, pairwise
 from math import ceil
 from pathlib import Path
@@ -25,10 +26,11 @@ from visgraft.measure.evaluation import evaluate, peak_memory_bytes
 from visgraft.measure.precision import make_compute, resolve_precision
 from visgraft.options import MethodConfig, TrainConfig
 from visgraft.training.fit import train_head
+from visgraft.training.keeping import STATE_SECONDS
 from visgraft.training.objective import Features, features_of, sees_features
 from visgraft.training.pace import Pace, measure_pace
 from visgraft.training.resume import TrainState, pack_state
-from visgraft.training.run import STATE_SECONDS, Watch, attach_as_asked, check_start, read_and_check
+from visgraft.training.run import Watch, attach_as_asked, check_start, read_and_check
 
 SAMPLE = 64
 """Images read of each part."""
@@ -137,10 +139,8 @@ def forecast_folder(
     plain, preparing = count_parameters(model), time.perf_counter() - begin
     sample = _read_sample(dataset, model, loading, watch)
     heading = _head_seconds(model, sample.train, method_config, config)
-    attaching = _attaching_seconds(
-        sample.train,
-        lambda batches: attach_as_asked(model, method_config, batches, dataset, init_from, config.seed, watch),
-    )
+    attach = partial(attach_as_asked, model, method_config, dataset, init_from, config.seed, watch)
+    attaching = _attaching_seconds(sample.train, attach)
     file_bytes = len(safetensors.torch.save(adapter_tensors(model)))
     pace, validation, later = _training_seconds(model, sample, config, watch)
     seconds = {"preparing": preparing, "reading_images": sample.seconds, **heading, "attaching": attaching, **later}

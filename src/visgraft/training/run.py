@@ -1,11 +1,9 @@
 """From labelled images to an adapter, in one go or resumed."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -17,8 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from visgraft.adapters.calibrated import Calibrated
-from visgraft.adapters.directory import CONFIG, save
+from visgraft.adapters.directory import CONFIG
 from visgraft.adapters.warm_start import start_from
 from visgraft.backbones.creation import Backbone, create_backbone, model_data_config
 from visgraft.check.looks import shape_warning
@@ -30,9 +27,8 @@ from visgraft.data.examples import counts_by_class, names_of
 from visgraft.data.identity import content_digests, file_digest
 from visgraft.data.images import Images, Loading, load_images
 from visgraft.data.read import AnySource, read_data
-from visgraft.errors import Interrupted, TrainingDiverged, VisgraftError
+from visgraft.errors import VisgraftError
 from visgraft.executors import distributed
-from visgraft.executors.distributed import ProcessLost
 from visgraft.files import check_target
 from visgraft.measure.conformal import calibrate_tasks
 from visgraft.measure.evaluation import evaluate
@@ -41,13 +37,11 @@ from visgraft.measure.precision import resolve_precision
 from visgraft.measure.unlike import make_reference
 from visgraft.options import MethodConfig, TrainConfig
 from visgraft.training.fit import Fitted, fit
-from visgraft.training.loop import restore
-from visgraft.training.resume import FILES, WEIGHTS, Epoch, TrainState, read_state, state_file, write_state
+from visgraft.training.keeping import KeptRun
+from visgraft.training.resume import FILES, WEIGHTS, Epoch, TrainState, read_state, state_file
 from visgraft.training.slow import LongRun, faster_options
 
 _DEFAULT_SPLIT, _DEFAULT_LOADING = Split(), Loading()
-STATE_SECONDS = 10.0
-"""A state is written at the end of an epoch if the last one is older than this."""
 MOST_NAMED = 20_000
 """Images of which a state keeps a digest each, so that the first one that differs can be named."""
 
@@ -63,14 +57,6 @@ class Watch:
     loading: Callable[[int, int], None] | None = None
     warning: Callable[[str], None] = lambda text: None
     again: str = "give the same command with --resume to go on"
-
-
-@dataclass
-class _Kept:
-    """The state after the last complete epoch, and when one was last written."""
-
-    state: TrainState | None = None
-    written: float = 0.0
 
 
 def train_folder(
@@ -110,54 +96,39 @@ def train_folder(
     dataset = read_and_check(data, split, watch)
     train_config = replace(train_config, precision=resolve_precision(train_config.precision))
     method_config = method_config.for_tasks(tuple(task.outputs for task in dataset.tasks))
-    run = _facts(dataset, backbone, method_config, train_config, split, loading) | {"init_from": str(init_from)}
-    distributed.check_alike(sha256(json.dumps(run, sort_keys=True).encode()).hexdigest(), "options or images")
-    state = distributed.from_first(lambda: _find_state(out, run, resume, watch))
+    facts = _facts(dataset, backbone, method_config, train_config, split, loading) | {"init_from": str(init_from)}
+    distributed.check_alike(sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest(), "options or images")
+    state = distributed.from_first(lambda: _find_state(out, facts, resume, watch))
     model = create_backbone(backbone, len(dataset.classes), train_config.drop_path)
     counts = count_parameters(model)
     _warn_of_shapes(dataset, backbone, model, watch)
     images, val = _load(dataset, model, loading, watch)
     reference = make_reference(model, images, val, train_config.precision) if unlike else None
-
-    def start() -> None:
-        if state is None:
-            attach_as_asked(model, method_config, images.batches(), dataset, init_from, train_config.seed, watch)
-        else:
-            assemble(model, method_config)  # the state holds what a look at the images would find
-
+    attach_anew = partial(attach_as_asked, model, method_config, dataset, init_from, train_config.seed, watch)
+    # A state holds what a look at the images would find.
+    start = partial(attach_anew, images.batches()) if state is None else partial(assemble, model, method_config)
     kept = {**_record(dataset, split, train_config, loading.background or "white"), **(record or {})}
-
-    def write(calibrated: Mapping[str, Calibrated] | None = None, **more: Any) -> None:
-        if distributed.is_first():
-            facts = kept | more
-            save(model, out, classes=dataset.classes, record=facts, calibrated=calibrated, reference=reference)
-
+    run = KeptRun(model, out, facts, dataset.classes, kept, reference, train_config.epochs, watch.again)
     show = _watched(watch, lambda: faster_options(model, backbone, method_config, train_config, init_from is None))
     learn = partial(fit, model, method_config, train_config, images, val, start=start, on_progress=show)
-    fitted = _train(model, learn, train_config.epochs, out, run, state, write, watch)
-    figures, costs = _conclude(model, out, fitted, val, train_config.precision, write, watch)
-    what: dict[str, Any] = {"adapter": str(out), "method": method_config.method, "backbone": backbone.name}
+    fitted = run.train(partial(learn, on_warning=watch.warning), state)
+    figures, costs = _conclude(run, fitted, val, train_config.precision)
+    what = {"adapter": str(out), "method": method_config.method, "backbone": backbone.name}
     sizes = {**distributed.from_first(lambda: sizes_of(model, out)), "params_backbone": counts.total - counts.head}
-    return what | figures | sizes | _told(costs, train_config, dataset, images, val)
+    return {**what, **figures, **sizes, **_told(costs, train_config, dataset, images, val)}
 
 
 def _conclude(
-    model: nn.Module,
-    out: Path,
-    fitted: Fitted,
-    val: Images | None,
-    precision: str,
-    write: Callable[..., None],
-    watch: Watch,
+    run: KeptRun, fitted: Fitted, val: Images | None, precision: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Measure the trained model on the validation images and write it; returns figures and costs."""
     assert fitted.training is not None
     costs = {**dataclasses.asdict(fitted.training), "seconds": fitted.seconds}
-    found = None if val is None else evaluate(model, val, precision)
+    found = None if val is None else evaluate(run.model, val, precision)
     figures = figures_of(found)
     calibrated = None if found is None else calibrate_tasks(found)
     metrics = {f"val_{name}": value for name, value in figures.items()}
-    _finish(out, watch.again, partial(write, calibrated=calibrated, metrics=metrics, **costs))
+    run.finish(calibrated, metrics=metrics, **costs)
     return figures, costs
 
 
@@ -194,20 +165,6 @@ def _watched(watch: Watch, options: Callable[[], list[tuple[str, float]]]) -> Ca
             watch.epoch(epoch)
 
     return show
-
-
-def _finish(out: Path, again: str, write: Callable[[], None]) -> None:
-    """Write the adapter and remove the state; where the disk is full, say that the state is still there."""
-    file = state_file(out)
-    if not distributed.is_first():
-        return
-    try:
-        write()
-    except VisgraftError as error:
-        if not file.is_file():
-            raise
-        raise VisgraftError(f"{error}; make room, and {again}: {file} is kept") from error
-    file.unlink(missing_ok=True)
 
 
 def _facts(
@@ -291,11 +248,11 @@ def check_start(init_from: Path | None, config: TrainConfig) -> None:
 def attach_as_asked(
     model: nn.Module,
     config: MethodConfig,
-    batches: Batches,
     dataset: Dataset,
     init_from: Path | None,
     seed: int,
     watch: Watch,
+    batches: Batches,
 ) -> None:
     """Attach the method afresh, with a look at the task's batches where it takes one, or from an earlier adapter."""
     torch.manual_seed(seed)
@@ -331,67 +288,3 @@ def _load(dataset: Dataset, model: nn.Module, loading: Loading, watch: Watch) ->
 
     images = load("train", 0)
     return images, load("val", len(dataset.train)) if dataset.val else None
-
-
-def _train(
-    model: nn.Module,
-    learn: Callable[..., Fitted],
-    epochs: int,
-    out: Path,
-    run: dict[str, Any],
-    state: TrainState | None,
-    write: Callable[..., None],
-    watch: Watch,
-) -> Fitted:
-    """Train, writing the state now and then, and in any case when the run is cut short."""
-    kept, file = _Kept(state, time.monotonic()), state_file(out)
-
-    def keep(new: TrainState) -> None:
-        kept.state = new
-        if distributed.is_first() and time.monotonic() - kept.written >= STATE_SECONDS:
-            write_state(file, new, run)
-            kept.written = time.monotonic()
-
-    try:
-        return learn(resume=state, on_state=keep, on_warning=watch.warning)
-    except TrainingDiverged as error:
-        raise _keep_last_good(error, file, write, out) from None
-    except KeyboardInterrupt:
-        raise _interrupted(model, kept.state, run, out, write, epochs, watch.again) from None
-    except ProcessLost as error:
-        rest = _interrupted(model, kept.state, run, out, write, epochs, watch.again)
-        raise ProcessLost(f"{error}: {rest}") from error
-
-
-def _keep_last_good(error: TrainingDiverged, file: Path, write: Callable[..., None], out: Path) -> TrainingDiverged:
-    """Write the last good state, where an epoch was completed, and return the error that says so."""
-    if distributed.is_first():
-        file.unlink(missing_ok=True)  # going on from it would only diverge again
-    if not error.last_good_epoch:
-        return TrainingDiverged(f"{error}; nothing was written, as no epoch was completed", 0)
-    write(diverged_after_epoch=error.last_good_epoch)
-    return TrainingDiverged(f"{error}; it is written to {out}", error.last_good_epoch)
-
-
-def _interrupted(
-    model: nn.Module,
-    state: TrainState | None,
-    run: dict[str, Any],
-    out: Path,
-    write: Callable[..., None],
-    epochs: int,
-    again: str,
-) -> Interrupted:
-    """Write the state, and the adapter unless there is one already; return the error that says how to go on."""
-    if state is None or not state.epoch:
-        return Interrupted("interrupted before the first epoch was complete; nothing was written")
-    if not distributed.is_first():
-        return Interrupted(f"interrupted after epoch {state.epoch} of {epochs}")
-    write_state(state_file(out), state, run)
-    usable = ""
-    if not out.exists():
-        restore(model, state.tensors)
-        with contextlib.suppress(VisgraftError):
-            write(interrupted_after_epoch=state.epoch)
-            usable = f"; the adapter so far is in {out}"
-    return Interrupted(f"interrupted after epoch {state.epoch} of {epochs}{usable}; {again}")
