@@ -108,8 +108,8 @@ def train(
     if dry_run:
         refuse_launched("--dry-run", "forecasts a training")
         _check_dry_run({"--resume": resume, "--folds": folds, "--log": log})
-    place = _place(folds, on, workers, cpus_per_trial, gpus_per_trial)
     automatic = _is_automatic(method, budget, trials)
+    place = _place(folds, automatic, on, workers, cpus_per_trial, gpus_per_trial)
     if automatic:
         refuse_launched("--method auto", "chooses within a time")
         check_asked(values, {"--init-from": init_from, "--resume": resume, "--dry-run": dry_run})
@@ -127,7 +127,7 @@ def train(
     _check_before(out, labelled, split, folds, repeats)
     kept, again = dict[str, Any](), None
     if automatic:
-        chosen = choose(images, out, whole, Asked(values, budget, trials, begin), json)
+        chosen = choose(images, out, whole, Asked(values, budget, trials, begin, place), json)
         kept, again = chosen.record, f"to train on: {chosen.command} --resume"
         whole |= {"method_config": chosen.method, "train_config": chosen.recipe, "record": kept}
     figures = {**_train(labelled, out, whole | {"unlike": unlike}, resume, log, again), **kept}
@@ -237,19 +237,23 @@ def _forecast(images: Any, out: Path, whole: Mapping[str, Any], json: bool) -> N
     emit(forecast, json, lambda: print_forecast(forecast))
 
 
-def _place(folds: int, on: str | None, workers: int | None, cpus: int | None, gpus: float | None) -> Any:
-    """Return the executor of the folds; None: one after another in this process."""
+def _place(
+    folds: int, automatic: bool, on: str | None, workers: int | None, cpus: int | None, gpus: float | None
+) -> Any:
+    """Return the executor of the folds and of what is compared; None: one after another in this process."""
     from visgraft.executors.distributed import is_launched
 
     given = {"--on": on, "--workers": workers, "--cpus-per-trial": cpus, "--gpus-per-trial": gpus}
     named = next((name for name, value in given.items() if value is not None), None)
     if named is not None and is_launched():
         raise VisgraftError(
-            f"{named} does not go with several processes of one training; cross-validate in a command alone"
+            f"{named} does not go with several processes of one training; cross-validate or choose in a command alone"
         )
-    if named is not None and not folds:
-        raise VisgraftError(f"{named} says where the trainings of --folds run; leave it out, or add --folds 5")
-    return given_executor(on, workers, cpus, gpus, "visgraft.training.folds")
+    if named is not None and not (folds or automatic):
+        raise VisgraftError(
+            f"{named} says where the trainings of --folds and of --method auto run; leave it out, or add one of these"
+        )
+    return given_executor(on, workers, cpus, gpus, "visgraft.search.spread" if automatic else "visgraft.training.folds")
 
 
 def _cross_validate(images: Any, whole: Mapping[str, Any], folds: int, repeats: int, place: Any) -> dict[str, Any]:
