@@ -179,7 +179,11 @@ def test_a_job_larger_than_every_node_is_refused(cluster: Any) -> None:
         ({"on": "processes", "workers": 0}, "--workers is 0, but must be 1 or more"),
         ({"cpus": 2}, "--cpus-per-trial has an effect with --on ray only"),
         ({"on": "here", "gpus": 0.5}, "--gpus-per-trial has an effect with --on ray only"),
-        ({"on": "ray", "gpus": 1.5}, "--gpus-per-trial is 1.5, but must be from 0 to 1, or a whole number"),
+        ({"on": "ray", "gpus": 1.5}, "--gpus-per-trial is 1.5, but must be 0, from 0.0001 to 1, or a whole number"),
+        *(
+            ({"on": "ray", "gpus": gpus}, f"--gpus-per-trial is {gpus:g}, but must be 0, from 0.0001 to 1, or a whole")
+            for gpus in (-1.0, 1e-9, float("nan"), float("inf"))
+        ),
         ({"on": "ray", "cpus": 0}, "--cpus-per-trial is 0, but must be 1 or more"),
     ],
 )

@@ -129,6 +129,7 @@ def test_messages_name_what_was_given_and_not_its_copy(
         ("memory://nothing", "memory://nothing is no folder; check the address"),
         ("https://host/pics", "https://host/pics cannot be copied, as nobody can list what is below it"),
         ("s3://bucket/pics", "s3://bucket/pics needs one more package to be read; run pip install s3fs"),
+        ("box://pics", "box://pics needs one more package to be read (Please install boxfs"),
         ("nosuch://pics", "nosuch://pics cannot be opened"),
     ],
 )

@@ -97,8 +97,8 @@ def open_url(url: str) -> tuple[Any, str]:
     try:
         system, path = url_to_fs(in_small(url))
     except ImportError as error:
-        package = f"pip install {_PACKAGES[kind]}" if kind in _PACKAGES else " ".join(str(error).split())
-        raise VisgraftError(f"{url} needs one more package to be read; run {package}") from error
+        package = f"; run pip install {_PACKAGES[kind]}" if kind in _PACKAGES else f" ({reason_of(error)}); install it"
+        raise VisgraftError(f"{url} needs one more package to be read{package}") from error
     except Exception as error:
         raise VisgraftError(f"{url} cannot be opened ({reason_of(error)}); check what stands before ://") from error
     return system, path

@@ -8,6 +8,8 @@ from visgraft.executors.job import Executor
 from visgraft.executors.processes import Processes
 
 KINDS = ("here", "processes", "ray")
+LEAST_GPU = 0.0001
+"""Ray counts no smaller share."""
 _BY_ADDRESS = "ray://"
 
 
@@ -53,8 +55,8 @@ def choose_executor(
 
         if cpus is not None and cpus < 1:
             raise VisgraftError(f"{cores} is {cpus}, but must be 1 or more")
-        if gpus is not None and not (0 <= gpus <= 1 or (gpus > 1 and float(gpus).is_integer())):
-            raise VisgraftError(f"{cards} is {gpus:g}, but must be from 0 to 1, or a whole number")
+        if gpus is not None and not (gpus == 0 or LEAST_GPU <= gpus <= 1 or (gpus > 1 and float(gpus).is_integer())):
+            raise VisgraftError(f"{cards} is {gpus:g}, but must be 0, from {LEAST_GPU} to 1, or a whole number")
         address = None if kind == "ray" else _BY_ADDRESS + kind[len(_BY_ADDRESS) :]
         return OnRay(address, 1 if cpus is None else cpus, gpus, workers, fresh, each)
     if cpus is not None or gpus is not None:
