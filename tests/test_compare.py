@@ -208,8 +208,12 @@ def test_train_with_method_auto_chooses_trains_and_keeps_why(
     assert again.startswith("to train on: visgraft train ") and again.endswith(" --resume")
     repeated = train(*shlex.split(again.removeprefix("to train on: visgraft train ").removesuffix(" --resume")))
     assert repeated.exit_code == 0, repeated.exception
-    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab")
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    elsewhere = train(*words, "--out", tmp_path / "c", "--json", "--on", "here")  # each search a job, each fold too
+    assert elsewhere.exit_code == 0, elsewhere.exception
+    assert {**json.loads(elsewhere.stdout)["chosen"], "seconds": 0} == {**chosen, "seconds": 0}
+    first, *others = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "abc")
+    for other in others:
+        assert first.keys() == other.keys() and all(torch.equal(first[name], other[name]) for name in first)
 
 
 @pytest.mark.parametrize(
@@ -221,6 +225,8 @@ def test_train_with_method_auto_chooses_trains_and_keeps_why(
         (["--method", "auto", "--dry-run"], "--dry-run needs a method that is known already"),
         (["--method", "sct", "--budget", "3m"], "--budget is for --method auto"),
         (["--trials", "3"], "--trials is for --method auto"),
+        (["--on", "ray"], "--on says where the trainings of --folds and of --method auto run; leave it out, or add"),
+        (["--method", "auto", "--on", "Ray"], "--on is 'Ray', but must be here, processes, ray or ray://HOST:PORT"),
         (["--method", "auto", "--budget", "x"], "budget 'x' is no length of time"),
         (["--method", "auto", "--budget", "2s"], "a budget of 2s is too short"),
     ],

@@ -1,12 +1,16 @@
 """Jobs here, in processes and on a cluster of two nodes: the same answers, also where a node is lost."""
 
 import os
+import socket
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from visgraft.bench.ledger import read_file
 from visgraft.bench.plan import plan
@@ -17,7 +21,7 @@ from visgraft.errors import VisgraftError
 from visgraft.executors.choosing import choose_executor
 from visgraft.executors.here import Here
 from visgraft.executors.job import Event, Executor, Job, Note
-from visgraft.executors.on_ray import OnRay
+from visgraft.executors.on_ray import OnRay, _loss_told, _nodes
 from visgraft.executors.processes import Processes
 
 
@@ -149,18 +153,98 @@ def test_a_job_larger_than_every_node_is_refused(cluster: Any) -> None:
     ("options", "said"),
     [
         ({"on": "rya"}, "--on is 'rya', but must be here, processes, ray or ray://HOST:PORT; did you mean ray?"),
+        ({"on": ""}, "--on is '', but must be here, processes, ray or ray://HOST:PORT"),
+        ({"on": "Ray"}, "--on is 'Ray', but must be here, processes, ray or ray://HOST:PORT; did you mean ray?"),
+        ({"on": "ray:/host:1"}, "--on is 'ray:/host:1', but must be here, processes, ray or ray://HOST:PORT"),
+        *(
+            ({"on": address}, f"--on is {address!r}, but must be ray://HOST:PORT, where Ray's client is answered")
+            for address in (
+                "ray://",
+                "ray://host",
+                "ray://host:",
+                "ray://:1",
+                "ray://host:port",
+                "ray://host:0",
+                "ray://host:65536",
+                "ray://me@host:1",
+                "ray://host:1/",
+                "ray://host:1 ",
+                "ray://::1",
+                "ray://[::1]",
+            )
+        ),
+        ({"on": "RAY://127.0.0.1:1"}, "no Ray cluster answers at ray://127.0.0.1:1 (Connection refused); check --on"),
         ({"on": "here", "workers": 2}, "--workers 2 has no effect with --on here"),
         ({"on": "processes", "workers": 0}, "--workers is 0, but must be 1 or more"),
         ({"cpus": 2}, "--cpus-per-trial has an effect with --on ray only"),
         ({"on": "here", "gpus": 0.5}, "--gpus-per-trial has an effect with --on ray only"),
-        ({"on": "ray", "gpus": 1.5}, "--gpus-per-trial is 1.5, but must be from 0 to 1, or a whole number"),
+        ({"on": "ray", "gpus": 1.5}, "--gpus-per-trial is 1.5, but must be 0, from 0.0001 to 1, or a whole number"),
+        *(
+            ({"on": "ray", "gpus": gpus}, f"--gpus-per-trial is {gpus:g}, but must be 0, from 0.0001 to 1, or a whole")
+            for gpus in (-1.0, 1e-9, float("nan"), float("inf"))
+        ),
         ({"on": "ray", "cpus": 0}, "--cpus-per-trial is 0, but must be 1 or more"),
     ],
 )
-def test_a_choice_that_cannot_be_is_one_line(options: dict[str, Any], said: str) -> None:
+def test_a_choice_that_cannot_be_is_one_line(
+    options: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # by a test before
     with pytest.raises(VisgraftError) as error:
         choose_executor(**options)
     assert said in str(error.value)
+
+
+def test_an_address_in_the_environment_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    for address, said in {
+        "ray://host": "RAY_ADDRESS is 'ray://host', but must be ray://HOST:PORT",
+        "127.0.0.1:1": "no Ray cluster answers at 127.0.0.1:1 (Connection refused); check RAY_ADDRESS",
+    }.items():
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(VisgraftError) as error:
+            choose_executor("ray")
+        assert str(error.value).startswith(said)
+
+
+def test_a_token_that_is_missing_is_one_line(tmp_path: Path) -> None:
+    if not hasattr(ray.exceptions, "AuthenticationError"):
+        pytest.skip("this version of Ray knows no tokens")
+    code = "from visgraft.executors.choosing import choose_executor; choose_executor('ray')"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        env = {**os.environ, "RAY_ADDRESS": f"127.0.0.1:{taken.getsockname()[1]}", "RAY_AUTH_MODE": "token"}
+        env |= {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"), "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    line = done.stderr.splitlines()[-1]
+    assert "no Ray cluster answers at 127.0.0.1:" in line and "is set but file cannot be opened or is empty" in line
+    assert line.endswith(
+        "check RAY_ADDRESS, and, where the cluster wants a token, RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH"
+    )
+
+
+def test_a_cluster_that_cannot_be_reached_any_more_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    grpc = pytest.importorskip("grpc")
+
+    class Cut(grpc.RpcError):  # type: ignore[misc,name-defined]
+        def details(self) -> str:
+            return "Stream removed"
+
+    for raised, why in (ConnectionError("Client is shut down. Last exception:\n<>"), "Client is shut down"), (
+        Cut(), "Stream removed",
+    ):  # fmt: skip
+
+        def nodes(error: Exception = raised) -> Any:
+            raise error
+
+        monkeypatch.setattr("ray.nodes", nodes)
+        with pytest.raises(VisgraftError) as error:
+            _nodes()
+        assert str(error.value) == (
+            f"the Ray cluster cannot be reached any more ({why}); once it can, give the same command again"
+        )
+    with pytest.raises(BrokenPipeError), _loss_told():  # of whoever reads what the command prints
+        raise BrokenPipeError(32, "Broken pipe")
 
 
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import fsspec
 import pytest
 from test_bench import PROTOCOL, draw_colours, request
+from test_cli import SMALL, run
 
 from visgraft.bench.plan import plan
 from visgraft.bench.running import TrialSources, run_trial
@@ -16,6 +17,7 @@ from visgraft.data import mirror as mirror_module
 from visgraft.data.mirror import mirrored
 from visgraft.data.read import read_data
 from visgraft.errors import DataError, VisgraftError
+from visgraft.executors.job import Job, Note, outcome
 
 
 @pytest.fixture
@@ -93,12 +95,41 @@ def test_a_data_set_at_an_address_is_read_as_a_folder(there: Path) -> None:
     assert data.root.is_relative_to(mirror_module.cache_folder()) and data.root.name == "pics"
 
 
+def test_what_stands_before_the_colon_means_the_same_in_capitals(there: Path) -> None:
+    root, copy = mirrored(f"FILE://{there}", ["colours"])
+    assert (root / "colours" / "train" / "0_0.png").is_file() and copy.local("colours") == root
+
+
+def test_messages_name_what_was_given_and_not_its_copy(
+    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, pictures = f"file://{tmp_path}/my pets", sorted((there / "colours" / "train").iterdir())
+    for number, picture in enumerate(pictures):
+        target = tmp_path / "my pets" / "ab"[number % 2] / picture.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(picture, target)
+    target.write_bytes(b"no picture")
+    line = f"{url}/{target.parent.name}/{target.name} is not a readable image"
+    words = "train", url, "--out", tmp_path / "a", "--epochs", 1, *SMALL
+    for more, code, begin in (((), 1, "error: "), (("--skip-broken",), 0, "  ")):
+        found, _, err = run(*words, *more)
+        assert found == code and f"\n{begin}{line}" in err and "/copies/" not in err.split(" is read\n")[-1], err
+    _, copy = mirrored(url)
+    monkeypatch.setenv("VISGRAFT_CACHE", str(tmp_path / "another machine"))
+
+    def work(note: Note) -> None:
+        raise DataError(f"{copy.local()}/a/0.png cannot be read; mend it")
+
+    assert outcome(Job("a", "job", work), print).value == f"job: {url}/a/0.png cannot be read; mend it"
+
+
 @pytest.mark.parametrize(
     ("url", "said"),
     [
         ("memory://nothing", "memory://nothing is no folder; check the address"),
         ("https://host/pics", "https://host/pics cannot be copied, as nobody can list what is below it"),
         ("s3://bucket/pics", "s3://bucket/pics needs one more package to be read; run pip install s3fs"),
+        ("box://pics", "box://pics needs one more package to be read (Please install boxfs"),
         ("nosuch://pics", "nosuch://pics cannot be opened"),
     ],
 )

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from predicting import adapters, content, make, pictures, refused, run
 
+import visgraft
+
 Rows = list[dict[str, Any]]
 
 
@@ -125,6 +127,15 @@ def test_processes_write_the_same(given: list[Any], whole: Path) -> None:
 def test_a_cluster_writes_the_same(given: list[Any], whole: Path, cluster: Any) -> None:
     code, printed, err = run(*given, "--on", "ray")
     assert code == 0 and "all 7 parts are there" in printed, err
+    same(rows_in(given[-1]), rows_in(whole))
+
+
+def test_a_cluster_elsewhere_writes_the_same(given: list[Any], whole: Path, cluster: Any) -> None:
+    words = [sys.executable, "-m", "visgraft", "predict", *map(str, given), "--on", cluster.client_address]
+    env = {**os.environ, "PYTHONPATH": str(Path(visgraft.__file__).parents[1])}
+    del env["RAY_ADDRESS"]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0 and "all 7 parts are there" in done.stdout, done.stderr
     same(rows_in(given[-1]), rows_in(whole))
 
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 from predicting import adapters, pictures
-from serving import Running, scores
+from serving import Running, running, scores
 from test_cli import run
 
 import visgraft
@@ -25,7 +26,7 @@ from visgraft import load, predict
 from visgraft.adapters.directory import CONFIG, TENSORS
 from visgraft.serve.keeper import Keeper, KeptStore, Sent
 from visgraft.serve.metrics import labelled
-from visgraft.serve.store import LastAdapterError, digest_of
+from visgraft.serve.store import FolderStore, LastAdapterError, StoreLostError, digest_of
 
 
 def refused(*words: Any) -> str:
@@ -89,6 +90,31 @@ def test_a_change_of_somebody_else_is_never_taken_for_seen(
         again.remove("b")
 
 
+def test_a_keeper_without_an_answer_is_told_and_asked_again(
+    adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [(adapters["lora"] / file).read_bytes() for file in (CONFIG, TENSORS)]
+
+    def lost(*given: Any, **options: Any) -> Any:
+        raise StoreLostError("the keeper of the adapters does not answer (ActorDiedError); try again")
+
+    with running(tmp_path / "store", {"sct": adapters["sct"]}) as server:
+
+        def names() -> set[str]:
+            return {one["name"] for one in server.ask("GET", "/adapters")[1]["adapters"]}
+
+        with monkeypatch.context() as patch:
+            patch.setattr(FolderStore, "put", lost)
+            status, told, headers = server.put("lora", *files)
+            assert (status, headers["retry-after"]) == (503, "5") and "see in GET /adapters" in told["error"]
+        FolderStore(tmp_path / "store").put("other", adapters["lora"], digest_of(adapters["lora"]), keep=False)
+        with monkeypatch.context() as patch:
+            patch.setattr(FolderStore, "read", lost)
+            assert names() == {"sct"}
+        assert names() == {"sct", "other"}, "what changed meanwhile is seen once it can be asked"
+        assert server.put("lora", *files)[0] == 201
+
+
 class Served(Running):
     """A command that serves on a cluster, and its workers."""
 
@@ -143,6 +169,41 @@ def test_what_a_cluster_cannot_serve_is_refused(cluster: Any, adapters: dict[str
     assert code == 1 and "the weights file /nowhere/a.safetensors does not exist" in err
 
 
+def processes(name: str) -> list[psutil.Process]:
+    found = psutil.Process().children(recursive=True)
+    return [one for one in found if name in " ".join(one.cmdline())]
+
+
+@pytest.mark.long
+def test_a_keeper_that_dies_again_and_again_loses_no_change_and_no_answer(
+    served: Served, adapters: dict[str, Path], pictures: list[Path]
+) -> None:
+    files = [(adapters["lora"] / file).read_bytes() for file in (CONFIG, TENSORS)]
+    stop, seen = threading.Event(), list[int]()
+
+    def ask() -> None:
+        while not stop.is_set():
+            seen.append(served.send("/predict?adapter=sct", pictures[0])[0])
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        for number in range(6):
+            (keeper,) = served.until(lambda: processes("ray::Keeper"))
+            deadly = threading.Timer(0.03 * number, keeper.kill)
+            deadly.start()
+            assert served.put("up", *files)[0] == 201
+            assert served.ask("DELETE", "/adapters/up")[0] == 204
+            deadly.join()
+            keeper.wait(30)
+            assert served.put("up", *files)[0] == 201 and served.predict(pictures[0], "up")
+            assert served.ask("DELETE", "/adapters/up")[0] == 204
+    finally:
+        stop.set()
+        asking.join(60)
+    assert set(seen) == {200}
+
+
 @pytest.mark.long
 def test_workers_answer_as_predict_and_one_that_dies_comes_back(
     served: Served, adapters: dict[str, Path], pictures: list[Path]
@@ -159,11 +220,7 @@ def test_workers_answer_as_predict_and_one_that_dies_comes_back(
     assert all(answers("lora") for _ in range(20)), "whoever is asked has it"
     first = served.until(lambda: len(found := served.workers()) == 2 and found)
 
-    def processes() -> list[psutil.Process]:
-        found = psutil.Process().children(recursive=True)
-        return [one for one in found if "ray::ServeReplica:visgraft" in " ".join(one.cmdline())]
-
-    victim, other = processes()
+    victim, other = processes("ray::ServeReplica:visgraft")
     victim.kill()
     served.until(lambda: answers("lora") and len(served.workers() - first) == 1)
     other.kill()  # so that only the new one can answer

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -178,3 +179,29 @@ def cache_folder() -> Path:
     import platformdirs
 
     return platformdirs.user_cache_path("visgraft")
+
+
+COPIES, DOWNLOADS = "copies", "downloads"
+"""In the cache folder: folders and files of elsewhere. Beside each, a file of JSON says at which address that is."""
+
+
+def as_given(text: str) -> str:
+    """Return a message with the addresses that the user gave in place of where their copies lie in the cache folder.
+
+    Also a process on another machine can do so, for what it takes lies beside the copies.
+    """
+    for top in {str(cache_folder()), str(cache_folder().absolute())}:
+        place = re.compile(re.escape(top) + rf"[/\\](?:{COPIES}|{DOWNLOADS})[/\\][0-9a-f]{{16,32}}(?=[/\\])")
+        for copy in set(place.findall(text)):
+            url = _url_of(Path(copy))
+            if url is not None:
+                name = url.rstrip("/").partition("?")[0].rpartition("/")[2]
+                text = text.replace(f"{copy}{os.sep}{name}", url.rstrip("/"))
+    return text
+
+
+def _url_of(copy: Path) -> str | None:
+    for facts in copy.glob("*.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return str(json.loads(facts.read_text(encoding="utf-8"))["url"])
+    return None

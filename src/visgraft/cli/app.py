@@ -46,6 +46,7 @@ from visgraft.cli.text import visible
 from visgraft.cli.train import train
 from visgraft.errors import Interrupted, VisgraftError
 from visgraft.executors.distributed import ProcessLost, is_launched, leave, words_at_the_end
+from visgraft.files import as_given
 from visgraft.version import __version__
 
 ROAD = """\
@@ -308,7 +309,7 @@ def _fail(message: str, code: int, by_others: bool = False) -> NoReturn:
     """End with one line, which one of several processes prints; `by_others`: another's error may be the cause."""
     told = words_at_the_end(message, by_others)
     if told is not None:
-        print(f"error: {visible(LINE_FEEDS.sub(' ', told))}", file=sys.stderr)
+        print(f"error: {visible(LINE_FEEDS.sub(' ', as_given(told)))}", file=sys.stderr)
     if is_launched():  # at its end, Python would wait for what is still under way to processes that are gone
         sys.stderr.flush()
         os._exit(code)

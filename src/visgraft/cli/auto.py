@@ -12,6 +12,7 @@ from visgraft.errors import VisgraftError
 from visgraft.options import AUTO, MethodConfig, TrainConfig, flag_of
 
 if TYPE_CHECKING:
+    from visgraft.executors.job import Executor
     from visgraft.search import Comparison
 
 GIVEN = ("epochs", "precision", "seed")
@@ -44,13 +45,15 @@ class Asked:
     """What was given on the command line: options of training, and how long the choice may take.
 
     `budget` is e.g. `30m`, for the choice alone; None: 30 minutes, or no limit with `trials` per method. `begin` is
-    when the command began, by `time.monotonic`.
+    when the command began, by `time.monotonic`; `executor` where the trainings run that are compared, None: in turns in
+    this process.
     """
 
     values: Mapping[str, Any]
     budget: str | None
     trials: int | None
     begin: float
+    executor: "Executor | None" = None
 
 
 class Chosen(NamedTuple):
@@ -90,7 +93,7 @@ def choose(images: TypedImages, out: Path, whole: Mapping[str, Any], asked: Aske
             images.source(), (AUTO,), backbone=whole["backbone"],
             budget_seconds=parse_budget(asked.budget or BUDGET) if limited else None,
             spent_seconds=time.monotonic() - asked.begin, trials=asked.trials,
-            epochs=epochs, seed=given.seed, precision=given.precision,
+            epochs=epochs, seed=given.seed, precision=given.precision, executor=asked.executor,
             on_progress=show, on_loading=show_loading, **options,
         )  # fmt: skip
     if not json:

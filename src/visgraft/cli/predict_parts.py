@@ -92,8 +92,9 @@ class PartOptions:
         """Return what writes the parts."""
         from visgraft.executors.choosing import choose_executor
 
+        place = "processes" if self.workers else "here"
         return choose_executor(
-            self.on or ("processes" if self.workers else "here"),
+            place if self.on is None else self.on,
             self.workers,
             cpus=self.cpus_per_worker,
             gpus=self.gpus_per_worker,

@@ -111,16 +111,17 @@ def serve(
 def _cluster(on: str | None, workers: int, cpus: int | None, gpus: float | None) -> "OnRay | None":
     """Return the cluster to serve on, or None: processes of this machine."""
     from visgraft.errors import VisgraftError
-    from visgraft.executors.choosing import choose_executor
+    from visgraft.executors.choosing import choose_executor, is_ray
 
     if on == "here":
         raise VisgraftError("--on is 'here', but must be processes, ray or ray://HOST:PORT to serve")
-    if on is not None and on.startswith("ray"):
+    if is_ray(on):
         from visgraft.serve.on_ray import check_installed
 
         check_installed()
-    found: Any = choose_executor(on or "processes", workers, cpus=cpus, gpus=gpus, fresh=False, each="worker")
-    return found if on not in (None, "processes") else None
+    place = "processes" if on is None else on
+    found: Any = choose_executor(place, workers, cpus=cpus, gpus=gpus, fresh=False, each="worker")
+    return found if is_ray(on) else None
 
 
 def _serve_on_ray(named: dict[str, str], options: dict[str, Any], host: str, port: int, cluster: "OnRay") -> None:

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from visgraft.cli.text import json_text, styled, visible
+from visgraft.files import as_given
 from visgraft.training.resume import Epoch
 
 
@@ -137,7 +138,7 @@ def loading_progress() -> Iterator[Callable[[int, int], None]]:
 
 def warn(text: str) -> None:
     """Print a warning on standard error."""
-    progress_console.print(styled(("warning:", "yellow"), f" {text}"))
+    progress_console.print(styled(("warning:", "yellow"), f" {as_given(text)}"))
 
 
 def percent(value: float | None) -> str:
@@ -277,7 +278,7 @@ def print_skipped(skipped: Sequence[Mapping[str, str]]) -> None:
     if skipped:
         progress_console.print(f"left out {len(skipped)} images that do not decode:", style="yellow")
     for row in skipped:
-        progress_console.print(f"  {row['reason']}")
+        progress_console.print(f"  {as_given(row['reason'])}")
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

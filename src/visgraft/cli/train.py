@@ -96,8 +96,8 @@ def train(
 
     if dry_run:
         _check_dry_run({"--resume": resume, "--folds": crossed.folds, "--log": log})
-    executor = _executor(crossed, place)
     automatic = _is_automatic(method, budget, trials)
+    executor = _executor(crossed, automatic, place)
     if automatic:
         check_asked(values, {"--init-from": init_from, "--resume": resume, "--dry-run": dry_run})
     origin, config = _start(init_from, None if automatic else method, backbone, weights, image_size, values)
@@ -113,7 +113,7 @@ def train(
     _check_before(out, labelled, split, crossed)
     kept, again = dict[str, Any](), None
     if automatic:
-        chosen = choose(images, out, whole, Asked(values, budget, trials, begin), json)
+        chosen = choose(images, out, whole, Asked(values, budget, trials, begin, executor), json)
         kept, again = chosen.record, f"to train on: {chosen.command} --resume"
         whole |= {"method_config": chosen.method, "train_config": chosen.recipe, "record": kept}
     figures = {**_train(labelled, out, whole | {"unlike": unlike}, resume, log, again), **kept}
@@ -224,17 +224,21 @@ def _forecast(images: Any, out: Path, whole: Mapping[str, Any], json: bool) -> N
     emit(forecast, json, lambda: print_forecast(forecast))
 
 
-def _executor(crossed: TypedFolds, place: TypedPlace) -> "Executor | None":
-    """Return the executor of the folds; None: one after another in this process."""
+def _executor(crossed: TypedFolds, automatic: bool, place: TypedPlace) -> "Executor | None":
+    """Return the executor of the folds and of what is compared; None: one after another in this process."""
     from visgraft.executors.distributed import is_launched
 
     if place.given and is_launched():
         raise VisgraftError(
-            f"{place.given} does not go with several processes of one training; cross-validate in a command alone"
+            f"{place.given} does not go with several processes of one training; cross-validate or choose in a command "
+            "alone"
         )
-    if place.given and not crossed.folds:
-        raise VisgraftError(f"{place.given} says where the trainings of --folds run; leave it out, or add --folds 5")
-    return place.executor("visgraft.training.folds")
+    if place.given and not (crossed.folds or automatic):
+        raise VisgraftError(
+            f"{place.given} says where the trainings of --folds and of --method auto run; leave it out, or add one of "
+            "these"
+        )
+    return place.executor("visgraft.search.spread" if automatic else "visgraft.training.folds")
 
 
 def _cross_validate(

@@ -6,8 +6,9 @@ import json
 import os
 from pathlib import Path
 
+from visgraft.data.urls import in_small
 from visgraft.errors import DataError
-from visgraft.files import cache_folder, new_file, write_json
+from visgraft.files import DOWNLOADS, cache_folder, new_file, write_json
 
 SCHEMES = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "hf")
 PIECE = 2**20  # bytes
@@ -19,10 +20,11 @@ def is_remote(name: str) -> bool:
     Raises:
         DataError: it is one of a kind that is not read; webdataset itself would run some of them as commands.
     """
-    scheme, colon, _ = name.partition(":")
-    if name.startswith("pipe:") or ("://" in name and scheme not in SCHEMES):
+    scheme, colon, rest = name.partition(":")
+    scheme = scheme.lower()
+    if scheme == "pipe" or ("://" in name and scheme not in SCHEMES):
         raise DataError(f"{name} is of the kind {scheme}:, which is not read; use a path or {', '.join(SCHEMES)}")
-    return bool(colon) and name.startswith(f"{scheme}://") and scheme in SCHEMES
+    return bool(colon) and rest.startswith("//") and scheme in SCHEMES
 
 
 def download(url: str) -> Path:
@@ -35,7 +37,7 @@ def download(url: str) -> Path:
         DataError: it cannot be downloaded whole.
     """
     name = hashlib.sha256(url.encode()).hexdigest()[:32]
-    file = cache_folder() / "downloads" / name / os.path.basename(url.partition("?")[0])
+    file = cache_folder() / DOWNLOADS / name / os.path.basename(url.partition("?")[0])
     facts = file.with_name("facts.json")
     if file.is_file() and facts.is_file():
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -47,7 +49,7 @@ def download(url: str) -> Path:
         raise DataError(f"{url} needs the fsspec library; run pip install 'visgraft[webdataset]'") from error
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with fsspec.open(url, "rb") as source, new_file(file) as target:
+        with fsspec.open(in_small(url), "rb") as source, new_file(file) as target:
             announced, digest, size = getattr(source, "size", None), hashlib.sha256(), 0
             while piece := source.read(PIECE):
                 target.write(piece)

@@ -17,7 +17,7 @@ from typing import Any
 
 from visgraft.data.urls import open_url, reason_of
 from visgraft.errors import DataError
-from visgraft.files import cache_folder, one_at_a_time, write_json
+from visgraft.files import COPIES, cache_folder, one_at_a_time, write_json
 
 LOG = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def mirrored(url: str, folders: Sequence[str] = (".",)) -> tuple[Path, Mirror]:
 
 def _copied(url: str, folder: str, *, anew: bool = False, compared: bool = False) -> tuple[Path, str]:
     """Return the root of the copy, and the digest of a folder in it."""
-    place, name = cache_folder() / "copies" / _hash(url.rstrip("/"))[:16], _name(url)
+    place, name = cache_folder() / COPIES / _hash(url.rstrip("/"))[:16], _name(url)
     facts, target = place / f"{_hash(folder)[:16]}.json", place / name / folder
     source = url.rstrip("/") if folder == "." else f"{url.rstrip('/')}/{folder}"
     listing = _listing(source) if compared else None

@@ -83,16 +83,22 @@ def list_url(url: str) -> Iterator[tuple[str, bool]]:
             yield name, entry["type"] == "directory"
 
 
+def in_small(url: str) -> str:
+    """Return an address whose kind is in small letters, which fsspec knows only so."""
+    kind, colon, rest = url.partition("://")
+    return f"{kind.lower()}{colon}{rest}"
+
+
 def open_url(url: str) -> tuple[Any, str]:
     """Return the file system of an address, and the path in it."""
     from fsspec.core import url_to_fs
 
     kind = url.partition(":")[0].lower()
     try:
-        system, path = url_to_fs(url)
+        system, path = url_to_fs(in_small(url))
     except ImportError as error:
-        package = f"pip install {_PACKAGES[kind]}" if kind in _PACKAGES else " ".join(str(error).split())
-        raise VisgraftError(f"{url} needs one more package to be read; run {package}") from error
+        package = f"; run pip install {_PACKAGES[kind]}" if kind in _PACKAGES else f" ({reason_of(error)}); install it"
+        raise VisgraftError(f"{url} needs one more package to be read{package}") from error
     except Exception as error:
         raise VisgraftError(f"{url} cannot be opened ({reason_of(error)}); check what stands before ://") from error
     return system, path

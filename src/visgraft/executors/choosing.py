@@ -8,6 +8,14 @@ from visgraft.executors.job import Executor
 from visgraft.executors.processes import Processes
 
 KINDS = ("here", "processes", "ray")
+LEAST_GPU = 0.0001
+"""Ray counts no smaller share."""
+_BY_ADDRESS = "ray://"
+
+
+def is_ray(on: str | None) -> bool:
+    """Whether a place is a Ray cluster; what comes before :// means the same in capitals."""
+    return on is not None and (on == "ray" or on.lower().startswith(_BY_ADDRESS))
 
 
 def choose_executor(
@@ -34,23 +42,23 @@ def choose_executor(
     Raises:
         VisgraftError: there is no such executor, or an option would have no effect.
     """
-    kind = on or ("here" if workers == 0 else "processes")
+    kind = on if on is not None else ("here" if workers == 0 else "processes")
     cores, cards = f"--cpus-per-{each}", f"--gpus-per-{each}"
-    by_address = kind.startswith("ray://")
-    if kind not in KINDS and not by_address:
+    if kind not in KINDS and not is_ray(on):
         raise VisgraftError(
             f"--on is {on!r}, but must be here, processes, ray or ray://HOST:PORT{nearest(kind, KINDS)}"
         )
     if workers is not None and workers < (0 if on is None or kind == "here" else 1):
         raise VisgraftError(f"--workers is {workers}, but must be {'0' if on is None else '1'} or more")
-    if kind == "ray" or by_address:
+    if is_ray(on):
         from visgraft.executors.on_ray import OnRay
 
         if cpus is not None and cpus < 1:
             raise VisgraftError(f"{cores} is {cpus}, but must be 1 or more")
-        if gpus is not None and not (0 <= gpus <= 1 or (gpus > 1 and float(gpus).is_integer())):
-            raise VisgraftError(f"{cards} is {gpus:g}, but must be from 0 to 1, or a whole number")
-        return OnRay(on if by_address else None, 1 if cpus is None else cpus, gpus, workers, fresh, each)
+        if gpus is not None and not (gpus == 0 or LEAST_GPU <= gpus <= 1 or (gpus > 1 and float(gpus).is_integer())):
+            raise VisgraftError(f"{cards} is {gpus:g}, but must be 0, from {LEAST_GPU} to 1, or a whole number")
+        address = None if kind == "ray" else _BY_ADDRESS + kind[len(_BY_ADDRESS) :]
+        return OnRay(address, 1 if cpus is None else cpus, gpus, workers, fresh, each)
     if cpus is not None or gpus is not None:
         raise VisgraftError(f"{cards if cpus is None else cores} has an effect with --on ray only; leave it out")
     if kind == "here":

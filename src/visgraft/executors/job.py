@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from visgraft.errors import VisgraftError
+from visgraft.files import as_given
 
 Note = Callable[[Any], None]
 """Called by work that tells how far it is."""
@@ -58,6 +59,6 @@ def outcome(job: Job, note: Note) -> Event:
     try:
         return Event(job.key, "done", job.work(note))
     except VisgraftError as error:
-        return Event(job.key, "failed", f"{job.title}: {error}")
+        return Event(job.key, "failed", as_given(f"{job.title}: {error}"))
     except Exception as error:
-        return Event(job.key, "failed", f"{job.title}: {type(error).__name__}: {error}")
+        return Event(job.key, "failed", as_given(f"{job.title}: {type(error).__name__}: {error}"))

@@ -1,11 +1,15 @@
 """Jobs on a Ray cluster: each with the cores and the share of a GPU it asks for, and again where its node is lost."""
 
+import contextlib
 import logging
 import os
 import queue
+import re
 import socket
+import sys
+import warnings
 from collections import Counter, deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import floor
@@ -93,38 +97,62 @@ class OnRay:
         return not live or (enough and (not used or used < gpus - 1e-9) and len(live) < (self.most or 1 << 30))
 
     def run(self, next_job: NextJob, tell: TellEvent) -> None:
-        """See `Executor`."""
+        """See `Executor`.
+
+        Raises:
+            VisgraftError: the cluster is lost.
+        """
         import ray
         from ray.util.queue import Queue
 
         remote = ray.remote(num_cpus=self.cpus, max_retries=0, max_calls=1 if self.fresh else 0)(_work)
-        notes = Queue(actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}})
         live: dict[Any, Job] = {}
         lost, waiting = Counter[str](), deque[Job]()
-        try:
-            while True:
-                while self._room(live.values()) and (job := waiting.popleft() if waiting else next_job()) is not None:
-                    live[remote.options(num_gpus=self._share(job)).remote(job, notes, self.cpus)] = job
-                if not live:
-                    return
-                ended, _ = ray.wait(list(live), num_returns=len(live), timeout=0)
-                if not ended:
-                    ended, _ = ray.wait(list(live), timeout=SECONDS)
-                _tell_notes(notes, {job.key for job in live.values()}, tell)
-                for reference in ended:
-                    job = live.pop(reference)
-                    event = _ended(reference, job)
-                    if event.kind == "again":
-                        lost[job.key] += 1
-                        if lost[job.key] <= LOST:
-                            waiting.append(job)
-                        else:
-                            event = Event(job.key, "failed", f"{job.title}: lost {LOST + 1} times; {event.value}")
-                    tell(event)
-        finally:
-            for reference in live:
-                ray.cancel(reference, force=True)
-            notes.shutdown(force=True)
+        with _loss_told():
+            notes = Queue(actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}})
+            try:
+                while True:
+                    while (
+                        self._room(live.values()) and (job := waiting.popleft() if waiting else next_job()) is not None
+                    ):
+                        live[remote.options(num_gpus=self._share(job)).remote(job, notes, self.cpus)] = job
+                    if not live:
+                        return
+                    ended, _ = ray.wait(list(live), num_returns=len(live), timeout=0)
+                    if not ended:
+                        ended, _ = ray.wait(list(live), timeout=SECONDS)
+                    _tell_notes(notes, {job.key for job in live.values()}, tell)
+                    for reference in ended:
+                        job = live.pop(reference)
+                        event = _ended(reference, job)
+                        if event.kind == "again":
+                            lost[job.key] += 1
+                            if lost[job.key] <= LOST:
+                                waiting.append(job)
+                            else:
+                                event = Event(job.key, "failed", f"{job.title}: lost {LOST + 1} times; {event.value}")
+                        tell(event)
+            finally:
+                with contextlib.suppress(ConnectionError):  # where the cluster is lost, so are they
+                    for reference in live:
+                        ray.cancel(reference, force=True)
+                    notes.shutdown(force=True)
+
+
+@contextlib.contextmanager
+def _loss_told() -> Iterator[None]:
+    """Turn what Ray's client raises once it is cut off into one line."""
+    rpc = getattr(sys.modules.get("grpc"), "RpcError", ConnectionError)  # there where Ray's client is
+    try:
+        yield
+    except (ConnectionError, rpc) as error:
+        if getattr(error, "errno", None) is not None:  # of a pipe or a file of ours
+            raise
+        text = error.details() if hasattr(error, "details") else str(error).partition("Last exception")[0]
+        raise VisgraftError(
+            f"the Ray cluster cannot be reached any more ({' '.join(text.split()).rstrip('. ')}); once it can, give "
+            "the same command again"
+        ) from error
 
 
 def check_installed() -> None:
@@ -134,42 +162,63 @@ def check_installed() -> None:
 
 
 def connect(address: str | None) -> None:
-    """Connect this process to a cluster; to one that is there already it sends this package.
+    """Connect this process to a cluster, and send it this package.
 
     Raises:
-        VisgraftError: none answers.
+        VisgraftError: none answers, or it does not let this process in.
     """
     import ray
 
     if ray.is_initialized():
         return
-    package = Path(__file__).parents[1]
     there = address or os.environ.get("RAY_ADDRESS")
-    _check_reachable(there or "")
-    settings: dict[str, Any] = {"runtime_env": {"py_modules": [str(package)]}} if there else {}
+    named = "--on" if address or not there else "RAY_ADDRESS"
+    _check_reachable(there or "", named)
+    settings: dict[str, Any] = {"runtime_env": {"py_modules": [str(Path(__file__).parents[1])]}}
     try:
-        ray.init(address=there, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False, **settings)
-    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise VisgraftError(f"no Ray cluster answers at {there or 'this machine'} ({first}); check --on") from error
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # what goes wrong is said once, by us
+            ray.init(
+                address=there, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False, **settings
+            )
+    except (ConnectionError, OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        token = ", and, where the cluster wants a token, RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH" if there else ""
+        raise VisgraftError(
+            f"no Ray cluster answers at {there or 'this machine'} ({_reason(error)}); check {named}{token}"
+        ) from error
 
 
-def _check_reachable(address: str) -> None:
-    """Raise a VisgraftError where nothing listens at HOST:PORT, for which Ray itself waits many minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
+def _reason(error: Exception) -> str:
+    """Return why there is no connection: the first line, or the last one where the first only announces it."""
+    text = getattr(error, "message", None) or str(error)  # a missing token's is followed by a page of advice
+    lines = [line.strip(" .") for line in str(text).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[-1 if lines[0].endswith(":") else 0]
+
+
+def _check_reachable(address: str, named: str) -> None:
+    """Raise a VisgraftError where an address is none, or nothing listens there, for which Ray itself waits long.
+
+    `named` is what gives it.
+    """
+    found = re.fullmatch(r"(?:ray://)?(?:\[(?P<six>[^][\s/]+)\]|(?P<host>[^][\s/:@]+)):(?P<port>[0-9]{1,5})", address)
+    if found is None or not 0 < int(found["port"]) < 1 << 16:
+        if address.startswith("ray://"):
+            raise VisgraftError(
+                f"{named} is {address!r}, but must be ray://HOST:PORT, where Ray's client is answered, such as "
+                "ray://10.0.0.1:10001"
+            )
         return
     try:
-        socket.create_connection((host.strip("[]"), int(port)), REACHED_SECONDS).close()
-    except (OSError, OverflowError) as error:
+        socket.create_connection((found["six"] or found["host"], int(found["port"])), REACHED_SECONDS).close()
+    except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise VisgraftError(f"no Ray cluster answers at {address} ({reason}); check --on and RAY_ADDRESS") from error
+        raise VisgraftError(f"no Ray cluster answers at {address} ({reason}); check {named}") from error
 
 
 def _nodes() -> list[dict[str, Any]]:
     import ray
 
-    return [node for node in ray.nodes() if node["Alive"]]
+    with _loss_told():
+        return [node for node in ray.nodes() if node["Alive"]]
 
 
 def _sum(node: dict[str, Any], resource: str) -> float:

@@ -32,10 +32,11 @@ from visgraft.serve.replies import AnswerList, AsciiJson, ErrorReply, answer_to
 from visgraft.serve.resources import add_adapters
 from visgraft.serve.server import Server
 from visgraft.serve.settings import ServeConfig
-from visgraft.serve.store import Store, StoreError
+from visgraft.serve.store import Store, StoreError, StoreLostError
 from visgraft.version import __version__
 
 LOG = logging.getLogger(__name__)
+RETRY_SECONDS = 5
 CLIENT_LEFT = 499  # as nginx logs it; nobody is there to read it
 PAGE = {"page.css": "text/css", **dict.fromkeys(("page.js", "asking.js", "showing.js"), "text/javascript")}
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -99,12 +100,7 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(VisgraftError)
     async def wrong(request: Request, error: VisgraftError) -> Response:
-        if isinstance(error, QueueFullError):
-            return said(429, str(error), {"retry-after": f"{error.seconds:.0f}"})
-        if isinstance(error, StoreError):
-            LOG.error("%s", error)
-            return said(507, "the server cannot use its store of adapters, so none has changed; its log says why")
-        return said(404 if isinstance(error, NoAdapterError) else 422, str(error))
+        return _wrong(error)
 
     @app.exception_handler(ClientDisconnect)
     async def left(request: Request, error: ClientDisconnect) -> Response:
@@ -120,6 +116,20 @@ def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
         return said(500, "the server failed; its log says why")
+
+
+def _wrong(error: VisgraftError) -> Response:
+    """Return what is answered to an error of ours."""
+    if isinstance(error, QueueFullError):
+        return said(429, str(error), {"retry-after": f"{error.seconds:.0f}"})
+    if isinstance(error, StoreLostError):
+        LOG.error("%s", error)
+        told = "the keeper of the adapters gave no answer; see in GET /adapters whether this was done, and try again"
+        return said(503, told, {"retry-after": f"{RETRY_SECONDS}"})
+    if isinstance(error, StoreError):
+        LOG.error("%s", error)
+        return said(507, "the server cannot use its store of adapters, so none has changed; its log says why")
+    return said(404 if isinstance(error, NoAdapterError) else 422, str(error))
 
 
 def add_predict(app: FastAPI, server: Server) -> None:

@@ -22,7 +22,7 @@ from visgraft.bank.bank import Bank
 from visgraft.bank.held import BankAdapter
 from visgraft.errors import AdapterError, VisgraftError, nearest
 from visgraft.serve.engine import Engine
-from visgraft.serve.store import LastAdapterError, Store, StoreError, digest_of
+from visgraft.serve.store import LastAdapterError, Store, StoreError, StoreLostError, digest_of
 
 LOG = logging.getLogger(__name__)
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -106,7 +106,8 @@ class Hosting:
                 if strict:
                     raise
                 LOG.error("%s; the adapters stay as they were", error)
-                self._seen = mark
+                if not isinstance(error, StoreLostError):  # a keeper that comes back is asked again
+                    self._seen = mark
                 return
             for name, facts in wanted.items():
                 if name in self._hosted and self._hosted[name].digest == facts["digest"]:
@@ -135,7 +136,7 @@ class Hosting:
         Raises:
             AdapterError: it is damaged or of another backbone; nothing has changed then.
             VisgraftError: it cannot be called so.
-            StoreError: the store cannot be written; nothing has changed then.
+            StoreError: the store cannot be written; nothing has changed then, unless it is a `StoreLostError`.
         """
         check_name(name)
         with self._loading, settled(), self.store.alone():
@@ -154,7 +155,7 @@ class Hosting:
         Raises:
             NoAdapterError: there is none of this name.
             VisgraftError: it is the last one.
-            StoreError: the store cannot be written; nothing has changed then.
+            StoreError: the store cannot be written; nothing has changed then, unless it is a `StoreLostError`.
         """
         with self._loading, self.store.alone():
             self.refresh()

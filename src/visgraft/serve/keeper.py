@@ -12,7 +12,15 @@ from typing import Any, NamedTuple
 
 from visgraft.errors import VisgraftError
 from visgraft.serve.sockets import listen
-from visgraft.serve.store import UPLOADS, FolderStore, StoreError, begin_state, files_of, write_files
+from visgraft.serve.store import (
+    UPLOADS,
+    FolderStore,
+    StoreError,
+    StoreLostError,
+    begin_state,
+    files_of,
+    write_files,
+)
 
 GIVEN = "given"
 ANSWER_SECONDS = 30.0
@@ -205,7 +213,8 @@ def answer_of(reference: Any, seconds: float = ANSWER_SECONDS) -> Any:
 
     Raises:
         VisgraftError: what it raised.
-        StoreError: it is lost, or does not answer.
+        StoreError: it failed.
+        StoreLostError: it is lost, or does not answer.
     """
     import ray
 
@@ -215,6 +224,6 @@ def answer_of(reference: Any, seconds: float = ANSWER_SECONDS) -> Any:
         if isinstance(error.cause, VisgraftError):
             raise error.cause from None
         raise StoreError(f"the keeper of the adapters failed ({error.cause!r}); start the server anew") from error
-    except ray.exceptions.RayError as error:
-        lost = type(error).__name__
-        raise StoreError(f"the keeper of the adapters does not answer ({lost}); start the server anew") from error
+    except (ray.exceptions.RayError, ConnectionError) as error:  # the latter is how Ray's client is cut off
+        lost = f"the keeper of the adapters does not answer ({type(error).__name__})"
+        raise StoreLostError(f"{lost}; try again, or start the server anew") from error

@@ -30,6 +30,8 @@ CHECK_SECONDS = 30.0
 """In which a worker must have answered its seeded picture, or counts as ill; Ray replaces what is ill three times."""
 LOST_SECONDS = 60.0
 """After which a keeper that does not answer is not waited for."""
+AGAIN = 3
+"""So often Ray asks a keeper again that was lost before it answered; each question can be asked twice."""
 ON_HEAD: dict[str, Any] = {"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}}
 
 
@@ -137,7 +139,7 @@ def opened(
     _take_over()
     try:
         actor: Any = ray.remote(Keeper)
-        settings = {"name": NAME, "namespace": NAME, "max_restarts": -1, **ON_HEAD}
+        settings = {"name": NAME, "namespace": NAME, "max_restarts": -1, "max_task_retries": AGAIN, **ON_HEAD}
         keeper = actor.options(**settings).remote(options.get("store"))
     except ValueError as error:
         raise _is_served() from error
@@ -148,9 +150,10 @@ def opened(
         config = ServeConfig(**{**options, "store": "the cluster's store", "threads": threads})
         yield RayServer(keeper, config, cluster, host, place)
     finally:
-        with contextlib.suppress(VisgraftError):
+        with contextlib.suppress(VisgraftError, ConnectionError):
             answer_of(keeper.end.remote(), 10.0)
-        ray.kill(keeper)
+        with contextlib.suppress(ConnectionError):
+            ray.kill(keeper)
         ray.shutdown()
 
 

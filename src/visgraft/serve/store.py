@@ -23,6 +23,10 @@ class StoreError(VisgraftError):
     """The store cannot be read or written; the message names files, and so is for the log alone."""
 
 
+class StoreLostError(StoreError):
+    """Who keeps the adapters gave no answer, so nobody knows whether a change was made; later it may answer again."""
+
+
 class LastAdapterError(VisgraftError):
     """A server keeps its last adapter."""
 
@@ -58,6 +62,7 @@ class Store(Protocol):
 
         Raises:
             StoreError: it cannot be written; nothing has changed then.
+            StoreLostError: nobody knows whether it was.
         """
 
     def remove(self, name: str) -> Any:
@@ -66,6 +71,7 @@ class Store(Protocol):
         Raises:
             LastAdapterError: it is the last one.
             StoreError: it cannot be written; nothing has changed then.
+            StoreLostError: nobody knows whether it was.
         """
 
 
