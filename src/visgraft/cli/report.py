@@ -11,9 +11,9 @@ from visgraft.cli.bundles import with_bundles
 
 @with_bundles
 def report(
-    *,
     runs: Annotated[list[Path], typer.Argument(help="folders that `train` wrote, or hf:USER/NAME", show_default=False)],
     out: Annotated[Path, typer.Option(help="HTML file to write", show_default=False)],
+    *,
     data: Annotated[
         str | None, typer.Option(help="data to measure on; none: only what the adapters themselves hold")
     ] = None,

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import hashlib
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from timm.models import group_parameters
 from torch import Tensor, nn
 
+from visgraft.backbones.digest import tensors_digest
 from visgraft.backbones.heads import head_paths
 from visgraft.backbones.wrappers import unwrapped
 from visgraft.core.families import NORMS
@@ -95,13 +95,7 @@ def _digested(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _sha256(tensors: Mapping[str, Tensor]) -> str | None:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        if tensor.is_meta:
-            return None
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return None if any(tensor.is_meta for tensor in tensors.values()) else tensors_digest(tensors)
 
 
 class LazyDigest:

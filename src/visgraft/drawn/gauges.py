@@ -7,7 +7,6 @@ A point of the dial is a complex number x + iy, so that a rotation is a product:
 has radius 1, y grows downwards. Point arrays have shape (count,); angles are in degrees clockwise from the top.
 """
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from visgraft.drawn.folder import new_folder
 from visgraft.drawn.table import Drawn, check_counts, write_tables
 from visgraft.errors import DataError
 
@@ -92,16 +92,9 @@ def draw_gauges(
         DataError: `root` exists and is not an empty folder, a count or `seed` is negative, or `size` is too small.
     """
     root = Path(root)
-    target = root.resolve()
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise DataError(f"{root} already exists and is not an empty folder; remove it or name another folder")
     if min(train, val, test, seed) < 0:
         raise DataError(f"gauge counts and seed must not be negative, got {train=}, {val=}, {test=}, {seed=}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
-        # A folder inside the scratch folder, because the scratch folder itself is readable by its owner only.
-        drawn = Path(scratch) / "gauges"
-        drawn.mkdir()
+    with new_folder(root) as drawn:
         for split_number, (split, count) in enumerate([("train", train), ("val", val), ("test", test)]):
             for index in range(count):
                 position = positions[index % len(positions)]
@@ -109,9 +102,6 @@ def draw_gauges(
                 folder.mkdir(parents=True, exist_ok=True)
                 rng = np.random.default_rng([seed, split_number, index])
                 draw_gauge(position, rng, size).save(folder / f"{index:05d}.png", compress_level=3)
-        if target.exists():
-            target.rmdir()
-        drawn.rename(target)
     return root
 
 

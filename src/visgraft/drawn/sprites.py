@@ -9,13 +9,13 @@ A point of a picture is a complex number x + iy: 0 is the upper left corner, 1 +
 have shape (count,).
 """
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from visgraft.drawn.folder import new_folder
 from visgraft.drawn.painting import Curve, Scene, Solid, closed, paint
 from visgraft.errors import DataError, nearest
 
@@ -257,18 +257,12 @@ def draw_sprites(
             `size` is too small.
     """
     root = Path(root)
-    target = root.resolve()
     if task not in TASKS:
         raise DataError(f"unknown task {task!r}{nearest(task, TASKS)}; choose one of {', '.join(TASKS)}")
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise DataError(f"{root} already exists and is not an empty folder; remove it or name another folder")
     counts = dict(zip(PARTS, (train, val, test, restyled), strict=True))
     if min(*counts.values(), seed) < 0:
         raise DataError(f"numbers of sprites and the seed must not be negative, got {counts}, seed {seed}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
-        drawn = Path(scratch) / "sprites"
-        drawn.mkdir()
+    with new_folder(root) as drawn:
         for number, (part, count) in enumerate(counts.items()):
             style = "restyled" if part == "restyled" else "plain"
             for index in range(count):
@@ -277,7 +271,4 @@ def draw_sprites(
                 folder.mkdir(parents=True, exist_ok=True)
                 rng = np.random.default_rng([seed, list(TASKS).index(task), number, index])
                 draw_sprite(task, label, rng, size, style).save(folder / f"{index:05d}.png", compress_level=3)
-        if target.exists():
-            target.rmdir()
-        drawn.rename(target)
     return root

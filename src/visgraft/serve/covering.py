@@ -6,11 +6,11 @@ from torch import Tensor
 
 from visgraft.adapters.calibrated import ONE_LABEL, Calibrated
 from visgraft.adapters.record import AdapterRecord
-from visgraft.data.tasks import output_slices
+from visgraft.data.tasks import LabelTask
 from visgraft.errors import AdapterError, VisgraftError
 from visgraft.measure.conformal import CoverageError, bound, check_coverage, class_sets, interval
 from visgraft.measure.temperature import recalibrated
-from visgraft.serve.naming import Classes, NumberAnswer, TaskAnswers
+from visgraft.serve.naming import Classes, NumberAnswer, TaskAnswers, by_image
 
 
 def check_covering(
@@ -87,18 +87,14 @@ def tasks_covered(record: AdapterRecord, answers: Tensor, coverage: float) -> li
     Raises:
         AdapterError, CoverageError: the adapter cannot answer so.
     """
-    found: list[TaskAnswers] = [{} for _ in answers]
-    for task, place in zip(record.tasks, output_slices(record.tasks), strict=True):
-        highest, own = _bound("the adapter", record, coverage, task.name), answers[:, place]
-        column: Sequence[Classes | NumberAnswer]
+
+    def of_all(task: LabelTask, own: Tensor) -> Sequence[Classes | NumberAnswer]:
+        highest = _bound("the adapter", record, coverage, task.name)
         if task.kind == "number":
-            column = [NumberAnswer(n, task.unit, *interval(n, highest), task.std) for n in own[:, 0].tolist()]
-        else:
-            several = task.kind == "several_classes"
-            column = _sets(task.classes, own, several, record.calibrated[task.name], highest)
-        for of_image, answer in zip(found, column, strict=True):
-            of_image[task.name] = answer
-    return found
+            return [NumberAnswer(n, task.unit, *interval(n, highest), task.std) for n in own[:, 0].tolist()]
+        return _sets(task.classes, own, task.kind == "several_classes", record.calibrated[task.name], highest)
+
+    return by_image(record.tasks, answers, of_all)
 
 
 def _sets(

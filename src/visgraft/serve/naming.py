@@ -1,6 +1,6 @@
 """What answers are called: classes with their probabilities, and, of several tasks, numbers in their units."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -76,17 +76,24 @@ def answers_to_tasks(
     tasks: Sequence[LabelTask], answers: Tensor, top: int | None, threshold: float
 ) -> list[TaskAnswers]:
     """Return what each image is answered, of what the adapter's record makes of outputs, [B, outputs] on the CPU."""
-    found: list[TaskAnswers] = [{} for _ in answers]
-    for task, place in zip(tasks, output_slices(tasks), strict=True):
-        own = answers[:, place]
-        column: Sequence[Classes | NumberAnswer]
+
+    def of_all(task: LabelTask, own: Tensor) -> Sequence[Classes | NumberAnswer]:
         if task.kind == "number":
-            column = [NumberAnswer(value, task.unit, spread=task.std) for value in own[:, 0].tolist()]
-        else:
-            column = best_classes(task.classes, own, task.kind == "several_classes", top, threshold)
-        for of_image, answer in zip(found, column, strict=True):
-            of_image[task.name] = answer
-    return found
+            return [NumberAnswer(value, task.unit, spread=task.std) for value in own[:, 0].tolist()]
+        return best_classes(task.classes, own, task.kind == "several_classes", top, threshold)
+
+    return by_image(tasks, answers, of_all)
+
+
+def by_image(
+    tasks: Sequence[LabelTask],
+    answers: Tensor,
+    of_all: Callable[[LabelTask, Tensor], Sequence[Classes | NumberAnswer]],
+) -> list[TaskAnswers]:
+    """Return the answers to all tasks of each image, where `of_all` gives those to one task from its columns."""
+    slices = output_slices(tasks)
+    columns = {task.name: of_all(task, answers[:, own]) for task, own in zip(tasks, slices, strict=True)}
+    return [{name: column[row] for name, column in columns.items()} for row in range(len(answers))]
 
 
 def in_words(answer: Classes | NumberAnswer) -> str:

@@ -1,6 +1,5 @@
 """One part of a long prediction: a function of adapters, options and images, so that it can run anywhere, and again."""
 
-import hashlib
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from visgraft.adapters.directory import read_record
-from visgraft.adapters.hub import CONFIG, TENSORS, HubPlace, on_hub, parse, resolve, settled
+from visgraft.adapters.hub import HubPlace, on_hub, parse, resolve, settled
 from visgraft.backbones.creation import KINDS
 from visgraft.bank.bank import Bank
 from visgraft.bank.opening import load_bank
@@ -29,6 +28,7 @@ from visgraft.serve.prediction import (
     predict_rows,
     predict_stream,
 )
+from visgraft.serve.store import files_digest
 from visgraft.serve.tables import parquet_part
 from visgraft.serve.unlike import check_references
 
@@ -81,7 +81,7 @@ def make_question(adapters: Mapping[str, str], **options: Any) -> Question:
     checked: Any = {name: options[name] for name in asked if name in options}
     check_question(records, **checked)
     check_references(adapters, options.get("unlike"), bool(options.get("ensemble")))
-    pinned = tuple(PinnedAdapter(name, _pinned(path), _digest(path)) for name, path in adapters.items())
+    pinned = tuple(PinnedAdapter(name, _pinned(path), files_digest(path)) for name, path in adapters.items())
     if (weights := options.get("weights")) not in (None, *KINDS):
         options["weights"] = os.path.abspath(str(weights))
     layout = table_layout(records, options.get("top"), options.get("coverage"), options.get("unlike") is not None)
@@ -154,7 +154,7 @@ def _answered(
 def _opened(adapters: tuple[PinnedAdapter, ...], weights: str | None) -> Bank:
     """Return the bank of some adapters, which a process keeps for its next part."""
     for one in adapters:
-        if _digest(one.path) != one.digest:
+        if files_digest(one.path) != one.digest:
             raise AdapterError(f"{one.name} has changed since this run began; put it back, or begin another --out")
     return load_bank({one.name: one.path for one in adapters}, weights=weights)
 
@@ -164,16 +164,3 @@ def _pinned(path: str) -> str:
     if on_hub(path):
         return str(HubPlace(parse(path).name, resolve(path).name))
     return os.path.abspath(path)
-
-
-def _digest(path: str) -> str:
-    """Return the digest of an adapter's record and tensors."""
-    found = hashlib.sha256()
-    for name in (CONFIG, TENSORS):
-        file = resolve(path) / name
-        try:
-            with file.open("rb") as content:
-                found.update(hashlib.file_digest(content, "sha256").digest())
-        except OSError as error:
-            raise AdapterError(f"{Path(path) / name} is missing or damaged ({error.strerror})") from error
-    return found.hexdigest()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from visgraft.adapters.hub import CONFIG, TENSORS, UNLIKE, resolve
+from visgraft.adapters.hub import CONFIG, TENSORS, UNLIKE, remedy, resolve
 from visgraft.errors import AdapterError, VisgraftError
 from visgraft.files import one_at_a_time, write_json
 
@@ -138,13 +138,23 @@ def digest_of(path: str | Path) -> str:
     from visgraft.adapters.directory import read_record  # brings torch, which whoever only keeps files does without
 
     read_record(path)
+    return files_digest(path)
+
+
+def files_digest(path: str | Path) -> str:
+    """Return the sha256 over an adapter's two files, whatever they hold.
+
+    Raises:
+        AdapterError: one is not there.
+    """
     found = hashlib.sha256()
     for name in (CONFIG, TENSORS, *((UNLIKE,) if (resolve(path) / UNLIKE).is_file() else ())):
         try:
             with open(resolve(path) / name, "rb") as file:
                 found.update(hashlib.file_digest(file, "sha256").digest())
         except OSError as error:
-            raise AdapterError(f"{path} cannot be read: {name} is missing ({error.strerror})") from error
+            told = f"{Path(path) / name} is missing or damaged ({error.strerror})"
+            raise AdapterError(f"{told}; {remedy(path)}") from error
     return found.hexdigest()
 
 
