@@ -183,7 +183,9 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
         blocked = re.search(r"GLOBAL (\S+)", str(error))
         if blocked is None:  # a damaged file, no pickle at all, or one with instructions of protocol 4 and later
             newer = ", or was saved with pickle_protocol=4 or above (torch.save it anew without)"
-            known = newer if "Unsupported operand" in str(error) else ", or no file of tensors that torch wrote"
+            operand = re.search(r"Unsupported operand (\d+)", str(error))
+            is_newer = operand is not None and int(operand[1]) >= 0x80  # below are letters, of a page or a text
+            known = newer if is_newer else ", or no file of tensors that torch wrote"
             raise ValueError(f"it is damaged{known}") from error
         raise WeightsError(
             f"{path} holds Python objects besides tensors ({blocked[1]}), which could run code and are never "
