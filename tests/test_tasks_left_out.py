@@ -11,7 +11,7 @@ from visgraft import Backbone, TrainConfig
 from visgraft.core.configure import configure
 from visgraft.data.read import Source
 from visgraft.report.page import gather, render
-from visgraft.training.run import train_folder
+from visgraft.training.run import Watch, train_folder
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +86,21 @@ def test_folders_of_some_tasks_and_the_report_say_it_as_well(adapter: Path, tmp_
         gather([adapter], Source(write(tmp_path / "some.csv", without(rows_of(adapter), "size"))), part="test")
     )
     assert "size is left out: " in page and "has no column size" in page
+
+
+def test_training_names_what_no_validation_image_tells(tmp_path: Path) -> None:
+    table = shop(tmp_path / "shop")
+    with table.open(encoding="utf-8", newline="") as file:
+        rows = [{**row, "size": row["size"] if row["split"] == "train" else ""} for row in csv.DictReader(file)]
+    method, _ = configure("linear", {})
+    warned = list[str]()
+    figures = train_folder(
+        Source(write(table, rows), labels=COLUMNS),
+        tmp_path / "adapter",
+        backbone=Backbone("test_vit", "none", 32),
+        method_config=method,
+        train_config=TrainConfig(epochs=1, warmup_epochs=0, precision="fp32"),
+        watch=Watch(warning=warned.append),
+    )
+    assert "no validation image has a label of size, which the figures say nothing about" in warned
+    assert set(figures["tasks"]) == {"colour", "tags"}

@@ -22,7 +22,7 @@ from visgraft.check.looks import shape_warning
 from visgraft.check.quick import quick_check
 from visgraft.core.attach import assemble, attach, count_parameters
 from visgraft.core.method import Batches
-from visgraft.data.dataset import PARTS, Dataset, Split
+from visgraft.data.dataset import PARTS, Dataset, Split, listed
 from visgraft.data.examples import counts_by_class, names_of
 from visgraft.data.identity import content_digests, file_digest
 from visgraft.data.images import Images, Loading, load_images
@@ -32,7 +32,7 @@ from visgraft.executors import distributed
 from visgraft.files import check_target
 from visgraft.measure.conformal import calibrate_tasks
 from visgraft.measure.evaluation import evaluate
-from visgraft.measure.measuring import figures_of, sizes_of, skipped_of
+from visgraft.measure.measuring import figures_of, sizes_of, skipped_of, unlabelled_tasks
 from visgraft.measure.precision import resolve_precision
 from visgraft.measure.unlike import make_reference
 from visgraft.options import MethodConfig, TrainConfig
@@ -102,6 +102,8 @@ def train_folder(
     model = create_backbone(backbone, len(dataset.classes), train_config.drop_path)
     counts = count_parameters(model)
     _warn_of_shapes(dataset, backbone, model, watch)
+    if dataset.val and (unmeasured := unlabelled_tasks(dataset.val)):
+        watch.warning(f"no validation image has a label of {listed(unmeasured)}, which the figures say nothing about")
     images, val = _load(dataset, model, loading, watch)
     reference = make_reference(model, images, val, train_config.precision) if unlike else None
     attach_anew = partial(attach_as_asked, model, method_config, dataset, init_from, train_config.seed, watch)
