@@ -30,6 +30,7 @@ import torch
 from torch import nn
 
 import visgraft
+from visgraft.errors import SiteError
 from visgraft.measure.precision import Compute
 
 BACKBONES = "vit_small_patch16_224:224,vit_small_patch16_224:112,swin_tiny_patch4_window7_224:224"
@@ -190,7 +191,10 @@ def main() -> None:
 
     for choice in itertools.product(*map(listed, (asked.backbones, asked.images, asked.precisions, asked.methods))):
         backbone, images, precision, method = choice
-        keep(row(backbone, method, int(images), precision, asked.rounds))
+        try:
+            keep(row(backbone, method, int(images), precision, asked.rounds))
+        except SiteError as error:  # the method has no place there
+            print(error)
     for line in sizes(listed(asked.backbones)[0], "alore", [int(n) for n in listed(asked.counts)], asked.rounds):
         keep(line)
     batches, banks = ([cells(line) for line in found if line["kind"] == kind] for kind in ("batch", "bank"))
