@@ -264,7 +264,9 @@ def test_compiled_other_adapters_compile_nothing_anew(name: str) -> None:
 HALF = ("lora-0", "bitfit-0", "alore-0", "dora-0")
 
 
-@pytest.mark.parametrize("kind", ["plain", pytest.param("swin", marks=pytest.mark.long), "convnext"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=() if k in ("plain", "convnext") else pytest.mark.long) for k in ALL_FAMILIES]
+)
 def test_one_adapter_in_bf16_answers_as_attached_bit_for_bit(kind: str) -> None:
     bank, x = Bank(family(kind)), images(3, size=size_of(kind))
     before, names = bank.memory().backbone, [name for name in HALF if not refused(name, kind)]
