@@ -57,14 +57,19 @@ def in_turns(parts: Mapping[str, Callable[[], float]], rounds: int) -> list[dict
     return found
 
 
-def seconds_of(act: Callable[[], object], device: torch.device, times: int = 1) -> Callable[[], float]:
+def seconds_of(
+    act: Callable[[], object],
+    device: torch.device,
+    times: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Callable[[], float]:
     """Return a function that calls `act` so many times and returns the seconds of one; on a GPU by its own events."""
 
     def on_cpu() -> float:
-        start = time.perf_counter()
+        start = clock()
         for _ in range(times):
             act()
-        return (time.perf_counter() - start) / times
+        return (clock() - start) / times
 
     def on_gpu() -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

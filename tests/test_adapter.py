@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from visgraft import Backbone, MethodConfig, attach, count_parameters, create_backbone, list_methods, load, merge, save
 from visgraft.adapters.directory import CARD, CONFIG, TENSORS, read_record
+from visgraft.backbones.heads import head_paths
+from visgraft.core.attached import get_attached
 from visgraft.core.tensors import CHILD
 from visgraft.errors import AdapterError, VisgraftError
 from visgraft.export.merge import mergeable
@@ -302,3 +304,15 @@ def test_a_save_that_fails_changes_nothing(
             save(model, tmp_path / "a")
     assert content(tmp_path) == before
     assert [entry.name for entry in tmp_path.iterdir()] == (["a"] if earlier else [])
+
+
+@pytest.mark.parametrize(("name", "kind"), [("lora-0", "plain"), ("bitfit-0", "plain"), ("alore-0", "convnext")])
+def test_what_is_stored_is_all_of_the_method_and_the_head_in_their_order(name: str, kind: str) -> None:
+    model = fitted(CONFIGS[name], kind)
+    for replaced in (None, nn.Sequential(nn.Linear(32, 8), nn.Linear(8, 3)), nn.Linear(32, 2)):
+        if replaced is not None and kind == "plain":
+            model.head = replaced
+        attached = get_attached(model)
+        inside = tuple(f"{path}." for path in (*head_paths(model), "visgraft"))
+        names = [n for n in model.state_dict() if n.startswith(inside) or n in attached.originals]
+        assert attached.head == head_paths(model) and list(attached.stored()) == names

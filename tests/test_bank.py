@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -258,3 +259,32 @@ def test_compiled_other_adapters_compile_nothing_anew(name: str) -> None:
     for names in ("4520", "5504", "4444", "5555"):
         held_to(bank, models, x, [*names])
     assert counter.frame_count == compiled == 2, "one graph for several adapters, one for one"
+
+
+HALF = ("lora-0", "bitfit-0", "alore-0", "dora-0")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=() if k in ("plain", "convnext") else pytest.mark.long) for k in ALL_FAMILIES]
+)
+def test_one_adapter_in_bf16_answers_as_attached_bit_for_bit(kind: str) -> None:
+    bank, x = Bank(family(kind)), images(3, size=size_of(kind))
+    before, names = bank.memory().backbone, [name for name in HALF if not refused(name, kind)]
+    for name in names:
+        model = trained(name, kind).requires_grad_(False)
+        adapted = Adapted.of(model)
+        bank.add(name, Adapted(model, dataclasses.replace(adapted.record, precision="bf16")))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(torch.stack(answers(bank, x, [name] * 3)), logits(model, x)), name
+        with bank.lent(name) as lent:
+            assert torch.equal(logits(lent, x), logits(model, x)), "what is lent computes in fp32"
+    assert before < bank.memory().backbone < 1.6 * before
+
+
+def test_ssf_scales_in_a_wider_precision_some_images_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = next(iter(get_attached(trained("ssf-0")).positions.values()))
+    x, tensors = torch.randn(5, 3, 8).bfloat16(), {"gain": torch.randn(5, 8), "shift": torch.randn(5, 8)}
+    expected = torch.addcmul(tensors["shift"][:, None], x.float(), 1 + tensors["gain"][:, None]).bfloat16()
+    for most in (1, 48, 2**18):
+        monkeypatch.setattr(sys.modules[type(module).__module__], "MOST_WIDE", most)
+        assert torch.equal(module.by_rows(tensors, x, x), expected)

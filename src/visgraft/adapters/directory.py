@@ -30,7 +30,7 @@ from visgraft.backbones.wrappers import unwrapped
 from visgraft.core.attach import assemble, count_parameters, detach
 from visgraft.core.attached import get_attached
 from visgraft.core.fitting import check_shape
-from visgraft.core.tensors import backbone_digest
+from visgraft.core.tensors import backbone_digest, first_not_finite
 from visgraft.errors import AdapterError
 from visgraft.files import new_directory, write_json
 
@@ -327,6 +327,6 @@ def check_tensors(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path
         raise AdapterError(
             f"{path / TENSORS} does not fit its config: {', '.join(wrong[:3])}; restore it or train again"
         )
-    for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise AdapterError(f"{path / TENSORS} is damaged: {name} is not finite; restore it or train again")
+    damaged = first_not_finite(tensors)
+    if damaged is not None:
+        raise AdapterError(f"{path / TENSORS} is damaged: {damaged} is not finite; restore it or train again")

@@ -54,7 +54,10 @@ class BankAnswer(NamedTuple):
 
 
 class BankMemory(NamedTuple):
-    """Bytes on the backbone's device: of its tensors, the adapters' and their heads'; and of the adapters `parked`."""
+    """Bytes on the backbone's device: of its tensors, the adapters' and their heads'; and of the adapters `parked`.
+
+    The backbone's are half as many again once an adapter has answered in bf16.
+    """
 
     backbone: int
     adapters: int
@@ -299,8 +302,6 @@ class Bank:
 
     def memory(self) -> BankMemory:
         """Return what the backbone and the adapters take beside each other, and what is parked elsewhere."""
-        plain = self._ground.plain
-        tensors = {id(t): t.nbytes for t in (*plain.parameters(), *plain.buffers())}
         adapters = list(self._adapters.values())
         sizes = [adapter.held.bytes for adapter in adapters]
         parked = sum(
@@ -308,7 +309,7 @@ class Bank:
             for adapter, size in zip(adapters, sizes, strict=True)
             if size == (0, 0)
         )
-        return BankMemory(sum(tensors.values()), sum(rows for rows, _ in sizes), sum(h for _, h in sizes), parked)
+        return BankMemory(self._ground.bytes, sum(rows for rows, _ in sizes), sum(h for _, h in sizes), parked)
 
     def _check_free(self, name: str, replace: bool) -> None:
         if name in self._adapters and not replace:
@@ -337,9 +338,10 @@ class Bank:
         """
         distinct = list(dict.fromkeys(adapters))
         flats = dict(zip(distinct, self._shelf.take(one.held for one in distinct), strict=True))
-        with Compute(self._ground.device, adapters[0].precision).autocast():
+        precision = adapters[0].precision
+        with Compute(self._ground.device, precision).autocast():
             if len(distinct) == 1:
-                with self._lent_uniform(distinct[0]) as tree:
+                with self._lent_uniform(distinct[0], precision) as tree:
                     return tree.run(x, adapter_tensors(distinct[0], flats[distinct[0]]))
             kinds = list(dict.fromkeys(adapter.configuration for adapter in adapters))
             forward = mixed_forward(adapters, flats)
@@ -347,12 +349,14 @@ class Bank:
                 common = [kind.shared for kind in kinds]
                 forward.copies = len(adapters)
                 forward.shared = None if None in common else min(n for n in common if n is not None)
-            with self._lent(tuple(kinds), lambda: MixedTree(self._ground, kinds, self._compile)) as tree:
+            key = (*kinds, precision)
+            with self._lent(key, lambda: MixedTree(self._ground, kinds, self._compile, precision)) as tree:
                 return tree.run(x, forward)
 
-    def _lent_uniform(self, adapter: BankAdapter) -> contextlib.AbstractContextManager[Any]:
+    def _lent_uniform(self, adapter: BankAdapter, precision: str = "fp32") -> contextlib.AbstractContextManager[Any]:
         kind, head = adapter.configuration, adapter.head
-        return self._lent((kind, head), lambda: UniformTree(kind, head, self._compile))
+        halves = {} if precision == "fp32" else self._ground.halves()
+        return self._lent((kind, head, precision), lambda: UniformTree(kind, head, self._compile, halves))
 
     @contextlib.contextmanager
     def _lent(self, key: Any, make: Callable[[], Any]) -> Iterator[Any]:

@@ -12,7 +12,7 @@ from visgraft.bank.ground import FrozenBackbone
 from visgraft.bank.layout import Layout
 from visgraft.core.attach import assemble
 from visgraft.core.attached import Attached, get_attached
-from visgraft.core.method import ActsByRows, Method, TokenMethod
+from visgraft.core.method import ActsByRows, InsertsByRows, Method, TokenMethod
 from visgraft.core.sites import BEFORE_BLOCKS
 from visgraft.options import MethodConfig
 
@@ -84,7 +84,7 @@ def configuration_key(config: MethodConfig, own: Sequence[str]) -> str:
 
 
 def _way(module: Method) -> str:
-    if isinstance(module, ActsByRows):
+    if isinstance(module, ActsByRows | InsertsByRows):
         return "the method's own form for many images"
     if not isinstance(module, TokenMethod) and module.low_rank() is not None:
         return "batched low-rank factors"

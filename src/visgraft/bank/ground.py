@@ -68,6 +68,7 @@ class FrozenBackbone:
         self._digests: dict[tuple[frozenset[str], torch.dtype], str | None] = {}
         self._heads: dict[int, HeadKind] = {}
         self._runs: dict[str, Run] | None = None
+        self._halves: dict[int, nn.Parameter] | None = None
         self._lock = threading.RLock()
         try:
             self.sites = find_sites(self.plain)
@@ -85,6 +86,24 @@ class FrozenBackbone:
             if key not in self._digests:
                 self._digests[key] = backbone_digest(self.plain, without, dtype=dtype)
             return self._digests[key]
+
+    def halves(self) -> dict[int, nn.Parameter]:
+        """Return the tensors of linear layers and convolutions in bf16, by the ids of what they are made of.
+
+        Autocast would make the very same in every forward. They are made when first asked for.
+        """
+        with self._lock:
+            if self._halves is None:
+                layers = [layer for layer in self.plain.modules() if type(layer) in (nn.Linear, nn.Conv2d)]
+                whole = [t for layer in layers for t in layer.parameters(recurse=False) if t.dtype == torch.float32]
+                self._halves = {id(t): nn.Parameter(t.to(torch.bfloat16), requires_grad=False) for t in whole}
+            return self._halves
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of its tensors, and of `halves` where those were made."""
+        tensors = {id(t): t for t in (*self.plain.parameters(), *self.plain.buffers(), *(self._halves or {}).values())}
+        return sum(t.nbytes for t in tensors.values())
 
     @property
     def projections(self) -> list[Neighbour]:

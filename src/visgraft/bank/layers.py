@@ -22,7 +22,8 @@ def layer_by_images(layer: Any, own: Own, x: Tensor) -> Tensor:
 def _linear(layer: Any, own: Own, x: Tensor) -> Tensor:
     if own.keys() != {"bias"} or x.ndim < 3:
         return _mapped(layer, own, x)
-    out, bias = F.linear(x, layer.weight), own["bias"]
+    out = F.linear(x, layer.weight)
+    bias = own["bias"].to(out.dtype)  # a sum of two precisions takes many times as long on a CPU
     out.view(bias.shape[0], -1, out.shape[-1]).add_(bias.unsqueeze(1))  # in place: it is nobody else's
     return out
 
@@ -30,7 +31,8 @@ def _linear(layer: Any, own: Own, x: Tensor) -> Tensor:
 def _conv(layer: Any, own: Own, x: Tensor) -> Tensor:
     if own.keys() != {"bias"}:
         return _mapped(layer, own, x)
-    out, bias = layer._conv_forward(x, layer.weight, None), own["bias"]
+    out = layer._conv_forward(x, layer.weight, None)
+    bias = own["bias"].to(out.dtype)
     return out.add_(bias.repeat_interleave(x.shape[0] // bias.shape[0], 0)[..., None, None])
 
 
@@ -39,10 +41,15 @@ def _layer_norm(layer: Any, own: Own, x: Tensor) -> Tensor:
     if x.ndim < 3 or weight is None or bias is None or len(layer.normalized_shape) > 1:
         return _mapped(layer, own, x)
     images = next(iter(own.values())).shape[0]
-    out = F.layer_norm(x, layer.normalized_shape, None, None, layer.eps)
+    factor = layer.weight if "weight" not in own else torch.ones_like(layer.weight)
+    # With a factor and a shift, even of ones and zeros, as torch takes twice as long on a CPU where one is missing.
+    out = F.layer_norm(x, layer.normalized_shape, factor, torch.zeros_like(factor), layer.eps)
     weight, bias = (t.unsqueeze(1) if t.ndim == 2 else t for t in (weight, bias))
-    tokens = out.view(images, -1, x.shape[-1])
-    torch.addcmul(bias, tokens, weight, out=tokens)  # in place: it is nobody else's
+    tokens = out.view(images, -1, x.shape[-1])  # rewritten in place, as they are nobody else's
+    if "weight" in own:
+        torch.addcmul(bias, tokens, weight, out=tokens)
+    else:
+        tokens.add_(bias)
     return out
 
 

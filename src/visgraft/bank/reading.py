@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from visgraft.adapters.directory import (
@@ -23,6 +22,7 @@ from visgraft.backbones.wrappers import unwrapped
 from visgraft.bank.configuration import Configuration
 from visgraft.bank.ground import FrozenBackbone, HeadKind
 from visgraft.core.attached import get_attached
+from visgraft.core.tensors import first_not_finite
 from visgraft.errors import AdapterError, VisgraftError
 
 Configurations = Callable[[AdapterRecord], Configuration]
@@ -84,11 +84,13 @@ def _from_model(
         raise AdapterError(f"{what} holds no data (it is on the meta device); load it first")
     check_digest(record, what, ground.dtype, lambda dtype: ground.digest(frozenset(record.own), dtype))
     configuration, head = configurations(record), ground.head_of(model, record.outputs)
-    for name, shape in (configuration.layout.shapes | head.layout.shapes).items():
+    shapes = configuration.layout.shapes | head.layout.shapes
+    for name, shape in shapes.items():
         if name not in tensors or tuple(tensors[name].shape) != shape:
             raise AdapterError(f"{what} does not fit its options: {name}; attach the method anew")
-        if not bool(torch.isfinite(tensors[name]).all()):
-            raise AdapterError(f"{what} is damaged: {name} is not finite; train it again")
+    damaged = first_not_finite({name: tensors[name] for name in shapes})
+    if damaged is not None:
+        raise AdapterError(f"{what} is damaged: {damaged} is not finite; train it again")
     return ReadAdapter(record, configuration, head, tensors)
 
 

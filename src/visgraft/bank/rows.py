@@ -8,7 +8,7 @@ from torch import Tensor
 
 from visgraft.bank.layout import slots_of, substituted
 from visgraft.core.attached import Attached
-from visgraft.core.low_rank import LowRank, add_by_rows
+from visgraft.core.low_rank import LowRank, add_by_rows, compute_dtype
 from visgraft.core.method import ActsByRows, Grid, TokenMethod
 from visgraft.core.tensors import CHILD
 
@@ -50,14 +50,17 @@ class ByRows:
         module: Any = self.module
         if isinstance(module, ActsByRows):
             images = span.stop - span.start
-            tensors = {short: span.tensors[name] for name, short in self.own.items() if name in span.tensors}
             seen = _tokens(x, images)
             to = seen if x is onto else _tokens(onto, images)
-            found = module.by_rows(tensors, seen, to, in_place and _is_view(to, onto))
+            found = module.by_rows(self.own_of(span), seen, to, in_place and _is_view(to, onto))
             return onto if found is to else found.reshape(onto.shape)
         if x is onto:
             return self.mapped(span, lambda x: module(x, x, grid), x)
         return self.mapped(span, lambda x, onto: module(x, onto, grid), x, onto)
+
+    def own_of(self, span: Span) -> dict[str, Tensor]:
+        """Return the module's own tensors of each image by their names in it."""
+        return {short: span.tensors[name] for name, short in self.own.items() if name in span.tensors}
 
     def kind(self) -> Any:
         """Return what is equal for modules that differ in nothing but their tensors."""
@@ -95,7 +98,7 @@ class FactorsByRows:
         self.members = list(members)
 
     def make(self, span: Span) -> dict[ByRows, LowRank]:
-        """Return each module's map with factors [n, ...] of each image."""
+        """Return each module's map with factors [n, ...] of each image, scaled, in the precision of the products."""
         first = self.members[0]
         told: list[LowRank] = []
         own = {
@@ -111,12 +114,25 @@ class FactorsByRows:
 
         # Without tensors of their own they have one map in common.
         made = torch.vmap(torch.vmap(one), (0, None))(own, shared) if own else torch.vmap(one, (None, 0))(own, shared)
+        kind = told[-1]
+        names = [name for name, value in zip(LowRank._fields, kind, strict=True) if isinstance(value, Tensor)]
+        factors = dict(zip(names, made, strict=True))
+        if kind.scale != 1:
+            factors["up"] = factors["up"] * kind.scale
+        factors = {name: _to_multiply(factor) for name, factor in factors.items()}
         found = {}
         for number, member in enumerate(self.members):
-            tensors = iter(tensor[number] if own else tensor for tensor in made)
-            factors: list[Any] = [next(tensors) if isinstance(x, Tensor) else x for x in told[-1]]
-            found[member] = LowRank(*factors)
+            of_member: dict[str, Any] = {name: x[number] if own else x for name, x in factors.items()}
+            found[member] = kind._replace(**of_member, scale=1.0)
         return found
+
+
+def _to_multiply(factors: Tensor) -> Tensor:
+    """Return factors [modules, n, ...] in the precision of products; what modules have in common is converted once."""
+    dtype = compute_dtype(factors)
+    if factors.dtype != dtype and factors.stride(0) == 0:
+        return factors[:1].to(dtype).expand(factors.shape)
+    return factors.to(dtype)
 
 
 def alike(modules: Sequence[ByRows]) -> list[FactorsByRows]:
@@ -136,7 +152,7 @@ def _tokens(x: Tensor, images: int) -> Tensor:
 def hidden_by_rows(x: Tensor, down: Tensor) -> Tensor:
     """Return the hidden features [n, tokens, a k] of x [n · windows, N, a p] by factors [n, p, k]."""
     images, inner, rank = down.shape
-    blocks = x.reshape(images, -1, inner) @ down
+    blocks = torch.bmm(x.reshape(images, -1, inner), down)
     return blocks.view(images, -1, x.shape[-1] // inner * rank)
 
 
@@ -149,16 +165,16 @@ def read_together(x: Tensor, maps: Sequence[LowRank]) -> list[Tensor]:
 
 
 def add_factors(onto: Tensor, hidden: Tensor, factors: LowRank, in_place: bool = False) -> Tensor:
-    """Return `onto` [n · windows, N, b q] plus the map's last product with each image's factors."""
-    mixed = hidden if factors.mix is None else hidden @ factors.mix
-    images, inner, width = factors.up.shape
-    mixed, up = mixed.reshape(images, -1, inner), factors.up if factors.scale == 1 else factors.up * factors.scale
+    """Return `onto` [n · windows, N, b q] plus the map's last product with each image's factors, of scale 1."""
+    mixed, up = hidden if factors.mix is None else torch.bmm(hidden, factors.mix), factors.up
+    images, inner, width = up.shape
+    mixed = mixed.reshape(images, -1, inner)
     blocks, bias = onto.shape[-1] // width, factors.bias
     to = onto.reshape(images, -1, width)
     in_place = in_place and _is_view(to, onto)
     found = add_by_rows(to, mixed, up, bias if blocks == 1 else None, in_place)
     if blocks > 1 and bias is not None:
-        wide = found.view(images, -1, onto.shape[-1]).add_(bias.unsqueeze(1))
+        wide = found.view(images, -1, onto.shape[-1]).add_(bias.to(found.dtype).unsqueeze(1))
         return onto if found is to else wide.reshape(onto.shape)
     return onto if found is to else found.reshape(onto.shape)
 

@@ -23,7 +23,7 @@ from visgraft.bank.rows import ByRows, FactorsByRows, Span, add_factors, alike, 
 from visgraft.core.attached import Attached, get_attached
 from visgraft.core.families import NORMS, fuse_biases
 from visgraft.core.low_rank import LowRank
-from visgraft.core.method import Grid, TokenMethod
+from visgraft.core.method import Grid, InsertsByRows, ReadsLayer, TokenMethod
 from visgraft.core.sites import Site
 from visgraft.core.taps import Taps, is_traced
 
@@ -58,8 +58,16 @@ class Forward:
 class UniformTree:
     """The backbone with one adapter at a time attached, as `visgraft.load` attaches it: for images that share one."""
 
-    def __init__(self, configuration: Configuration, head: HeadKind, compile: Compile | None = None) -> None:
+    def __init__(
+        self,
+        configuration: Configuration,
+        head: HeadKind,
+        compile: Compile | None = None,
+        halves: Mapping[int, nn.Parameter] | None = None,
+    ) -> None:
         self.model = configuration.copy()
+        if not any(isinstance(module, ReadsLayer) for module in self.model.modules()):  # which reads the weight itself
+            _put(self.model, halves or {})
         _put_heads(self.model, head)
         self.run_model = compile(self.model) if compile else self.model
         self.slots = slots_of(self.model)
@@ -79,9 +87,14 @@ class MixedTree:
     """The backbone with several configurations put in, of which every image of a batch has an adapter of one."""
 
     def __init__(
-        self, ground: FrozenBackbone, configurations: Sequence[Configuration], compile: Compile | None = None
+        self,
+        ground: FrozenBackbone,
+        configurations: Sequence[Configuration],
+        compile: Compile | None = None,
+        precision: str = "fp32",
     ) -> None:
         self.model = ground.copy()
+        _put(self.model, {} if precision == "fp32" else ground.halves())
         self.blocks = [block["stream.in"].host for block in ground.sites.blocks]
         self.forward: Forward | None = None
         for number, path in enumerate(self.blocks):  # before the methods' own hooks
@@ -268,7 +281,14 @@ class _TokenRows:
         self.module, self.what = module, what
 
     def __call__(self, forward: Forward, span: Span, x: Tensor, onto: Tensor, grid: Grid, fresh: bool) -> Tensor:
-        act = getattr(self.module.module, self.what)
+        module, act = self.module.module, getattr(self.module.module, self.what)
+        if isinstance(module, InsertsByRows):
+            if self.what == "remove":
+                removed: Tensor = act(x, grid)
+                return removed
+            rows = x.shape[0] // (span.stop - span.start)
+            own = self.module.own_of(span).items()
+            return module.insert_by_rows({name: t.repeat_interleave(rows, 0) for name, t in own}, x, grid)
         return self.module.mapped(span, lambda x: act(x, grid), x)
 
 
@@ -333,6 +353,13 @@ class _Heads(nn.Module):
 def _copied(x: Tensor, copies: int) -> Tensor:
     """Return a batch so many times one behind the other."""
     return x if copies == 1 else x.repeat(copies, *([1] * (x.ndim - 1)))
+
+
+def _put(model: nn.Module, others: Mapping[int, nn.Parameter]) -> None:
+    """Put other tensors in place of those with these ids."""
+    for module in model.modules():
+        for leaf, tensor in module._parameters.items():
+            module._parameters[leaf] = others.get(id(tensor), tensor)
 
 
 def _put_heads(model: nn.Module, head: HeadKind) -> None:

@@ -1,6 +1,6 @@
 """What is attached to a model: the method's modules, where they stand, and all that taking them off again needs."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any, Self
 
 import torch
@@ -55,7 +55,7 @@ class Attached(nn.Module):
     @property
     def head(self) -> tuple[str, ...]:
         """The paths of the head's layers, also of one that was made or replaced after attaching."""
-        return head_paths(self._backbone[0])
+        return head_paths(self._backbone[0], tuple(self.classifiers))
 
     @property
     def digest(self) -> str | None:
@@ -73,8 +73,12 @@ class Attached(nn.Module):
     def stored(self) -> dict[str, Tensor]:
         """Return what an adapter holds, as the model has it: the method's tensors, the head's, and what else trains."""
         self.adopt()
-        inside = tuple(f"{path}." for path in (*self.head, CHILD))
-        state = self._backbone[0].state_dict()
+        model, paths = self._backbone[0], (*self.head, CHILD)
+        inside = tuple(f"{path}." for path in paths)
+        if all(name.startswith(inside) for name in self.originals):  # then no other module need be looked through
+            each = (model.get_submodule(path).state_dict(prefix=f"{path}.") for path in paths)
+            return {name: tensor for state in each for name, tensor in state.items()}
+        state = model.state_dict()
         return {name: tensor for name, tensor in state.items() if name.startswith(inside) or name in self.originals}
 
     def adopt(self, names: Collection[str] = ()) -> None:
@@ -84,11 +88,13 @@ class Attached(nn.Module):
         a forward with gradients, `train()`, `eval()` or `stored()`. Statistics beside an adopted norm move with it.
         """
         model = self._backbone[0]
+        if set(names) <= self.originals.keys() and not any(
+            p.requires_grad and name not in self.originals for name, p in _outside(model, {*self.head, CHILD})
+        ):
+            return
         known = (*(f"{path}." for path in (*self.head, CHILD)),)
         own = {name: p for name, p in model.named_parameters() if not name.startswith(known)}
         found = [name for name, p in own.items() if (p.requires_grad or name in names) and name not in self.originals]
-        if not found and set(names) <= self.originals.keys():
-            return
         owners = dict.fromkeys(name.rpartition(".")[0] for name in found)
         beside = [
             f"{owner}.{name}"
@@ -181,3 +187,16 @@ def get_attached(model: nn.Module) -> Attached:
             "pass that"
         )
     raise VisgraftError(f"nothing is attached to this {type(model).__name__}; call visgraft.attach first")
+
+
+def _outside(model: nn.Module, paths: Collection[str]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters that are not below these paths, in any order; faster than torch's own walk."""
+    waiting = [("", model)]
+    while waiting:
+        prefix, module = waiting.pop()
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{prefix}{leaf}", parameter
+        for name, child in module._modules.items():
+            if child is not None and f"{prefix}{name}" not in paths:
+                waiting.append((f"{prefix}{name}.", child))

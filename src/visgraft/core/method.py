@@ -214,6 +214,21 @@ class ActsByRows(Protocol):
         ...
 
 
+@runtime_checkable
+class InsertsByRows(Protocol):
+    """A method that inserts tokens into many images at once, each with tensors of its own; its `remove` needs none.
+
+    Without it a bank maps both over the images.
+    """
+
+    def insert_by_rows(self, tensors: Mapping[str, Tensor], x: Tensor, grid: Grid) -> Tensor:
+        """Return what `insert` returns in eval mode, image by image: [B, N, C] -> [B, N + T, C].
+
+        `tensors` holds the module's own by name, each with a first axis of B.
+        """
+        ...
+
+
 class ChosenChannels(NamedTuple):
     """The `channels` a module works on, int64 [K], chosen by the salience `score` of a tensor at `site`."""
 

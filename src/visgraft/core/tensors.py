@@ -19,6 +19,9 @@ from visgraft.core.method import OwnTensor
 CHILD = "visgraft"
 """Name of the child module that `attach` registers on the backbone; it holds everything that the method adds."""
 
+SMALL = 2**16
+"""Tensors of at most so many numbers are copied together to be looked at in one go."""
+
 
 _IN_EVAL: dict[nn.Module, tuple[int, dict[nn.Module, bool]]] = {}
 _IN_EVAL_LOCK = threading.Lock()
@@ -78,6 +81,14 @@ def sharing_copy(model: nn.Module, own: Iterable[str] = ()) -> nn.Module:
     apart = set(own)
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return copy.deepcopy(model, {id(tensor): tensor for name, tensor in tensors if name not in apart})
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the first tensor that holds a number that is not finite; small ones are looked at together."""
+    small = {name: t for name, t in tensors.items() if t.is_floating_point() and t.numel() <= SMALL}
+    checked = bool(small) and bool(torch.cat([t.reshape(-1) for t in small.values()]).isfinite().all())
+    others = {name: t for name, t in tensors.items() if not (checked and name in small)}
+    return next((name for name, tensor in others.items() if not bool(tensor.isfinite().all())), None)
 
 
 def precision_of(model: nn.Module) -> torch.dtype:

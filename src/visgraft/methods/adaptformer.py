@@ -88,7 +88,7 @@ class AdaptFormer(Method):
         hidden = F.relu(add_by_rows(tensors["down.bias"].unsqueeze(1), seen, tensors["down.weight"].mT))
         up, bias = tensors["up.weight"].mT, tensors["up.bias"].unsqueeze(1)
         if isinstance(self.norm_after, nn.Identity):
-            return add_by_rows(onto, hidden, scale * up, (scale * bias).squeeze(1), in_place)
+            return add_by_rows(onto, scale * hidden, up, (scale * bias).squeeze(1), in_place)
         added = (hidden @ up + bias) * scale
         return onto + _norm_by_rows(self.norm_after, added, tensors, "norm_after").to(onto.dtype)
 

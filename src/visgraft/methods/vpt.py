@@ -59,9 +59,15 @@ class _Prompts(TokenMethod):
 
     def insert(self, x: Tensor, grid: Grid) -> Tensor:
         """Return [prefix, prompts, patches]: [B, N, C] -> [B, N + p, C]; dropout differs from image to image."""
+        return self._inserted(x, self.dropout(self.prompts.expand(x.shape[0], -1, -1)), grid)
+
+    def insert_by_rows(self, tensors: Mapping[str, Tensor], x: Tensor, grid: Grid) -> Tensor:
+        """As `insert`, with prompts [B, p, C] of each image."""
+        return self._inserted(x, tensors["prompts"], grid)
+
+    def _inserted(self, x: Tensor, prompts: Tensor, grid: Grid) -> Tensor:
         prefix, patches = x[:, : grid.prefix_tokens], x[:, grid.prefix_tokens :]
-        prompts = self.dropout(self.prompts.expand(x.shape[0], -1, -1)).to(x.dtype)
-        return torch.cat((prefix, prompts, patches), dim=1)
+        return torch.cat((prefix, prompts.to(x.dtype), patches), dim=1)
 
     def remove(self, x: Tensor, grid: Grid) -> Tensor:
         """Return [prefix, patches]: [B, N + p, C] -> [B, N, C]."""
