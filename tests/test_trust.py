@@ -43,6 +43,7 @@ from visgraft.measure.measuring import adapter_bytes
 from visgraft.measure.temperature import recalibrated
 from visgraft.measure.unlike import distances, features_of, fit_reference, share_as_far
 from visgraft.options import TrainConfig
+from visgraft.serve.resources import FORM, MORE
 
 IMAGES = {"train": 120, "val": 60, "test": 120}
 RECIPE = TrainConfig(epochs=6, warmup_epochs=1.0, batch_size=16, lr=2e-2, precision="fp32")
@@ -284,9 +285,16 @@ def test_the_server_marks_unlike_pictures(
         body, kind = encode_multipart_formdata(sent)
         assert served.ask("PUT", "/adapters/bare", body, {"Content-Type": kind})[0] == 200
         assert told()["bare"] and marks("bare") == marks("good")
-        body, kind = encode_multipart_formdata({**sent, "unlike": ("u", b"nonsense")})
-        status, listed, _ = served.ask("PUT", "/adapters/bare", body, {"Content-Type": kind})
-        assert status == 200 and not listed["unlike"], "the adapter answers, without marks"
+        for wrong, says in (
+            ({"unlike": ("u", b"nonsense")}, f"{UNLIKE} is missing or damaged (it is not the file that was saved"),
+            ({"unlike": UNLIKE}, f"part 'unlike' is no file of an adapter, or sent twice: {FORM}, {MORE}"),
+            ({"unlik": ("u", b"nonsense"), "unlike": None}, "part 'unlik' is no file of an adapter"),
+        ):
+            form = {part: one for part, one in {**sent, **wrong}.items() if one is not None}
+            body, kind = encode_multipart_formdata(form)
+            status, found, _ = served.ask("PUT", "/adapters/bare", body, {"Content-Type": kind})
+            assert status == 422 and says in found["error"]
+        assert marks("bare") == marks("good"), "what is refused changes nothing"
 
 
 def test_info_and_the_card_say_how_sure_it_is(trained: Path, adapters: dict[str, Path]) -> None:

@@ -46,14 +46,21 @@ def digest_of_reference(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def parse_reference(content: dict[str, torch.Tensor]) -> Reference:
+def parse_reference(stored: bytes) -> Reference:
     """Return what `to_bytes` wrote, as it is used: rounded.
 
     Raises:
         ValueError: tensors are missing, do not fit each other or are not finite.
+        SafetensorError: it is no safetensors file.
     """
+    try:
+        content = safetensors.torch.load(stored)
+    except KeyError as error:  # so safetensors names a type that torch lacks
+        raise ValueError(f"its numbers are of a type that cannot be read, {error.args[0]}") from error
     if content.keys() != SHAPES.keys():
         raise ValueError(f"it holds {', '.join(sorted(content)) or 'nothing'}")
+    if not all(tensor.is_floating_point() for tensor in content.values()):
+        raise ValueError("its numbers are of another type")
     found = {name: tensor.double() for name, tensor in content.items()}
     fit = [found[name].ndim == number for name, number in SHAPES.items()]
     if not all(fit) or found["directions"].shape != (len(found["scales"]), len(found["mean"])):
@@ -92,6 +99,6 @@ def read_content(path: str | Path, record: AdapterRecord) -> tuple[bytes, Refere
         content = opened.read_bytes()
         if digest_of_reference(content) != record.unlike:
             raise ValueError("it is not the file that was saved with this adapter")
-        return content, parse_reference(safetensors.torch.load(content))
+        return content, parse_reference(content)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise AdapterError(f"{file} is missing or damaged ({error}); {remedy(path)}") from error
