@@ -9,7 +9,9 @@ from test_cli import run, succeed
 
 from visgraft import Backbone, TrainConfig
 from visgraft.core.configure import configure
-from visgraft.data.read import Source
+from visgraft.data.label_columns import LabelColumns
+from visgraft.data.read import Source, read_data, with_column
+from visgraft.errors import DataError
 from visgraft.report.page import gather, render
 from visgraft.training.run import train_folder
 
@@ -86,3 +88,15 @@ def test_folders_of_some_tasks_and_the_report_say_it_as_well(adapter: Path, tmp_
         gather([adapter], Source(write(tmp_path / "some.csv", without(rows_of(adapter), "size"))), part="test")
     )
     assert "size is left out: " in page and "has no column size" in page
+
+
+def test_a_table_without_the_one_column_that_was_learned_is_told_by_its_name(adapter: Path, tmp_path: Path) -> None:
+    """A table with a column label, the usual one, is read as before."""
+    rows = rows_of(adapter)
+    columns = LabelColumns(("colour",), {}, (), ("colour",))
+    there, usual = write(tmp_path / "there.csv", rows), [{**row, "label": row["colour"] or "red"} for row in rows]
+    assert with_column(there, "colour", False) == Source(there, labels=columns)
+    assert with_column(write(tmp_path / "label.csv", without(usual, "colour")), "colour", False).labels is None
+    bare = with_column(write(tmp_path / "bare.csv", without(rows, "colour")), "colour", False)
+    with pytest.raises(DataError, match=r"bare\.csv has no column colour; its columns are"):
+        read_data(bare)

@@ -44,6 +44,7 @@ from visgraft.measure.temperature import recalibrated
 from visgraft.measure.unlike import distances, features_of, fit_reference, share_as_far
 from visgraft.options import TrainConfig
 from visgraft.serve.resources import FORM, MORE
+from visgraft.serve.unlike import check_level
 
 IMAGES = {"train": 120, "val": 60, "test": 120}
 RECIPE = TrainConfig(epochs=6, warmup_epochs=1.0, batch_size=16, lr=2e-2, precision="fp32")
@@ -312,6 +313,31 @@ def test_info_and_the_card_say_how_sure_it_is(trained: Path, adapters: dict[str,
     assert "calibrated: no, so predict --coverage refuses it" in out and "unlike pictures: not told" in out
     card = make_card(read_record(adapters["lora"]))
     assert "- It is not calibrated" in card and "- It cannot tell pictures unlike" in card
+
+
+@pytest.mark.parametrize(
+    ("images", "coverage", "level"), [(1, 0.5, 0.5), (6, 0.8, 0.2), (8, 0.8, 0.2), (9, 0.9, 0.1), (19, 0.9, 0.05)]
+)
+def test_the_card_promises_no_more_than_its_validation_images_allow(
+    trained: Path, images: int, coverage: float, level: float
+) -> None:
+    record = read_record(trained)
+    few = {ONE_LABEL: condense(np.linspace(0, 1, images), 1.0)}
+    facts = {**record.facts, "metrics": {**record.figures, "val_images": images}}
+    card = make_card(replace(record, calibrated=few, facts=facts))
+    assert f"With `--coverage {coverage}` it answers" in card and f"With `--unlike {level}` it marks" in card
+    bound(few[ONE_LABEL], coverage)
+    check_level(level, "a", images)
+
+
+def test_the_card_of_tasks_of_which_one_is_not_calibrated_promises_no_coverage(trained: Path) -> None:
+    tasks = (LabelTask("colour", "one_class", ("a", "b")), LabelTask("size", "number", std=2.0))
+    known = {"colour": condense(np.linspace(0, 1, 20), 1.0)}
+    card = make_card(replace(read_record(trained), tasks=tasks, calibrated=known))
+    assert "as not every task is calibrated" in card and "it answers with sets" not in card
+    assert "With `--coverage 0.9` it answers" in make_card(
+        replace(read_record(trained), tasks=tasks, calibrated={**known, "size": known["colour"]})
+    )
 
 
 def test_of_several_tasks_each_says_how_it_is_calibrated() -> None:

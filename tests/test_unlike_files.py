@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from serving import running
 from test_trust import gauges, images_of, trained
 
@@ -51,7 +52,7 @@ def test_a_reference_of_other_features_is_refused(gauges: Path, trained: Path, t
 def test_a_reference_of_a_type_that_torch_lacks_is_damaged(dtype: str, wide: int) -> None:
     head = json.dumps({"mean": {"dtype": dtype, "shape": [4], "data_offsets": [0, wide]}}).encode()
     head += b" " * (-len(head) % 8)
-    with pytest.raises(ValueError, match=f"of a type that cannot be read, {dtype}"):
+    with pytest.raises(SafetensorError, match=f"of a type that cannot be read, {dtype}"):
         parse_reference(len(head).to_bytes(8, "little") + head + bytes(wide))
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from visgraft.adapters.hub import UNLIKE, remedy, resolve
 from visgraft.adapters.record import AdapterRecord
+from visgraft.backbones.weights import parse_safetensors
 from visgraft.errors import AdapterError
 
 SHAPES = {"mean": 1, "directions": 2, "scales": 1, "noise": 0, "distances": 1}
@@ -51,12 +52,9 @@ def parse_reference(stored: bytes) -> Reference:
 
     Raises:
         ValueError: tensors are missing, do not fit each other or are not finite.
-        SafetensorError: it is no safetensors file.
+        SafetensorError: it is no safetensors file that torch can read.
     """
-    try:
-        content = safetensors.torch.load(stored)
-    except KeyError as error:  # so safetensors names a type that torch lacks
-        raise ValueError(f"its numbers are of a type that cannot be read, {error.args[0]}") from error
+    content = parse_safetensors(stored)
     if content.keys() != SHAPES.keys():
         raise ValueError(f"it holds {', '.join(sorted(content)) or 'nothing'}")
     if not all(tensor.is_floating_point() for tensor in content.values()):
