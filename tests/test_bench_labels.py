@@ -1,6 +1,8 @@
 """Benchmarks of several labels, of numbers and of several classes per image."""
 
+import json
 import math
+from csv import DictReader as csv_rows
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from visgraft.bench.settings import Recipe
 from visgraft.bench.statistics import mean_of_tasks, tables
 from visgraft.bench.sweep import State, sweep
 from visgraft.bench.table import csv, markdown, sheets
-from visgraft.bench.trial import Measured
+from visgraft.bench.trial import Measured, split_digest
 from visgraft.cli.bench_progress import describe
 from visgraft.data.label_columns import LabelColumns
 from visgraft.data.tasks import LabelTask
@@ -174,7 +176,9 @@ def test_what_several_labels_do_not_go_with_is_one_line(table: Path, tmp_path: P
     strange = write(tmp_path / "strange.csv", [{**rows[0], "colour": "green", "size": "3.5"}])
     told = f"strange.csv has classes that {table} lacks: green; leave its rows out"
     assert told in refused(*check, "--shifted", f"x={strange}")
-    assert "use --label, --number, --shots, --shifted" in refused("bench", "check", "offline", "--number", "size")
+    assert "use --label, --number, --several, --one-class, --shots, --shifted" in refused(
+        "bench", "check", "offline", "--number", "size"
+    )
 
 
 def test_a_part_without_any_label_of_a_task_is_refused(tmp_path: Path) -> None:
@@ -184,3 +188,46 @@ def test_a_part_without_any_label_of_a_task_is_refused(tmp_path: Path) -> None:
     request = Request(protocol, table, ("linear",), Backbone("test_vit", "none", 32), Recipe("default"))
     with pytest.raises(DataError, match="no test image has a label size; fill in some, or leave the column out"):
         plan(request)
+
+
+def test_numbers_in_another_unit_are_another_trial(table: Path) -> None:
+    def digest(unit: str) -> str:
+        labels = LabelColumns(("size",), {"size": unit} if unit else {"size": ""})
+        (task,) = folder_protocol(table, labels=labels).tasks
+        return split_digest(task.open(table, task, 0), table)
+
+    assert len({digest("mm"), digest("cm"), digest("")}) == 3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"measure": "new"}, "its measure is 'new'"),
+        ({"figure": None}, "its figure is None"),
+        ({"by_label": None}, "by_label does not hold"),
+        ({"by_label": {"size": {"images": 3}}}, "by_label does not hold"),
+        ({"by_label": {"size": {"r2": 0.5}}}, "by_label does not hold"),
+    ],
+)
+def test_a_line_of_other_figures_is_told_by_its_number(
+    swept: tuple[State, Path], tmp_path: Path, wrong: dict[str, Any], says: str
+) -> None:
+    """Of a later version, say, which tables and plots would stumble over."""
+    line = json.loads(swept[1].read_text(encoding="utf-8").splitlines()[-1])
+    line["measured"]["test"] |= wrong
+    (tmp_path / "odd.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+    for verb in ("table", "plot"):
+        code, _, err = run("bench", verb, tmp_path)
+        assert code == 1 and f"odd.jsonl, line 1 is no result of this version ({says}" in err
+
+
+@pytest.mark.parametrize("name", ["a/b", "../../up", "x" * 300, "a\\b"])
+def test_a_column_of_any_name_is_a_file_in_the_folder_of_results(table: Path, tmp_path: Path, name: str) -> None:
+    """A path in it would lead elsewhere, and a long name would be refused after the training."""
+    with table.open(encoding="utf-8", newline="") as file:
+        rows = [{**row, "image_path": str(table.parent / row["image_path"])} for row in csv_rows(file)]
+    odd = write(tmp_path / "odd.csv", [{name if key == "size" else key: cell for key, cell in r.items()} for r in rows])
+    found = folder_protocol(odd, labels=LabelColumns((name,), {name: "mm"})).name
+    assert Path(found).name == found and len(f"{found}.jsonl".encode()) < 255 and found.startswith("folder-odd-")
+    other = folder_protocol(odd, labels=LabelColumns((name, "colour"), {name: "mm"})).name
+    assert other != found

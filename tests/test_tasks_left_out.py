@@ -9,7 +9,9 @@ from test_cli import run, succeed
 
 from visgraft import Backbone, TrainConfig
 from visgraft.core.configure import configure
-from visgraft.data.read import Source
+from visgraft.data.label_columns import LabelColumns
+from visgraft.data.read import Source, read_data, with_column
+from visgraft.errors import DataError
 from visgraft.report.page import gather, render
 from visgraft.training.run import Watch, train_folder
 
@@ -104,3 +106,15 @@ def test_training_names_what_no_validation_image_tells(tmp_path: Path) -> None:
     )
     assert "no validation image has a label of size, which the figures say nothing about" in warned
     assert set(figures["tasks"]) == {"colour", "tags"}
+
+
+def test_a_table_without_the_one_column_that_was_learned_is_told_by_its_name(adapter: Path, tmp_path: Path) -> None:
+    """A table with a column label, the usual one, is read as before."""
+    rows = rows_of(adapter)
+    columns = LabelColumns(("colour",), {}, (), ("colour",))
+    there, usual = write(tmp_path / "there.csv", rows), [{**row, "label": row["colour"] or "red"} for row in rows]
+    assert with_column(there, "colour", False) == Source(there, labels=columns)
+    assert with_column(write(tmp_path / "label.csv", without(usual, "colour")), "colour", False).labels is None
+    bare = with_column(write(tmp_path / "bare.csv", without(rows, "colour")), "colour", False)
+    with pytest.raises(DataError, match=r"bare\.csv has no column colour; its columns are"):
+        read_data(bare)

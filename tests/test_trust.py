@@ -43,6 +43,8 @@ from visgraft.measure.measuring import adapter_bytes
 from visgraft.measure.temperature import recalibrated
 from visgraft.measure.unlike import distances, features_of, fit_reference, share_as_far
 from visgraft.options import TrainConfig
+from visgraft.serve.resources import FORM, MORE
+from visgraft.serve.unlike import check_level
 
 IMAGES = {"train": 120, "val": 60, "test": 120}
 RECIPE = TrainConfig(epochs=6, warmup_epochs=1.0, batch_size=16, lr=2e-2, precision="fp32")
@@ -284,9 +286,16 @@ def test_the_server_marks_unlike_pictures(
         body, kind = encode_multipart_formdata(sent)
         assert served.ask("PUT", "/adapters/bare", body, {"Content-Type": kind})[0] == 200
         assert told()["bare"] and marks("bare") == marks("good")
-        body, kind = encode_multipart_formdata({**sent, "unlike": ("u", b"nonsense")})
-        status, listed, _ = served.ask("PUT", "/adapters/bare", body, {"Content-Type": kind})
-        assert status == 200 and not listed["unlike"], "the adapter answers, without marks"
+        for wrong, says in (
+            ({"unlike": ("u", b"nonsense")}, f"{UNLIKE} is missing or damaged (it is not the file that was saved"),
+            ({"unlike": UNLIKE}, f"part 'unlike' is no file of an adapter, or sent twice: {FORM}, {MORE}"),
+            ({"unlik": ("u", b"nonsense"), "unlike": None}, "part 'unlik' is no file of an adapter"),
+        ):
+            form = {part: one for part, one in {**sent, **wrong}.items() if one is not None}
+            body, kind = encode_multipart_formdata(form)
+            status, found, _ = served.ask("PUT", "/adapters/bare", body, {"Content-Type": kind})
+            assert status == 422 and says in found["error"]
+        assert marks("bare") == marks("good"), "what is refused changes nothing"
 
 
 def test_info_and_the_card_say_how_sure_it_is(trained: Path, adapters: dict[str, Path]) -> None:
@@ -304,6 +313,31 @@ def test_info_and_the_card_say_how_sure_it_is(trained: Path, adapters: dict[str,
     assert "calibrated: no, so predict --coverage refuses it" in out and "unlike pictures: not told" in out
     card = make_card(read_record(adapters["lora"]))
     assert "- It is not calibrated" in card and "- It cannot tell pictures unlike" in card
+
+
+@pytest.mark.parametrize(
+    ("images", "coverage", "level"), [(1, 0.5, 0.5), (6, 0.8, 0.2), (8, 0.8, 0.2), (9, 0.9, 0.1), (19, 0.9, 0.05)]
+)
+def test_the_card_promises_no_more_than_its_validation_images_allow(
+    trained: Path, images: int, coverage: float, level: float
+) -> None:
+    record = read_record(trained)
+    few = {ONE_LABEL: condense(np.linspace(0, 1, images), 1.0)}
+    facts = {**record.facts, "metrics": {**record.figures, "val_images": images}}
+    card = make_card(replace(record, calibrated=few, facts=facts))
+    assert f"With `--coverage {coverage}` it answers" in card and f"With `--unlike {level}` it marks" in card
+    bound(few[ONE_LABEL], coverage)
+    check_level(level, "a", images)
+
+
+def test_the_card_of_tasks_of_which_one_is_not_calibrated_promises_no_coverage(trained: Path) -> None:
+    tasks = (LabelTask("colour", "one_class", ("a", "b")), LabelTask("size", "number", std=2.0))
+    known = {"colour": condense(np.linspace(0, 1, 20), 1.0)}
+    card = make_card(replace(read_record(trained), tasks=tasks, calibrated=known))
+    assert "as not every task is calibrated" in card and "it answers with sets" not in card
+    assert "With `--coverage 0.9` it answers" in make_card(
+        replace(read_record(trained), tasks=tasks, calibrated={**known, "size": known["colour"]})
+    )
 
 
 def test_of_several_tasks_each_says_how_it_is_calibrated() -> None:

@@ -32,6 +32,8 @@ OF_NUMBERS = {
 """The same of numbers; the errors are in the number's unit, and that of a constant answer is none of the adapter's."""
 ERRORS = ("mae", "rmse", "constant_mae")
 NAMES_SHOWN = 300
+COVERAGES, LEVELS = (90, 80, 50), (5, 10, 20, 50)
+"""Percentages, of which the card names the best one that the validation images allow; one image allows 50."""
 FEW_IMAGES = 10  # of a class, below which the card warns of it
 WIDE = 0.1  # an interval
 _ACTS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -54,6 +56,8 @@ def make_card(record: AdapterRecord, place: str | None = None) -> str:
         images=_counts(record, "images"),
         measured=record.figures.get("val_images"),
         calibration=told_calibration(record.calibrated, record.tasks),
+        coverage=_coverage(record),
+        level=_level(record),
         limits=_limits(record, figures),
         shown=NAMES_SHOWN,
     )
@@ -155,6 +159,21 @@ def _rates(stored: Mapping[str, Any], measures: Mapping[str, tuple[str, str]]) -
                           "interval": f"{low:.3f}–{high:.3f}" if both else None,
                           "wide": both and key not in ERRORS and high - low > WIDE})  # fmt: skip
     return found
+
+
+def _coverage(record: AdapterRecord) -> float | None:
+    """Return a coverage that the adapter can answer with; None: it has a task that is not calibrated, or is not."""
+    if len(record.calibrated) < max(1, len(record.tasks)):
+        return None
+    images = min(one.images for one in record.calibrated.values())
+    return max(percent for percent in COVERAGES if (images + 1) * percent <= images * 100) / 100
+
+
+def _level(record: AdapterRecord) -> float:
+    """Return a level at which the adapter can mark pictures unlike its training's, by how many were held out."""
+    images = record.figures.get("val_images")
+    known = images if isinstance(images, int) and images > 0 else 100
+    return min(percent for percent in LEVELS if (known + 1) * percent >= 100) / 100
 
 
 def _is_number(value: Any) -> bool:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from visgraft.adapters.hub import UNLIKE, remedy, resolve
 from visgraft.adapters.record import AdapterRecord
+from visgraft.backbones.weights import parse_safetensors
 from visgraft.errors import AdapterError
 
 SHAPES = {"mean": 1, "directions": 2, "scales": 1, "noise": 0, "distances": 1}
@@ -46,14 +47,18 @@ def digest_of_reference(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def parse_reference(content: dict[str, torch.Tensor]) -> Reference:
+def parse_reference(stored: bytes) -> Reference:
     """Return what `to_bytes` wrote, as it is used: rounded.
 
     Raises:
         ValueError: tensors are missing, do not fit each other or are not finite.
+        SafetensorError: it is no safetensors file that torch can read.
     """
+    content = parse_safetensors(stored)
     if content.keys() != SHAPES.keys():
         raise ValueError(f"it holds {', '.join(sorted(content)) or 'nothing'}")
+    if not all(tensor.is_floating_point() for tensor in content.values()):
+        raise ValueError("its numbers are of another type")
     found = {name: tensor.double() for name, tensor in content.items()}
     fit = [found[name].ndim == number for name, number in SHAPES.items()]
     if not all(fit) or found["directions"].shape != (len(found["scales"]), len(found["mean"])):
@@ -92,6 +97,6 @@ def read_content(path: str | Path, record: AdapterRecord) -> tuple[bytes, Refere
         content = opened.read_bytes()
         if digest_of_reference(content) != record.unlike:
             raise ValueError("it is not the file that was saved with this adapter")
-        return content, parse_reference(safetensors.torch.load(content))
+        return content, parse_reference(content)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise AdapterError(f"{file} is missing or damaged ({error}); {remedy(path)}") from error

@@ -18,6 +18,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -167,8 +168,20 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        return safetensors.torch.load(path.read_bytes())
+        return parse_safetensors(path.read_bytes())
     return safetensors.torch.load_file(path)
+
+
+def parse_safetensors(content: bytes) -> dict[str, Tensor]:
+    """Return the tensors of a file's content.
+
+    Raises:
+        SafetensorError: it is damaged, or holds numbers of a type that torch lacks.
+    """
+    try:
+        return dict(safetensors.torch.load(content))
+    except KeyError as error:  # which is how safetensors tells of a type
+        raise SafetensorError(f"its numbers are of a type that cannot be read, {error.args[0]}") from error
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:

@@ -24,6 +24,22 @@ def measure_of(tasks: Sequence[LabelTask]) -> str:
     return R2 if tasks else PRECISION
 
 
+def check_measured(measure: str, figure: Any, by_label: Any) -> None:
+    """Raise a TypeError unless this is what a line holds: a figure of a known measure, and such of each label."""
+    if measure not in SHOWN:
+        raise TypeError(f"its measure is {measure!r}, and not one of {', '.join(SHOWN)}")
+    if not isinstance(figure, int | float):
+        raise TypeError(f"its figure is {figure!r}, and no number")
+    if not isinstance(by_label, Mapping) or not all(map(_is_labels, by_label.values())):
+        raise TypeError("by_label does not hold figures of each label")
+
+
+def _is_labels(one: Any) -> bool:
+    if not isinstance(one, Mapping):
+        return False
+    return TOP1 in one or PRECISION in one or {R2, "mae", "constant_mae"} <= {*one}
+
+
 def label_measure(figures: Mapping[str, Any]) -> str:
     """Return the measure of one label of several, of its figures in a line."""
     return next(name for name in (TOP1, PRECISION, R2) if name in figures)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from visgraft.backbones.creation import Backbone
-from visgraft.bench.measures import TOP1
+from visgraft.bench.measures import TOP1, check_measured
+from visgraft.data.examples import tasks_of
 from visgraft.errors import VisgraftError
 from visgraft.options import AUTO, TrainConfig
 from visgraft.protocols.row import Parts
@@ -101,8 +102,12 @@ def digest(value: Any) -> str:
 
 
 def split_digest(parts: Parts, root: Path) -> str:
-    """Return the sha256 of which images, by their places below `root` and sizes, are in which part with which label."""
-    found = hashlib.sha256("\0".join(parts.classes).encode("utf-8", "surrogateescape"))
+    """Return the sha256 of which images, by their places below `root` and sizes, are in which part with which label.
+
+    Numbers in another unit are other labels.
+    """
+    units = (f"{task.name}={task.unit}" for task in tasks_of(parts.train) if task.unit)
+    found = hashlib.sha256("\0".join([*parts.classes, *units]).encode("utf-8", "surrogateescape"))
     for part, examples in {"train": parts.train, "val": parts.val, **parts.tests}.items():
         for example in examples:
             place = os.path.relpath(example.path, root).replace(os.sep, "/")
@@ -157,7 +162,9 @@ class Measured:
         """
         limits = ("top1_ci95", "figure_ci95", "per_class")
         found: dict[str, Any] = {n: tuple(v) if n in limits and v is not None else v for n, v in values.items()}
-        return cls(**found)
+        made = cls(**found)
+        check_measured(made.measure, made.figure, made.by_label)
+        return made
 
 
 @dataclass(frozen=True)

@@ -72,8 +72,8 @@ def unreadable_findings(everything: Sequence[DatasetImage], outcome: Sequence[Fa
 
 
 def passed_over_findings(dataset: Dataset) -> list[Finding]:
-    """Say what lies beside the images and is not read."""
-    remedy = "see that no image is among them"
+    """Say what lies beside the images and is not read, and what else the reading of them told."""
+    remedy = "see that it is as you mean it"
     return [Finding("passed_over", "note", note, remedy) for note in dataset.notes]
 
 

@@ -77,8 +77,8 @@ class ProtocolImages:
 
         if self.shots or self.shifted or self.columns:
             raise VisgraftError(
-                f"{protocol} fixes its own images; use --label, --number, --shots, --shifted with the protocol "
-                "folder only"
+                f"{protocol} fixes its own images; use --label, --number, --several, --one-class, --shots, --shifted "
+                "with the protocol folder only"
             )
         found = get_protocol(protocol)
         if self.root is None and found.prepare is None:

@@ -11,7 +11,7 @@ from visgraft.data.hub import read_hub
 from visgraft.data.label_columns import LabelColumns
 from visgraft.data.mirror import mirrored
 from visgraft.data.shards import read_shards
-from visgraft.data.table import read_table, table_header
+from visgraft.data.table import LABEL, LABELS, read_table, table_header
 from visgraft.data.table_lines import column_names, folded
 from visgraft.data.task_folders import joined_tasks
 from visgraft.data.task_table import read_task_table, with_tasks
@@ -109,14 +109,19 @@ def _read_tasks(
 
 
 def with_column(source: AnySource, name: str, several: bool) -> Source:
-    """Return a source whose classes are in the column of this name, if it is a table that has it; else as it is."""
+    """Return a source whose classes are in the column of this name, if it is a table; else as it is.
+
+    A table that lacks it may have them in `label`, as tables usually do.
+    """
     source = source if isinstance(source, Source) else Source(source)
     columns = LabelColumns((name,), {}, (name,) if several else (), () if several else (name,))
     try:
         table, _ = _table_of(source, columns)
     except DataError:
         return source
-    return replace(source, labels=columns) if folded(name) in (column_names(table) or ()) else source
+    names = column_names(table) or ()
+    usual = not names or bool(folded(name) not in names and {LABEL, LABELS} & set(names))
+    return source if usual else replace(source, labels=columns)
 
 
 def _columns_of(source: Source, known: Sequence[LabelTask]) -> LabelColumns:

@@ -1,5 +1,7 @@
 """Any data set that visgraft reads as a protocol: of one task, or of one for each number of shots."""
 
+import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +17,7 @@ from visgraft.protocols.row import TEST, Parts, Protocol, Task
 from visgraft.protocols.shots import check_shots, draw_shots, draw_up_to
 
 MOST_VALIDATION = 4  # images per class, where shots are drawn
+LONGEST_TITLE = 200  # bytes of a file's name, of which file systems take 255
 _DEFAULT_SPLIT = Split()
 _WHOLE = Split(val_fraction=0.0, test_fraction=0.0)
 
@@ -62,7 +65,7 @@ def folder_protocol(
     if shots and (data.tasks or data.multi_label):
         raise DataError(f"{root}: shots are drawn per class, so every image needs exactly one; leave --shots out")
     sets = {name: _read_shifted(folder, data, labels) for name, folder in shifted.items()}
-    title = "-".join([_name(root), *(labels.names if labels else ())])
+    title = _file_name("-".join([_name(root), *(labels.names if labels else ())]))
     open_it = partial(open_folder, shifted=shifted, split=split, labels=labels)
     bare = Task(title, title, len(data.classes), {}, ".", open_it, "class folders, a table or hf:NAME_OR_PATH")
     tests = {TEST: data.part("test"), **{name: one.examples for name, one in sets.items()}}
@@ -163,6 +166,14 @@ def _read_answered(source: Path, data: Dataset) -> Shifted:
     except UnknownClasses as error:
         raise DataError(f"{source} has classes that {data.root} lacks: {error.found}; leave its rows out") from error
     return Shifted(tuple(sorted(other.test or other.all, key=lambda e: str(e.path))), ())
+
+
+def _file_name(title: str) -> str:
+    """Return a title as the name of a file of results can be; one that is changed ends with a digest of its own."""
+    kept = re.sub(r"[/\\\x00-\x1f\x7f]", "_", title)
+    mark = title.encode("utf-8", "surrogateescape")
+    kept = kept[:40] if len(mark) > LONGEST_TITLE else kept
+    return kept if kept == title else f"{kept}-{hashlib.sha256(mark).hexdigest()[:8]}"
 
 
 def _name(source: Path) -> str:

@@ -3,16 +3,17 @@
 from collections.abc import Iterable
 from functools import lru_cache
 
-import safetensors.torch
 from torch import Tensor
 
+from visgraft.adapters.hub import UNLIKE
 from visgraft.adapters.reference import Reference, check_kept, parse_reference
-from visgraft.measure.unlike import share_as_far
+from visgraft.errors import AdapterError
 from visgraft.serve.hosting import HostedAdapter
-from visgraft.serve.unlike import Far, check_level, check_share
+from visgraft.serve.unlike import Far, check_level, check_share, shares_as_far
 
 MOST_PARSED = 64
 """References that are kept in double precision; others lie as files are, in a quarter of the memory or less."""
+_parsed = lru_cache(maxsize=MOST_PARSED)(parse_reference)
 
 
 def check_marking(level: float | None, adapters: Iterable[tuple[str, HostedAdapter]]) -> None:
@@ -32,20 +33,18 @@ def far_of(hosted: HostedAdapter, features: Tensor, level: float) -> Far:
     """Return how far a picture lies, of the plain backbone's features [F], and whether it is marked at a level.
 
     Raises:
-        AdapterError: see `check_marking`.
+        AdapterError: see `check_marking`, and `shares_as_far`.
     """
     name = hosted.adapter.name
     check_marking(level, [(name, hosted)])  # one may have taken the other's name meanwhile
-    (share,) = share_as_far(_reference(name, hosted), features.double().numpy()[None]).tolist()
+    (share,) = shares_as_far(name, _reference(name, hosted), features.double().numpy()[None])
     return Far(share, share <= level)
 
 
 def _reference(name: str, hosted: HostedAdapter) -> Reference:
-    check_kept(name, hosted.reference is not None)
-    assert hosted.reference is not None
+    check_kept(name, hosted.record.unlike is not None)
+    if hosted.reference is None:
+        raise AdapterError(
+            f"{name} cannot tell unlike pictures: its {UNLIKE} is missing or damaged; add the adapter again with it"
+        )
     return _parsed(hosted.reference)
-
-
-@lru_cache(maxsize=MOST_PARSED)
-def _parsed(content: bytes) -> Reference:
-    return parse_reference(safetensors.torch.load(content))

@@ -6,6 +6,9 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request, Response
 from starlette.datastructures import UploadFile
 
+from visgraft.adapters.directory import read_record
+from visgraft.adapters.hub import UNLIKE
+from visgraft.adapters.reference import read_content
 from visgraft.errors import VisgraftError
 from visgraft.serve.bodies import ADAPTER
 from visgraft.serve.engine import QueueFullError
@@ -17,6 +20,7 @@ from visgraft.serve.store import StoreError
 Put = tuple[HostedAdapter, bool]
 PARTS = ("config", "tensors", "unlike")
 """Of the form with which an adapter is sent; the last need not be there."""
+FORM, MORE = "-F config=@adapter_config.json -F tensors=@adapter_model.safetensors", f"perhaps -F unlike=@{UNLIKE}"
 MOST_CONFIG = 2**20  # bytes of an adapter_config.json
 
 
@@ -74,10 +78,11 @@ async def _put_path(server: Server, name: str, request: Request) -> Put:
 
 async def _put_files(server: Server, name: str, request: Request) -> Put:
     async with request.form(max_files=3, max_fields=3) as form:
-        files = {part: file for part in PARTS if isinstance(file := form.get(part), UploadFile)}
+        files = {part: file for part, file in form.multi_items() if isinstance(file, UploadFile)}
         if not {"config", "tensors"} <= files.keys():
-            wanted = "-F config=@adapter_config.json -F tensors=@adapter_model.safetensors"
-            raise HTTPException(422, f"send the two files of an adapter: {wanted}")
+            raise HTTPException(422, f"send the two files of an adapter: {FORM}")
+        if wrong := [part for part, file in form.multi_items() if part not in PARTS or file is not files.get(part)]:
+            raise HTTPException(422, f"part {wrong[0]!r:.60} is no file of an adapter, or sent twice: {FORM}, {MORE}")
         sent = {part: await file.read() for part, file in files.items()}
         facts, tensors, unlike = sent["config"], sent["tensors"], sent.get("unlike")
     if len(facts) > MOST_CONFIG:
@@ -93,6 +98,8 @@ async def _put_files(server: Server, name: str, request: Request) -> Put:
 def _loaded(server: Server, name: str, place: Path, called: str, keep: bool) -> Put:
     """Load an adapter; what is wrong with it is told without the place where it lies here."""
     try:
+        if keep and (place / UNLIKE).exists():  # whoever sends it wants it used
+            read_content(place, read_record(place))
         return server.hosting.put(name, place, keep=keep)
     except (StoreError, QueueFullError):
         raise

@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -11,11 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from visgraft.adapters.directory import read_record
-from visgraft.adapters.reference import read_reference
+from visgraft.adapters.hub import UNLIKE
+from visgraft.adapters.reference import Reference, read_reference
 from visgraft.bank.bank import Bank
 from visgraft.errors import AdapterError, VisgraftError
 from visgraft.measure.precision import Compute
-from visgraft.measure.unlike import FrozenFeatures, share_as_far
+from visgraft.measure.unlike import MOST_IMAGES, FrozenFeatures, share_as_far
 
 
 class Far(NamedTuple):
@@ -64,7 +66,7 @@ class Distances:
                     precision = bank.adapter(name).precision
                     if precision not in seen:
                         seen[precision] = look(x, Compute(device, precision)).double().numpy()
-                    shares = share_as_far(self.references[name], seen[precision]).tolist()
+                    shares = shares_as_far(name, self.references[name], seen[precision])
                     found.append([Far(share, share <= self.level) for share in shares])
                 return [list(row) for row in zip(*found, strict=True)]
 
@@ -102,6 +104,21 @@ def check_references(adapters: Mapping[str, str], level: float | None, ensemble:
         check_level(level, name, len(read_reference(path, read_record(path)).distances))
 
 
+def shares_as_far(name: str, reference: Reference, features: NDArray[np.float64]) -> list[float]:
+    """Return `share_as_far` of features [N, F] by the reference of the adapter of this name.
+
+    Raises:
+        AdapterError: the reference is of other features than the backbone's.
+    """
+    known, found = len(reference.mean), features.shape[1]
+    if known != found:
+        raise AdapterError(
+            f"{name} cannot tell unlike pictures: its {UNLIKE} is of {known:,} features, but the backbone gives "
+            f"{found:,}; restore it, or train again"
+        )
+    return [float(share) for share in share_as_far(reference, features)]
+
+
 def check_alone(ensemble: bool) -> None:
     """Raise a VisgraftError where one answer of several adapters would have to be marked."""
     if ensemble:
@@ -116,7 +133,12 @@ def check_share(level: float) -> None:
 
 def check_level(level: float, name: str, images: int) -> None:
     """Raise an AdapterError where an adapter had too few validation images to mark pictures at a level."""
-    needed = math.ceil(1 / level - 1 - 1e-9)
+    needed = math.ceil(1 / Fraction(str(level)) - 1)  # the level as it is written, not its binary form
+    if needed > MOST_IMAGES:
+        raise AdapterError(
+            f"{name} cannot mark pictures at {level}: no more than {MOST_IMAGES:,} validation images are looked at, "
+            f"which takes a level of {math.ceil(1e6 / (MOST_IMAGES + 1)) / 1e6:g} or more"
+        )
     if images < needed:
         raise AdapterError(
             f"{name} had {images} validation images, but to mark pictures at {level} takes {needed}; ask for a higher "
