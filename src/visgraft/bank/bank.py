@@ -3,6 +3,7 @@
 import contextlib
 import threading
 from collections import OrderedDict, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -295,9 +296,7 @@ class Bank:
 
     def explain(self) -> str:
         """Return, a line for each configuration, how its adapters are computed beside others."""
-        counts: dict[Configuration, int] = {}
-        for adapter in self._adapters.values():
-            counts[adapter.configuration] = counts.get(adapter.configuration, 0) + 1
+        counts = Counter(adapter.configuration for adapter in self._adapters.values())
         return "\n".join(f"{kind.config.method} × {count}: {kind.way}" for kind, count in counts.items())
 
     def memory(self) -> BankMemory:
