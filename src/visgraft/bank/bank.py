@@ -2,8 +2,7 @@
 
 import contextlib
 import threading
-from collections import OrderedDict, deque
-from collections import Counter
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
