@@ -70,14 +70,15 @@ def _cell(value: float | None, goal: float | None, digits: int = 2) -> str:
 def bank_table(lines: Sequence[Line]) -> str:
     """Return what swapping and loading take in banks of several sizes, and the memory."""
     goals = (f"{BANK_GOALS[name]:g}" if name in BANK_GOALS else "" for name in (*TIMES, "MiB", "held ÷ stored"))
-    rows = [[f"goal, to {SWAPPED_FLAT:,}", *goals]]
+    rows = [["goal", f"to {SWAPPED_FLAT:,}", *goals]]
     for line in lines:
         if line["kind"] == "bank":
             judged = BANK_GOALS if line["adapters"] <= SWAPPED_FLAT else {}
             times = [_cell(line[name][1], judged.get(name)) for name in TIMES]
             share = _cell(line["held ÷ stored"], BANK_GOALS["held ÷ stored"], 3)
-            rows.append([f"{line['adapters']:,}", *times, f"{line['MiB']:,.1f}", share])
-    head = ["adapters", "swap, ms", "file, ms", "file with its picture, ms", "MiB", "÷ what the files take"]
+            backbone = NAMES.get(line["backbone"], line["backbone"])
+            rows.append([backbone, f"{line['adapters']:,}", *times, f"{line['MiB']:,.1f}", share])
+    head = ["backbone", "adapters", "swap, ms", "file, ms", "file with its picture, ms", "MiB", "÷ what the files take"]
     return table(head, rows)
 
 

@@ -42,8 +42,12 @@ def test_the_last_line_of_one_thing_counts_and_what_is_above_its_goal_is_bold(pa
 
 def test_goals_of_a_bank_are_shown_beside_its_figures(page: ModuleType) -> None:
     times = {"swap ms": [1, 2.5, 3], "file ms": [1, 3.2, 4], "checked ms": [40, 50, 60]}
-    lines = [{"kind": "bank", "adapters": n, **times, "MiB": 303.0, "held ÷ stored": 1.25} for n in (1024, 1025)]
+    vit = "vit_small_patch16_224:112"
+    lines = [
+        {"kind": "bank", "backbone": vit, "adapters": n, **times, "MiB": 303.0, "held ÷ stored": 1.25}
+        for n in (1024, 1025)
+    ]
     goal, row, above = page.bank_table(lines).splitlines()[-3:]
-    assert goal == "| goal, to 1,024 | 2 | 5 |  |  | 1.1 |"
-    assert row == "| 1,024 | **2.50** | 3.20 | 50.00 | 303.0 | **1.250** |"
-    assert above == "| 1,025 | 2.50 | 3.20 | 50.00 | 303.0 | **1.250** |"
+    assert goal == "| goal | to 1,024 | 2 | 5 |  |  | 1.1 |"
+    assert row == "| ViT-S/16, 112 px | 1,024 | **2.50** | 3.20 | 50.00 | 303.0 | **1.250** |"
+    assert above == "| ViT-S/16, 112 px | 1,025 | 2.50 | 3.20 | 50.00 | 303.0 | **1.250** |"
