@@ -284,7 +284,7 @@ def main() -> None:
             _fail("interrupted", 130, True)
         leave()
         sys.stdout.flush()  # a full disk shows here at the latest
-        sys.exit(code if isinstance(code, int) else 0)
+        _end(code if isinstance(code, int) else 0)
     except BrokenPipeError:  # whoever reads has read enough, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -310,7 +310,16 @@ def _fail(message: str, code: int, by_others: bool = False) -> NoReturn:
     told = words_at_the_end(message, by_others)
     if told is not None:
         print(f"error: {visible(LINE_FEEDS.sub(' ', as_given(told)))}", file=sys.stderr)
-    if is_launched():  # at its end, Python would wait for what is still under way to processes that are gone
+    _end(code)
+
+
+def _end(code: int) -> NoReturn:
+    """End the process; one of several at once.
+
+    Python's own end would wait for what is still under way to processes that are gone, and now and then aborts
+    ("terminate called without an active exception") where a thread of torch's group wants the interpreter meanwhile.
+    """
+    if is_launched():
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
