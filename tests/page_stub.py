@@ -13,12 +13,13 @@ KINDS = {"html": "text/html; charset=utf-8", "css": "text/css", "js": "text/java
 LIMITS = {"body_bytes": 33_554_432, "pixels": 50_000_000, "images": 64, "answers": 512, "top": 1000}
 
 
-def about(name: str, classes: list[str], several: bool = False) -> dict[str, Any]:
-    """Return an adapter as the server lists it."""
+def about(name: str, classes: list[str], several: bool = False, unlike_from: float | None = None) -> dict[str, Any]:
+    """Return an adapter as the server lists it, with `unlike_from` where it marks pictures unlike its training's."""
     figures = {"val_top1": 0.875, "val_top1_ci95": [0.77, 0.94], "val_mean_average_precision": None, "val_images": 80}
     return {
         "name": name, "digest": "0123456789abcdef" * 4, "classes": classes, "outputs": len(classes),
         "multi_label": several, "method": "alore", "figures": figures, "pinned": False,
+        "unlike": unlike_from is not None, **({} if unlike_from is None else {"unlike_from": unlike_from}),
     }  # fmt: skip
 
 
@@ -60,7 +61,8 @@ class Stub(http.server.BaseHTTPRequestHandler):
         kind = type(self)
         body = self.rfile.read(int(self.headers["Content-Length"])).split(b"\r\n")
         images = [line.decode().split('filename="')[1].rstrip('"') for line in body if b"filename=" in line]
-        names = parse_qs(urlsplit(self.path).query).get("adapter", [])
+        query = parse_qs(urlsplit(self.path).query)
+        names = query.get("adapter", [])
         if kind.busy:
             kind.busy -= 1
             return self.tell(429, {"error": "too many pictures are under way; come again"}, Retry_After="1")
@@ -73,7 +75,8 @@ class Stub(http.server.BaseHTTPRequestHandler):
                 continue
             for name in names:
                 found = [{"label": label, "score": 0.9 / 2**i} for i, label in enumerate(classes[name])]
-                answers.append({"image": image, "adapter": name, "digest": "0123456789abcdef" * 4, "classes": found})
+                answer = {"image": image, "adapter": name, "digest": "0123456789abcdef" * 4, "classes": found}
+                answers.append(answer | ({"as_far": 0.012, "unlike": True} if "unlike" in query else {}))
         milliseconds = {"decode": 12.1, "wait": 1.0, "forward": 40.2}
         if all("error" in one for one in answers):
             return self.tell(422, {"error": answers[0]["error"], "answers": answers})

@@ -223,6 +223,34 @@ def test_several_classes_stand_each_by_itself(tab: Page, picture: Path) -> None:
         assert "and 14 classes more" in text(tab, ".answers details")
 
 
+def test_unlike_pictures_are_marked_by_those_that_can(tab: Page, picture: Path) -> None:
+    listed = [
+        about("one", ["a", "b"], unlike_from=0.05),
+        about("few", ["a", "b"], unlike_from=0.2),
+        about("old", ["c", "d"]),
+    ]
+    with stub(listed) as (address, kind):
+        assert tab.open(address) == "ready" and not hidden(tab, "#mark")
+        assert not tab.choose(picture)["error"] and not texts(tab, ".badge")
+        click(tab, "#unlike")
+        until(tab, "document.querySelector('.badge')")
+        assert [(names, "unlike=0.05" in path) for path, names, _ in kind.asked] == [
+            (["one", "few", "old"], False), (["one"], True),
+        ]  # fmt: skip
+        assert "1.2 % are as unlike as this one" in text(tab, ".answers details:nth-child(1)")
+        assert ["cannot mark" in one for one in texts(tab, ".answers details")] == [False, True, True]
+        until(tab, "document.getElementById('status').textContent.includes('of a picture unlike its training')")
+        drop(tab, ("second.png", picture.read_bytes()))
+        until(tab, "document.querySelectorAll('.shares').length === 6")
+        assert len(kind.asked) == 4, "those that mark and those that cannot are asked apart"
+        assert "unlike" not in text(tab, "#command"), "not all that are chosen can mark"
+        assert tab.open(f"{address}?again") == "ready" and tab.evaluate("document.getElementById('unlike').checked")
+        click(tab, "#unlike")
+        assert not tab.choose(picture)["error"] and "unlike" not in kind.asked[-1][0]
+    with stub([about("old", ["a", "b"])]) as (address, _):
+        assert tab.open(address) == "ready" and hidden(tab, "#mark")
+
+
 def test_many_adapters_are_searched_and_remembered(tab: Page, picture: Path) -> None:
     listed = [about(f"team {i % 7}/task {i}", ["a", f"only {i}"]) for i in range(300)]
     with stub(listed) as (address, kind):

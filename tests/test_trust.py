@@ -286,10 +286,14 @@ def test_the_server_marks_unlike_pictures(
         body, kind = encode_multipart_formdata(sent)
         assert served.ask("PUT", "/adapters/bare", body, {"Content-Type": kind})[0] == 200
         assert told()["bare"] and marks("bare") == marks("good")
+        assert {one["unlike_from"] for one in served.ask("GET", "/adapters")[1]["adapters"] if one["unlike"]} == {
+            0.016394
+        }
         for wrong, says in (
             ({"unlike": ("u", b"nonsense")}, f"{UNLIKE} is missing or damaged (it is not the file that was saved"),
             ({"unlike": UNLIKE}, f"part 'unlike' is no file of an adapter, or sent twice: {FORM}, {MORE}"),
             ({"unlik": ("u", b"nonsense"), "unlike": None}, "part 'unlik' is no file of an adapter"),
+            ({"README.md": ("r", b"card")}, "part 'README.md' is no file of an adapter"),
         ):
             form = {part: one for part, one in {**sent, **wrong}.items() if one is not None}
             body, kind = encode_multipart_formdata(form)

@@ -38,7 +38,10 @@ from visgraft.version import __version__
 LOG = logging.getLogger(__name__)
 RETRY_SECONDS = 5
 CLIENT_LEFT = 499  # as nginx logs it; nobody is there to read it
-PAGE = {"page.css": "text/css", **dict.fromkeys(("page.js", "asking.js", "showing.js"), "text/javascript")}
+PAGE = {
+    "page.css": "text/css",
+    **dict.fromkeys(("page.js", "asking.js", "marking.js", "showing.js"), "text/javascript"),
+}
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorReply} for status in (400, 401, 404, 408, 413, 421, 422, 429, 503, 507)
 }

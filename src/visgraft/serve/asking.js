@@ -2,7 +2,7 @@
 
 const TRIES = 3; // to come again where the server has too much to do
 const LONGEST_WAIT = 300; // seconds
-const PLACES = { token: "sessionStorage", chosen: "localStorage", top: "localStorage" };
+const PLACES = { token: "sessionStorage", chosen: "localStorage", top: "localStorage", unlike: "localStorage" };
 const memory = {}; // where the browser keeps nothing
 
 export class Told extends Error {

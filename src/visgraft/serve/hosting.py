@@ -35,12 +35,19 @@ class NoAdapterError(VisgraftError):
     """There is no adapter of a name."""
 
 
+class KeptReference(NamedTuple):
+    """The content of the file that tells unlike pictures, and of how many validation images it is."""
+
+    content: bytes
+    images: int
+
+
 class HostedAdapter(NamedTuple):
-    """An adapter that answers, the sha256 of its files, and the content of that which tells unlike pictures, if any."""
+    """An adapter that answers, the sha256 of its files, and what tells unlike pictures, if anything does."""
 
     adapter: BankAdapter
     digest: str
-    reference: bytes | None = None
+    reference: KeptReference | None = None
 
     @property
     def record(self) -> AdapterRecord:
@@ -224,15 +231,16 @@ class Hosting:
             )
 
 
-def _reference_of(made: BankAdapter, path: str | Path) -> bytes | None:
-    """Return the file that tells unlike pictures; where it is lost or damaged, the adapter answers without it."""
+def _reference_of(made: BankAdapter, path: str | Path) -> KeptReference | None:
+    """Return what tells unlike pictures; where it is lost or damaged, the adapter answers without it."""
     if made.record.unlike is None:
         return None
     try:
-        return read_content(path, made.record)[0]
+        content, found = read_content(path, made.record)
     except AdapterError as error:
         LOG.warning("adapter %s cannot tell unlike pictures: %s", made.name, error)
         return None
+    return KeptReference(content, len(found.distances))
 
 
 def check_name(name: str) -> None:

@@ -6,9 +6,9 @@ from functools import lru_cache
 from torch import Tensor
 
 from visgraft.adapters.hub import UNLIKE
-from visgraft.adapters.reference import Reference, check_kept, parse_reference
+from visgraft.adapters.reference import check_kept, parse_reference
 from visgraft.errors import AdapterError
-from visgraft.serve.hosting import HostedAdapter
+from visgraft.serve.hosting import HostedAdapter, KeptReference
 from visgraft.serve.unlike import Far, check_level, check_share, shares_as_far
 
 MOST_PARSED = 64
@@ -26,7 +26,7 @@ def check_marking(level: float | None, adapters: Iterable[tuple[str, HostedAdapt
     if level is not None:
         check_share(level)
         for name, hosted in adapters:
-            check_level(level, name, len(_reference(name, hosted).distances))
+            check_level(level, name, _kept(name, hosted).images)
 
 
 def far_of(hosted: HostedAdapter, features: Tensor, level: float) -> Far:
@@ -37,14 +37,14 @@ def far_of(hosted: HostedAdapter, features: Tensor, level: float) -> Far:
     """
     name = hosted.adapter.name
     check_marking(level, [(name, hosted)])  # one may have taken the other's name meanwhile
-    (share,) = shares_as_far(name, _reference(name, hosted), features.double().numpy()[None])
+    (share,) = shares_as_far(name, _parsed(_kept(name, hosted).content), features.double().numpy()[None])
     return Far(share, share <= level)
 
 
-def _reference(name: str, hosted: HostedAdapter) -> Reference:
+def _kept(name: str, hosted: HostedAdapter) -> KeptReference:
     check_kept(name, hosted.record.unlike is not None)
     if hosted.reference is None:
         raise AdapterError(
             f"{name} cannot tell unlike pictures: its {UNLIKE} is missing or damaged; add the adapter again with it"
         )
-    return _parsed(hosted.reference)
+    return hosted.reference

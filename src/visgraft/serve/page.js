@@ -1,6 +1,7 @@
 // The page of the server: what the user chooses, what is sent, and what comes back.
 
 import { ask, inWords, keep, kept, Told } from "./asking.js";
+import * as marking from "./marking.js";
 import {
   aboutAdapter, answered, at, bestInWords, card, commandParts, counted, element, inSentence, kindOf, megabytes, number, showFacts,
   thumbnail,
@@ -42,13 +43,17 @@ function askToken(refused) {
 }
 
 function lacking(picture) {
-  return picture.error ? [] : [...chosen].filter((name) => !picture.answers.has(name));
+  if (picture.error) return [];
+  const open = (name) => !picture.answers.has(name) || marking.unmarked(picture.answers.get(name), adapters.get(name));
+  return [...chosen].filter(open);
 }
 
 function words(names) {
+  const about = names.map((name) => adapters.get(name));
   const found = new URLSearchParams(names.map((name) => ["adapter", name]));
-  const several = names.map((name) => adapters.get(name)).filter((one) => one.multi_label || one.tasks).map((one) => one.outputs);
+  const several = about.filter((one) => one.multi_label || one.tasks).map((one) => one.outputs);
   found.set("top", Math.min(limits.top, Math.max(10, ...several))); // of several classes, all over the threshold
+  marking.addMark(found, about);
   return String(found);
 }
 
@@ -63,6 +68,7 @@ function nextJob() {
   const names = [];
   for (const name of lacking(first)) {
     const more = [...names, name];
+    if (names.length && marking.asked(adapters.get(name)) !== marking.asked(adapters.get(names[0]))) continue;
     if (names.length && (more.length > pairs || words(more).length > MOST_ADDRESS)) break;
     names.push(name);
   }
@@ -192,7 +198,9 @@ function draw(picture) {
   const shown = [...(adapters?.keys() ?? [])].filter((name) => chosen.has(name) && answers.has(name));
   const few = chosen.size <= FEW;
   for (const name of shown) {
-    if (!cards.has(name)) cards.set(name, card(answers.get(name), adapters.get(name), few, Number(at("top").value)));
+    if (cards.has(name)) continue;
+    const [answer, about] = [answers.get(name), adapters.get(name)];
+    cards.set(name, card(answer, about, few, Number(at("top").value), marking.markOf(answer, about)));
   }
   picture.place.replaceChildren(...shown.map((name) => cards.get(name)));
   picture.wrong.textContent = picture.error ?? "";
@@ -277,6 +285,7 @@ async function loadAdapters() {
   at("adapters").replaceChildren(...rows.map((one) => one.item));
   at("adapters").classList.toggle("single", rows.length === 1);
   at("many").hidden = rows.length < 4;
+  marking.offer(told.adapters);
   at("about").textContent = `Pictures are sent to ${location.host}, which answers them with adapters on ${told.backbone ?? "no backbone yet"}.`;
   search();
   redraw();
@@ -317,6 +326,7 @@ function changed() {
 function command() {
   const asked = new URLSearchParams([...chosen].map((name) => ["adapter", name]));
   asked.set("top", at("top").value);
+  marking.addMark(asked, [...chosen].map((name) => adapters.get(name)));
   const names = pictures.slice(0, limits.images).map((one) => one.name);
   return commandParts(new URL(`predict?${asked}`, document.baseURI).href, names, kept("token") !== "");
 }
@@ -352,6 +362,11 @@ function listen() {
     keep("top", at("top").value);
     redraw();
     changed();
+  });
+  marking.listen(() => {
+    redraw();
+    changed();
+    soon(0);
   });
   at("ask-token").addEventListener("submit", (event) => {
     event.preventDefault();

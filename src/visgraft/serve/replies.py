@@ -15,6 +15,7 @@ from visgraft.serve.covering import name_sets, tasks_covered
 from visgraft.serve.hosting import HostedAdapter
 from visgraft.serve.marking import far_of
 from visgraft.serve.naming import Classes, NumberAnswer, answers_to_tasks
+from visgraft.serve.unlike import lowest_level
 
 
 class AsciiJson(JSONResponse):
@@ -79,7 +80,7 @@ class OneAdapter(BaseModel):
     """An adapter: `digest` is the sha256 over its files, `figures` what was measured when it was trained.
 
     `tasks` are what its outputs answer, in their order, where that is not one label. One that is `calibrated` answers
-    with a coverage, one with `unlike` marks pictures unlike those of its training.
+    with a coverage, one with `unlike` marks pictures unlike those of its training, at levels from `unlike_from`.
     """
 
     name: str
@@ -90,6 +91,7 @@ class OneAdapter(BaseModel):
     multi_label: bool
     calibrated: bool
     unlike: bool
+    unlike_from: float | None = None
     figures: dict[str, Any]
     pinned: bool
     tasks: list[dict[str, Any]] = []
@@ -173,6 +175,7 @@ def one_adapter(name: str, hosted: HostedAdapter, pinned: bool) -> OneAdapter:
         multi_label=record.multi_label,
         calibrated=bool(record.calibrated),
         unlike=hosted.reference is not None,
+        unlike_from=lowest_level(hosted.reference.images) if hosted.reference else None,
         figures=_finite(record.figures),
         pinned=pinned,
         tasks=task_facts(record),

@@ -22,6 +22,7 @@ PARTS = ("config", "tensors", "unlike")
 """Of the form with which an adapter is sent; the last need not be there."""
 FORM, MORE = "-F config=@adapter_config.json -F tensors=@adapter_model.safetensors", f"perhaps -F unlike=@{UNLIKE}"
 MOST_CONFIG = 2**20  # bytes of an adapter_config.json
+MOST_PARTS = 16  # of a form that are read, so that one too many is named
 
 
 def add_adapters(app: FastAPI, server: Server) -> None:
@@ -77,7 +78,7 @@ async def _put_path(server: Server, name: str, request: Request) -> Put:
 
 
 async def _put_files(server: Server, name: str, request: Request) -> Put:
-    async with request.form(max_files=3, max_fields=3) as form:
+    async with request.form(max_files=MOST_PARTS, max_fields=MOST_PARTS) as form:
         files = {part: file for part, file in form.multi_items() if isinstance(file, UploadFile)}
         if not {"config", "tensors"} <= files.keys():
             raise HTTPException(422, f"send the two files of an adapter: {FORM}")

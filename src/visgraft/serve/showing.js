@@ -14,7 +14,7 @@ export function megabytes(bytes) {
   return `${(bytes / 1e6).toFixed(1)} MB`;
 }
 
-function percent(share) {
+export function percent(share) {
   if (share < 0.0005) return "< 0.1 %";
   return `${(100 * share).toFixed(1)} %`;
 }
@@ -93,14 +93,15 @@ function atLength({ several, outputs, classes, ...number }, top) {
   return [said, shares(over), ...(rest.length ? [inShort(rest, outputs - over.length)] : [])];
 }
 
-/** What one adapter says of a picture. */
-export function card(answer, about, few, top) {
+/** What one adapter says of a picture; `mark` is what is shown of its being unlike the training's. */
+export function card(answer, about, few, top, mark) {
   const { name } = about;
   const made = document.createElement("details");
   made.open = few;
   const summary_ = made.appendChild(document.createElement("summary"));
   const from = summary_.appendChild(element("span", name, "name clamp from"));
   from.title = `${name}\nsha256 ${answer.digest}`;
+  if (mark.badge) summary_.append(" ", mark.badge);
   for (const question of questionsOf(answer, about)) {
     const [what, share] = brief(question);
     const short = summary_.appendChild(element("span", "", "best"));
@@ -111,6 +112,7 @@ export function card(answer, about, few, top) {
     short.append(element("span", what, "name"), element("span", share, "share"));
     made.append(...atLength(question, top));
   }
+  if (mark.words) made.append(mark.words);
   return made;
 }
 
@@ -176,7 +178,7 @@ export function bestInWords(answers, about) {
       const [what, share] = brief({ ...question, several: question.several && question.task !== undefined });
       return [...(question.task === undefined ? [] : [inSentence(question.task)]), `${inSentence(what)}${share && `, ${share}`}`].join(" ");
     });
-    return `${inSentence(answer.adapter)}: ${words.join("; ")}`;
+    return `${inSentence(answer.adapter)}: ${words.join("; ")}${answer.unlike ? ", of a picture unlike its training's" : ""}`;
   });
   return `${said.join("; ")}.`;
 }

@@ -131,13 +131,18 @@ def check_share(level: float) -> None:
         raise VisgraftError(f"unlike is {level}, but must be above 0 and below 1, such as 0.05")
 
 
+def lowest_level(images: int) -> float:
+    """Return the lowest level that so many validation images allow, rounded up to a millionth."""
+    return math.ceil(1e6 / (images + 1)) / 1e6
+
+
 def check_level(level: float, name: str, images: int) -> None:
     """Raise an AdapterError where an adapter had too few validation images to mark pictures at a level."""
     needed = math.ceil(1 / Fraction(str(level)) - 1)  # the level as it is written, not its binary form
     if needed > MOST_IMAGES:
         raise AdapterError(
             f"{name} cannot mark pictures at {level}: no more than {MOST_IMAGES:,} validation images are looked at, "
-            f"which takes a level of {math.ceil(1e6 / (MOST_IMAGES + 1)) / 1e6:g} or more"
+            f"which takes a level of {lowest_level(MOST_IMAGES):g} or more"
         )
     if images < needed:
         raise AdapterError(
