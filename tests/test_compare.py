@@ -346,7 +346,7 @@ def test_without_validation_images_nothing_is_compared(colours: Path) -> None:
 def test_the_verb_writes_one_document_and_trains_the_best(colours: Path, tmp_path: Path) -> None:
     out, adapter = tmp_path / "out", tmp_path / "best"
     done = run(colours, *SMALL, "--methods", "linear", "--trials", 1, "--seed", 3, "--json", "--out", out,
-               "--train-best", adapter)  # fmt: skip
+               "--precision", "bf16", "--train-best", adapter)  # fmt: skip
     assert done.exit_code == 0, done.stderr
     document, written = json.loads(done.stdout), json.loads((out / "compare.json").read_text())
     assert {k: v for k, v in document.items() if k != "adapter"} == written
@@ -354,8 +354,9 @@ def test_the_verb_writes_one_document_and_trains_the_best(colours: Path, tmp_pat
     assert load(adapter).classes == tuple(COLOURS)
     stored = json.loads((adapter / "adapter_config.json").read_text())["record"]
     assert stored["data"]["seed"] == 3, "so that the same images stay out"
+    assert stored["precision"] == "bf16", "as asked for"
     assert written["command"].startswith(f"visgraft train {colours} --method linear --lr 0.01 --weight-decay 0.0001")
-    assert written["command"].endswith(f"--image-size 32 --seed 3 --out {adapter}")
+    assert written["command"].endswith(f"--image-size 32 --seed 3 --precision bf16 --out {adapter}")
     assert "linear trial 1 (--lr 0.01 --weight-decay 0.0001): finished, validation" in done.stderr
 
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -93,16 +93,15 @@ def compare(
             trials=trials, epochs=epochs, seed=seed, precision=precision, executor=executor,
             on_progress=show, on_loading=show_loading, **options,
         )  # fmt: skip
-    result = found.to_dict() | {
-        "data": str(labelled),
-        "command": train_command(found, images, weights, split, loading, train_best),
-    }
+    more = {} if precision == "auto" else {"precision": precision}
+    command = train_command(found, images, weights, split, loading, train_best, **more)
+    result = found.to_dict() | {"data": str(labelled), "command": command}
     if out is not None:
         _write(out, result)
     print_skipped(result["skipped"])
     if not json:
-        print_comparison(found, None if train_best else result["command"])
-    trained = _train(found, labelled, train_best, result["command"], **options) if train_best else None
+        print_comparison(found, None if train_best else command)
+    trained = _train(found, labelled, train_best, precision, command, **options) if train_best else None
     emit(result | {"adapter": trained}, json, lambda: None)
 
 
@@ -149,12 +148,13 @@ def _write(out: Path, result: dict[str, Any]) -> None:
         write_json(folder / FILE, result)
 
 
-def _train(found: "Comparison", data: Any, out: Path, command: str, **options: Any) -> dict[str, Any]:
+def _train(found: "Comparison", data: Any, out: Path, precision: str, command: str, **options: Any) -> dict[str, Any]:
     """Train the recommended setting with all epochs of its recipe."""
     from visgraft.cli.show import progress_console, training_progress
     from visgraft.training.run import Watch, train_folder
 
-    method, config = found.best_config()
+    method, recipe = found.best_config()
+    config = replace(recipe, precision=precision)
     progress_console.print(f"training {found.recommended} for {config.epochs} epochs into {out}")
     with training_progress(config.epochs) as show:
         watch = Watch(show, again=f"to train on: {command} --resume")
