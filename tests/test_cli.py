@@ -216,7 +216,7 @@ def test_an_adapter_is_measured_in_the_precision_it_was_trained_in(precision: st
     ("arguments", "says"),
     [
         (["methods"], ["alore", "arXiv:2412.08341", "147,520"]),
-        (["info", "{ADAPTER}"], ["lora on test_vit", "blue, green, red"]),
+        (["info", "{ADAPTER}"], ["lora on test_vit", "blue, green, red", "--rank 8", "validation: top-1 "]),
         (["eval", "{ADAPTER}", "{DATA}"], ["top-1, test", "95 % interval", "macro-F1"]),
         (["predict", "{ADAPTER}", "{DATA}/red/00.png"], ["red/00.png: "]),
         (["merge", "{ADAPTER}", "--out", "{OUT}"], ["largest logit difference", "open it with timm.create_model"]),

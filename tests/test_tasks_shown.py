@@ -250,6 +250,14 @@ def test_without_data_the_page_holds_what_training_recorded(runs: list[Path], re
     assert "With --data" in render(bare)
 
 
+def test_info_tells_what_each_task_reached(runs: list[Path]) -> None:
+    words = ["info", str(runs[0])]
+    found = CliRunner().invoke(build(words), words)
+    assert found.exit_code == 0 and "None" not in found.stdout
+    lines = found.stdout.split("validation: mean of the tasks ")[1].splitlines()
+    assert [line.partition(":")[0] for line in lines[1:] if line.startswith("  ")] == ["  colour", "  size", "  tags"]
+
+
 def test_a_single_number_is_judged_by_r2(table: Path, tmp_path: Path) -> None:
     only = Source(table, labels=LabelColumns(("size",), {"size": "mm"}))
     run = learn(only, tmp_path / "size", list_methods()["linear"].Config(), 20)

@@ -34,6 +34,7 @@ from visgraft.cli.compare import compare
 from visgraft.cli.diff import diff
 from visgraft.cli.export import export
 from visgraft.cli.import_ import import_
+from visgraft.cli.info import info
 from visgraft.cli.launched import joined
 from visgraft.cli.nearest import nearest
 from visgraft.cli.predict import predict
@@ -132,44 +133,6 @@ def merge(
         result_console.print(f"{result['verdict']}\nopen it with {result['open_with']}")
 
     emit(result, json, text)
-
-
-def info(adapter: AdapterFolder, json: Json = False) -> None:
-    """Show what an adapter is, without loading its backbone."""
-    from visgraft.adapters.calibrated import ONE_LABEL, told_calibration
-    from visgraft.adapters.directory import read_record
-    from visgraft.cli.show import emit, print_tasks, result_console
-    from visgraft.measure.measuring import adapter_bytes
-
-    record = read_record(adapter)
-    calibrated = {
-        name: {"temperature": one.temperature, "images": one.images} for name, one in record.calibrated.items()
-    }
-    told = {"calibrated": calibrated.get(ONE_LABEL, calibrated) or None, "tells_unlike": record.unlike is not None}
-    config = {**record.to_json(), "adapter_bytes": adapter_bytes(adapter), **told}
-
-    def text() -> None:
-        facts, numbers = config["backbone"], config.get("parameters", {})
-        result_console.print(f"{config['method']} on {facts['name']} (weights: {facts['weights']})")
-        result_console.print(f"options: {config['method_config']}")
-        result_console.print(f"parameters: {numbers}")
-        result_console.print(f"input: {config['data_config']['input_size']}, {config['adapter_bytes'] / 1000:.0f} KB")
-        for task in record.tasks:
-            result_console.print(": ".join([str(task), ", ".join(task.classes)][: 2 if task.classes else 1]))
-        if not record.tasks:
-            result_console.print(f"classes: {', '.join(config['classes'])}")
-        sure = "; ".join(told_calibration(record.calibrated, record.tasks))
-        result_console.print(f"calibrated: {sure or 'no, so predict --coverage refuses it'}")
-        marks = "told" if record.unlike else "not told, so predict --unlike refuses it"
-        result_console.print(f"unlike pictures: {marks}")
-        for name, value in config["record"].get("metrics", {}).items():
-            if record.tasks and isinstance(value, dict):
-                result_console.print(f"{name}:")
-                print_tasks(value)
-            else:
-                result_console.print(f"{name}: {value}")
-
-    emit(config, json, text)
 
 
 def methods(

@@ -189,7 +189,7 @@ def print_figures(figures: Mapping[str, Any]) -> None:
     print_skipped(figures["skipped"])
 
 
-def print_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> None:
+def print_tasks(tasks: Mapping[str, Mapping[str, Any]], indent: str = "  ") -> None:
     """Print the figures of each task; of numbers in their unit, with 95 % intervals and a constant answer's error."""
     for name, found in tasks.items():
         told = []
@@ -207,7 +207,7 @@ def print_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> None:
             within = f" ({percent(limits[0])} to {percent(limits[1])})" if limits else ""
             told.append(f"{'mean average precision' if several else 'top-1'} {percent(found[key])} %{within}")
             told.append(f"macro-F1 {percent(found['macro_f1'])}")
-        result_console.print(f"  {name}: {', '.join(told)}, on {found['images']:,} images")
+        result_console.print(f"{indent}{name}: {', '.join(told)}, on {found['images']:,} images")
 
 
 def main_figure(found: Mapping[str, Any]) -> tuple[str, str, str]:
