@@ -3,7 +3,9 @@
 `python benchmarks/serve.py --quick` takes two minutes; without it, 200 clients ask for 10 minutes. Loopback only. Needs
 `pip install locust` beside `visgraft[serve]`. The server and the clients share this machine's cores, so a throughput
 with clients beside it is a lower bound; the plain loops it is compared with run alone, on the same pictures: a merged
-model, and the bank on batches of all adapters. So images per CPU second of the server stand beside them too.
+model, and the bank on batches of all adapters. So images per CPU second of the server stand beside them too. With
+`OMP_NUM_THREADS=1 python benchmarks/serve.py --apart` the server has one core to itself, as the loops had before it,
+and the clients have the others.
 """
 
 import argparse
@@ -201,9 +203,13 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--seconds", type=int, default=600)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--apart", action="store_true", help="server and loops on one core, clients on the others")
     given = parser.parse_args()
     adapters, clients, seconds = (8, 40, 45) if given.quick else (given.adapters, given.clients, given.seconds)
     random.seed(0)
+    cores = sorted(os.sched_getaffinity(0))
+    own, others = ({cores[-1]}, set(cores[:-1])) if given.apart else (set(cores), set(cores))
+    os.sched_setaffinity(0, own)  # of this thread and what it starts
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for part in ("zoo", "pictures"):
@@ -211,11 +217,12 @@ def main() -> None:
         spec = visgraft.Backbone(given.backbone, "none", given.size)
         pictures, paths = draw(folder / "pictures"), make_adapters(folder / "zoo", spec, adapters)
         (folder / "expected.json").write_text(json.dumps(expected(paths, pictures)))
-        plain = loops(paths, pictures, 20)
+        plain, bare = loops(paths, pictures, 20), forward_alone(paths[0], pictures[0])
         process, port = start(folder / "store", folder / "zoo", folder / "server.log")
+        os.sched_setaffinity(0, others)
         watched, counts, ending = psutil.Process(process.pid), dict[str, int](), threading.Event()
         memory = [watched.memory_info().rss]
-        alone = one_alone(port, pictures[0].read_bytes(), paths[0].name), forward_alone(paths[0], pictures[0])
+        alone = one_alone(port, pictures[0].read_bytes(), paths[0].name)
         swapping = threading.Thread(target=swap, args=(port, paths, ending, counts))
         watching = threading.Thread(
             target=lambda: [
@@ -240,7 +247,7 @@ def main() -> None:
                     "model": f"{given.backbone} at {given.size} px, {adapters} adapters of 4 methods",
                     "clients": clients,
                     "seconds": seconds,
-                    "cores": os.cpu_count(),
+                    "cores": {"server and loops": len(own), "clients": len(others), "shared": own == others},
                     "figures": figures,
                     "swaps": counts,
                     "plain_loops": {name: [round(value, 1) for value in rate] for name, rate in plain.items()},
@@ -249,8 +256,8 @@ def main() -> None:
                     "share_per_cpu_second": {
                         name: round(good["requests"] / used / r.per_cpu_second, 3) for name, r in plain.items()
                     },
-                    "one_alone_ms": round(1000 * alone[0], 1),
-                    "without_server_ms": round(1000 * alone[1], 1),
+                    "one_alone_ms": round(1000 * alone, 1),
+                    "without_server_ms": round(1000 * bare, 1),
                     "memory_mb": [round(value / 2**20) for value in memory],
                 },
                 indent=1,
