@@ -22,6 +22,7 @@ from support import CLASSES, enliven, logits
 from test_cli import fail, run, succeed
 
 import visgraft
+from visgraft.adapters.card import _mark, is_made, make_card
 from visgraft.adapters.hub import CARD, CONFIG, LIMITS, TENSORS, resolve, settled
 from visgraft.errors import AdapterError, VisgraftError, VisgraftWarning
 
@@ -430,6 +431,23 @@ def extra(hub: Hub, root: Path) -> int:
     """By how much the card is longer because it names the repository."""
     repo = hub.repos["user/mine"]
     return len(repo.commits[repo.branches["v1"]][CARD]) - len((root / "mine" / CARD).read_bytes())
+
+
+def test_a_card_is_written_anew_unless_somebody_has_changed_it(hub: Hub, adapter: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(adapter, mine)
+    as_made = (mine / CARD).read_text(encoding="utf-8")
+    assert is_made(as_made) and is_made(as_made.replace("\n", "  \r\n")), "git may have turned the ends of lines"
+    earlier = "# as a version before wrote it"
+    record, lines = visgraft.adapters.directory.read_record(mine), f"{earlier}\n\n{_mark(earlier)}\n"
+    changed = as_made.replace("## How to use it", "## How I use it")
+    assert changed != as_made and not is_made(changed)
+    for text, kept in ((as_made, False), (lines, False), ("", False), (changed, True), ("my own", True)):
+        (mine / CARD).write_text(text, encoding="utf-8")
+        succeed("push", mine, "user/mine")
+        repo = hub.repos["user/mine"]
+        sent = repo.commits[repo.branches["main"]][CARD].decode()
+        assert sent == (text if kept else make_card(record, "hf:user/mine")), text
 
 
 def test_a_wrong_push_is_one_line_and_changes_nothing(

@@ -1,6 +1,7 @@
 """The model card of an adapter: all that its record tells a reader, with the metadata by which the hub finds it."""
 
 import functools
+import hashlib
 import json
 import math
 import re
@@ -42,9 +43,12 @@ _NUMBERED = re.compile(r"^(\d{1,9})([.)])(?=\s|$)")
 
 
 def make_card(record: AdapterRecord, place: str | None = None) -> str:
-    """Return the card of an adapter, in the hub's format; `place` is what to load it by, None where that is open."""
+    """Return the card of an adapter, in the hub's format; `place` is what to load it by, None where that is open.
+
+    Its last line holds the digest of all before, by which `is_made` tells that nobody has changed it.
+    """
     figures = _figures(record)
-    return _template().render(
+    text = _template().render(
         metadata=_metadata(record, figures, place).to_yaml(),
         record=record,
         options=json.dumps(record.method.to_dict()),
@@ -61,6 +65,18 @@ def make_card(record: AdapterRecord, place: str | None = None) -> str:
         limits=_limits(record, figures),
         shown=NAMES_SHOWN,
     )
+    return f"{text.rstrip()}\n\n{_mark(text)}\n"
+
+
+def is_made(text: str) -> bool:
+    """Return whether a card is as `make_card` wrote it, here or in another version."""
+    head, _, last = text.rstrip().rpartition("\n")
+    return last == _mark(head)
+
+
+def _mark(text: str) -> str:
+    lines = "\n".join(line.rstrip() for line in text.rstrip().splitlines())  # as editors and git may leave them
+    return f"<!-- written by visgraft, sha256 {hashlib.sha256(lines.encode()).hexdigest()} -->"
 
 
 def base_model(backbone: Backbone) -> str | None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from visgraft.adapters.card import make_card
+from visgraft.adapters.card import is_made, make_card
 from visgraft.adapters.directory import read_record, read_tensors
 from visgraft.adapters.hub import (
     CARD,
@@ -124,8 +124,7 @@ def _card(path: Path, record: AdapterRecord, place: HubPlace) -> bytes:
         text = own.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise AdapterError(f"{path / CARD} cannot be read ({error}); repair or remove it") from error
-    unchanged = {"", make_card(record), make_card(record, str(path))}
-    return make_card(record, str(place)).encode() if text in unchanged else own
+    return make_card(record, str(place)).encode() if not text or is_made(text) else own
 
 
 def _size(content: Path | bytes) -> int:
