@@ -67,6 +67,17 @@ def _cell(value: float | None, goal: float | None, digits: int = 2) -> str:
     return f"**{text}**" if goal is not None and float(text) > goal else text
 
 
+def peft_table(lines: Sequence[Line]) -> str:
+    """Return what a mixed batch of `lora` takes in the bank and in huggingface/peft, where that takes the backbone."""
+    rows = []
+    for line in lines:
+        if "peft ÷ merged" in line:
+            ours, theirs = line["mixed ÷ merged"][1], line["peft ÷ merged"][1]
+            told = NAMES.get(line["backbone"], line["backbone"]), str(line["images"]), line["precision"]
+            rows.append([*told, _cell(ours, theirs), f"{theirs:.2f}"])
+    return table(["backbone", "images", "precision", "bank", "peft"], rows, 3)
+
+
 def bank_table(lines: Sequence[Line]) -> str:
     """Return what swapping and loading take in banks of several sizes, and the memory."""
     goals = (f"{BANK_GOALS[name]:g}" if name in BANK_GOALS else "" for name in (*TIMES, "MiB", "held ÷ stored"))
@@ -89,6 +100,7 @@ def blocks(lines: Sequence[Line]) -> dict[str, str]:
         "mixed": ratio_table(lines, "mixed ÷ merged", GOALS),
         "attached": ratio_table(lines, "attached ÷ merged", {}),
         "one": ratio_table(lines, "one ÷ attached", {}),
+        "peft": peft_table(lines),
         "sizes": bank_table(lines),
     }
 
