@@ -24,11 +24,16 @@ def about(name: str, classes: list[str], several: bool = False, unlike_from: flo
 
 
 class Stub(http.server.BaseHTTPRequestHandler):
-    """What is asked is noted; `busy` is how often it first says that it has too much to do."""
+    """What is asked is noted; `busy` is how often it first says that it has too much to do.
+
+    `marks` False: it leaves out the mark that is asked for. Those in `replaced` mark no more, as it lists then.
+    """
 
     adapters: ClassVar[list[dict[str, Any]]] = []
     token: str | None = None
     busy = 0
+    marks = True
+    replaced: ClassVar[list[str]] = []
     asked: ClassVar[list[tuple[str, list[str], list[str]]]] = []
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -67,6 +72,10 @@ class Stub(http.server.BaseHTTPRequestHandler):
             kind.busy -= 1
             return self.tell(429, {"error": "too many pictures are under way; come again"}, Retry_After="1")
         kind.asked.append((self.path, names, images))
+        for name in names:
+            if "unlike" in query and name in kind.replaced:
+                kind.adapters[:] = [about(one["name"], one["classes"]) for one in kind.adapters]
+                return self.tell(422, {"error": f"{name} cannot tell unlike pictures"})
         classes = {one["name"]: one["classes"] for one in kind.adapters}
         answers: list[dict[str, Any]] = []
         for image in images:
@@ -76,7 +85,8 @@ class Stub(http.server.BaseHTTPRequestHandler):
             for name in names:
                 found = [{"label": label, "score": 0.9 / 2**i} for i, label in enumerate(classes[name])]
                 answer = {"image": image, "adapter": name, "digest": "0123456789abcdef" * 4, "classes": found}
-                answers.append(answer | ({"as_far": 0.012, "unlike": True} if "unlike" in query else {}))
+                marked = kind.marks and "unlike" in query
+                answers.append(answer | ({"as_far": 0.012, "unlike": True} if marked else {}))
         milliseconds = {"decode": 12.1, "wait": 1.0, "forward": 40.2}
         if all("error" in one for one in answers):
             return self.tell(422, {"error": answers[0]["error"], "answers": answers})

@@ -247,8 +247,43 @@ def test_unlike_pictures_are_marked_by_those_that_can(tab: Page, picture: Path) 
         assert tab.open(f"{address}?again") == "ready" and tab.evaluate("document.getElementById('unlike').checked")
         click(tab, "#unlike")
         assert not tab.choose(picture)["error"] and "unlike" not in kind.asked[-1][0]
+        click(tab, "#unlike")
+        until(tab, "document.querySelector('.badge')")
+        click(tab, "#unlike")
+        until(tab, "!document.querySelector('.badge')")
+        until(tab, "document.getElementById('status').textContent.startsWith('one: ')")
+        assert "unlike" not in text(tab, "#status"), "what is not marked is not told either"
     with stub([about("old", ["a", "b"])]) as (address, _):
         assert tab.open(address) == "ready" and hidden(tab, "#mark")
+
+
+def test_an_adapter_that_marks_no_more_answers_all_the_same(tab: Page, picture: Path) -> None:
+    with stub([about("one", ["a", "b"], unlike_from=0.05)], replaced=["one"]) as (address, kind):
+        assert tab.open(address) == "ready"
+        click(tab, "#unlike")
+        assert "one cannot tell unlike pictures" in tab.choose(picture)["error"] and not kind.asked[1:]
+        until(tab, "document.getElementById('mark').hidden")
+        click(tab, "#again")
+        until(tab, "document.querySelector('.shares')")
+        assert "unlike" not in kind.asked[-1][0] and "cannot mark" not in text(tab, ".answers")
+
+
+def test_a_mark_that_does_not_come_is_not_asked_for_again_and_again(tab: Page, picture: Path) -> None:
+    with stub([about("one", ["a", "b"], unlike_from=0.05)], marks=False) as (address, kind):
+        assert tab.open(address) == "ready"
+        click(tab, "#unlike")
+        assert "answers something else than it was asked" in tab.choose(picture)["error"]
+        assert len(kind.asked) == 1
+
+
+def test_another_tab_does_not_turn_the_mark_on(tab: Page, picture: Path) -> None:
+    listed = about("one", ["a", "b"], unlike_from=0.05) | {"digest": "another"}  # so that the list is read again
+    with stub([listed]) as (address, kind):
+        assert tab.open(address) == "ready"
+        tab.evaluate("localStorage.setItem('visgraft.unlike', 'yes'); 0")
+        assert not tab.choose(picture)["error"]
+        assert not tab.evaluate("document.getElementById('unlike').checked")
+        assert ["unlike" in path for path, _, _ in kind.asked] == [False]
 
 
 def test_many_adapters_are_searched_and_remembered(tab: Page, picture: Path) -> None:
@@ -301,8 +336,9 @@ def test_all_by_keyboard_and_with_names_for_everything(tab: Page, picture: Path)
 @pytest.mark.parametrize(("width", "dark"), [(390, True), (1280, False)])
 def test_axe_finds_nothing_wrong(width: int, dark: bool, tab: Page, picture: Path, tmp_path: Path) -> None:
     axe = (resources.files("axe_core_python") / "axe.min.js").read_text(encoding="utf-8")
-    with stub([about(name, NAMES) for name in NAMES[:3]]) as (address, _):
+    with stub([about(name, NAMES, unlike_from=0.05) for name in NAMES[:2]] + [about("old", NAMES)]) as (address, _):
         assert tab.open(address) == "ready"
+        click(tab, "#unlike")
         tab.picture(tmp_path / "page.png", width, dark)
         drop(tab, (picture.name, picture.read_bytes()), ("broken.png", b"no picture"))
         until(tab, "document.querySelectorAll('.shares').length === 3")

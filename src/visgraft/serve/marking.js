@@ -8,7 +8,8 @@ const LEVEL = 0.05; // so few pictures like those of the training are marked
 /** Whether an adapter can mark pictures, which takes enough validation images. */
 const marks = ({ unlike_from: from }) => from !== undefined && from <= LEVEL;
 
-export const wanted = () => at("unlike").checked;
+/** Whether the user wants the mark, which is only offered where an adapter can. */
+export const wanted = () => at("unlike").checked && !at("mark").hidden;
 
 /** Whether an adapter is to be asked for the mark. */
 export const asked = (about) => wanted() && marks(about);
@@ -23,12 +24,12 @@ export function addMark(parameters, adapters) {
 /** Let the user choose, where an adapter can mark. */
 export function offer(adapters) {
   at("mark").hidden = !adapters.some(marks);
-  at("unlike").checked = !at("mark").hidden && kept("unlike") === "yes";
 }
 
 export function listen(changed) {
+  at("unlike").checked = kept("unlike") === "yes"; // only now: another tab may choose otherwise later
   at("unlike").addEventListener("change", () => {
-    keep("unlike", wanted() ? "yes" : "no");
+    keep("unlike", at("unlike").checked ? "yes" : "no");
     changed();
   });
 }

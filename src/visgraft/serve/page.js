@@ -54,7 +54,7 @@ function words(names) {
   const several = about.filter((one) => one.multi_label || one.tasks).map((one) => one.outputs);
   found.set("top", Math.min(limits.top, Math.max(10, ...several))); // of several classes, all over the threshold
   marking.addMark(found, about);
-  return String(found);
+  return found;
 }
 
 function sizeOf(picture) {
@@ -69,7 +69,7 @@ function nextJob() {
   for (const name of lacking(first)) {
     const more = [...names, name];
     if (names.length && marking.asked(adapters.get(name)) !== marking.asked(adapters.get(names[0]))) continue;
-    if (names.length && (more.length > pairs || words(more).length > MOST_ADDRESS)) break;
+    if (names.length && (more.length > pairs || String(words(more)).length > MOST_ADDRESS)) break;
     names.push(name);
   }
   const sent = [];
@@ -87,13 +87,15 @@ function nextJob() {
 async function send({ names, sent }) {
   const form = new FormData();
   for (const one of sent) form.append("image", one.file, one.name);
-  const told = await ask(`predict?${words(names)}`, { method: "POST", body: form }, running.signal, waiting);
+  const query = words(names);
+  const told = await ask(`predict?${query}`, { method: "POST", body: form }, running.signal, waiting);
   if (told.answers.some((one) => one.digest && one.digest !== adapters.get(one.adapter)?.digest)) await loadAdapters();
   const entries = told.answers[Symbol.iterator]();
   for (const picture of sent) {
     for (const name of names) {
       const entry = entries.next().value;
-      if (!entry || !(entry.error || entry.adapter === name)) {
+      const marked = !query.has("unlike") || entry?.as_far !== undefined; // else it would be asked for without end
+      if (!entry || !(entry.error || (entry.adapter === name && marked))) {
         throw new Told("The server answers something else than it was asked; load the page again.");
       }
       if (entry.error) {
@@ -162,7 +164,7 @@ async function failed(error) {
   if (error.status === 401) return askToken(error.refused);
   say("");
   warn(error.name === "AbortError" ? "Stopped." : inWords(error));
-  if (error.status === 404) await loadAdapters().catch(() => {}); // one was removed meanwhile
+  if ([404, 422].includes(error.status)) await loadAdapters().catch(() => {}); // one was removed, or marks no more
 }
 
 function working(done, left) {
@@ -188,7 +190,7 @@ function summary() {
   const said = `${counted(pictures.length - wrong, "picture")} answered by ${counted(chosen.size, "adapter")}.`;
   const best = [...(pictures[0].answers.values())].filter((one) => chosen.has(one.adapter) && answered(one));
   if (pictures.length === 1 && !wrong && best.length && best.length <= 3) {
-    return bestInWords(best, adapters);
+    return bestInWords(best, adapters, marking.wanted());
   }
   return wrong ? `${said} ${counted(wrong, "picture")} could not be answered.` : said;
 }

@@ -171,14 +171,14 @@ export function showFacts({ decode, wait, forward, all }) {
   at("facts").hidden = false;
 }
 
-/** What each of a few adapters answers, in short; `about` has their facts by name. */
-export function bestInWords(answers, about) {
+/** What each of a few adapters answers, in short; `about` has their facts by name. `marked`: also what is unlike. */
+export function bestInWords(answers, about, marked) {
   const said = answers.map((answer) => {
     const words = questionsOf(answer, about.get(answer.adapter)).map((question) => {
       const [what, share] = brief({ ...question, several: question.several && question.task !== undefined });
       return [...(question.task === undefined ? [] : [inSentence(question.task)]), `${inSentence(what)}${share && `, ${share}`}`].join(" ");
     });
-    return `${inSentence(answer.adapter)}: ${words.join("; ")}${answer.unlike ? ", of a picture unlike its training's" : ""}`;
+    return `${inSentence(answer.adapter)}: ${words.join("; ")}${marked && answer.unlike ? ", of a picture unlike its training's" : ""}`;
   });
   return `${said.join("; ")}.`;
 }
