@@ -24,35 +24,37 @@ def info(adapter: AdapterFolder, json: Json = False) -> None:
     config = {**record.to_json(), "adapter_bytes": adapter_bytes(adapter), **told}
 
     def text() -> None:
-        _print_kind(config)
-        _print_answers(record, config["classes"])
-        _print_figures(config["record"].get("metrics", {}))
+        _print_kind(record, config["adapter_bytes"])
+        _print_answers(record)
+        _print_figures(record.figures)
 
     emit(config, json, text)
 
 
-def _print_kind(config: Mapping[str, Any]) -> None:
+def _print_kind(record: "AdapterRecord", size: int) -> None:
     from visgraft.cli.show import result_console
+    from visgraft.cli.text import command_line
     from visgraft.search.verdict import written
 
-    backbone, numbers = config["backbone"], config.get("parameters", {})
-    result_console.print(f"{config['method']} on {backbone['name']} (weights: {backbone['weights']})")
-    result_console.print(f"options: {' '.join(written(config['method_config'])) or 'none'}")
-    counts = [f"{name} {count:,}" for name, count in numbers.items()]
+    method, backbone = record.method, record.backbone
+    result_console.print(f"{method.method} on {backbone.name} (weights: {backbone.weights})")
+    options = written(vars(method), vars(type(method)()))
+    result_console.print(f"options: {command_line(*options) or 'none'}")
+    counts = [f"{name} {count:,}" for name, count in record.parameters.items() if isinstance(count, int)]
     result_console.print(f"parameters: {', '.join(counts) or 'not counted'}")
-    channels, *size = config["data_config"]["input_size"]
-    pixels = " × ".join(map(str, size))
-    result_console.print(f"input: {channels} channels of {pixels} pixels; {config['adapter_bytes'] / 1000:,.0f} KB")
+    channels, *sides = record.data_config.get("input_size", [None])
+    pixels = f"{channels} channels of {' × '.join(map(str, sides))} pixels" if sides else "size not known"
+    result_console.print(f"input: {pixels}; {size / 1000:,.0f} KB")
 
 
-def _print_answers(record: "AdapterRecord", classes: list[str]) -> None:
+def _print_answers(record: "AdapterRecord") -> None:
     from visgraft.adapters.calibrated import told_calibration
     from visgraft.cli.show import result_console
 
     for task in record.tasks:
         result_console.print(": ".join([str(task), ", ".join(task.classes)][: 2 if task.classes else 1]))
     if not record.tasks:
-        result_console.print(f"classes: {', '.join(classes)}")
+        result_console.print(f"classes: {', '.join(record.classes) or f'{record.outputs:,} without names'}")
     sure = "; ".join(told_calibration(record.calibrated, record.tasks))
     result_console.print(f"calibrated: {sure or 'no, so predict --coverage refuses it'}")
     marks = "told" if record.unlike else "not told, so predict --unlike refuses it"
@@ -60,17 +62,37 @@ def _print_answers(record: "AdapterRecord", classes: list[str]) -> None:
 
 
 def _print_figures(metrics: Mapping[str, Any]) -> None:
-    """Print what was measured when the adapter was made; of a name that is not known, as it stands."""
-    from visgraft.cli.show import percent, print_tasks, result_console
+    """Print what was measured when the adapter was made; what no training writes, as it stands."""
+    from visgraft.cli.show import percent, result_console
 
     known = {name: value for name, value in metrics.items() if value is not None}
-    tasks = known.pop("val_tasks", {})
-    one = {name.removeprefix("val_"): value for name, value in known.items()}
-    if "mean" in one:
-        result_console.print(f"validation: mean of the tasks {percent(one['mean'])} %")
-        print_tasks(tasks)
-    elif {"macro_f1", "images"} <= one.keys() and one.keys() & {"top1", "mean_average_precision"}:
-        print_tasks({"validation": one}, indent="")
-    else:
-        for name, value in known.items():
+    one = {name.removeprefix("val_"): value for name, value in known.items() if name.startswith("val_")}
+    tasks = one["tasks"] if isinstance(one.get("tasks"), Mapping) else {}
+    each = {name: _in_words(found) for name, found in tasks.items()}
+    told = set[str]()
+    if each and None not in each.values() and isinstance(one.get("mean"), float):
+        mean = f" mean of the tasks {percent(one['mean'])} %" if len(each) > 1 else ""
+        result_console.print("\n".join([f"validation:{mean}", *(f"  {name}: {text}" for name, text in each.items())]))
+        told = {"mean", "tasks", "images"}
+    elif text := _in_words(one):
+        result_console.print(f"validation: {text}")
+        told = {"top1", "top1_ci95", "mean_average_precision", "macro_f1", "images"}
+        if isinstance(balanced := one.get("balanced_accuracy"), float):
+            result_console.print(f"balanced accuracy: {percent(balanced)} %")
+            told.add("balanced_accuracy")
+    elif one == {"images": 0}:
+        result_console.print("validation: no images")
+        told = {"images"}
+    for name, value in known.items():
+        if name not in {f"val_{each}" for each in told}:
             result_console.print(f"{name}: {value}")
+
+
+def _in_words(found: Any) -> str | None:
+    """Return figures as `eval` prints them; None where they are others, for anybody may write a record."""
+    from visgraft.cli.show import figures_in_words
+
+    try:
+        return figures_in_words(found)
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return None

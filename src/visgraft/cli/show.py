@@ -189,25 +189,30 @@ def print_figures(figures: Mapping[str, Any]) -> None:
     print_skipped(figures["skipped"])
 
 
-def print_tasks(tasks: Mapping[str, Mapping[str, Any]], indent: str = "  ") -> None:
-    """Print the figures of each task; of numbers in their unit, with 95 % intervals and a constant answer's error."""
+def print_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print the figures of each task."""
     for name, found in tasks.items():
-        told = []
-        if "mae" in found:
-            told.append(f"mean absolute error {found['mae']:.4g}{_limits(found, 'mae')}, a constant answer's")
-            told[-1] += f" {found['constant_mae']:.4g}"
-            told.append(f"RMSE {found['rmse']:.4g}{_limits(found, 'rmse')}")
-            for key, word in (("r2", "R²"), ("spearman", "Spearman")):
-                if found[key] is not None:
-                    told.append(f"{word} {found[key]:.3f}{_limits(found, key)}")
-        else:
-            several = "mean_average_precision" in found
-            key = "mean_average_precision" if several else "top1"
-            limits = found.get(f"{key}_ci95")
-            within = f" ({percent(limits[0])} to {percent(limits[1])})" if limits else ""
-            told.append(f"{'mean average precision' if several else 'top-1'} {percent(found[key])} %{within}")
-            told.append(f"macro-F1 {percent(found['macro_f1'])}")
-        result_console.print(f"{indent}{name}: {', '.join(told)}, on {found['images']:,} images")
+        result_console.print(f"  {name}: {figures_in_words(found)}")
+
+
+def figures_in_words(found: Mapping[str, Any]) -> str:
+    """Return the figures of a task; of numbers in their unit, with 95 % intervals and a constant answer's error."""
+    told = []
+    if "mae" in found:
+        told.append(f"mean absolute error {found['mae']:.4g}{_limits(found, 'mae')}, a constant answer's")
+        told[-1] += f" {found['constant_mae']:.4g}"
+        told.append(f"RMSE {found['rmse']:.4g}{_limits(found, 'rmse')}")
+        for key, word in (("r2", "R²"), ("spearman", "Spearman")):
+            if found[key] is not None:
+                told.append(f"{word} {found[key]:.3f}{_limits(found, key)}")
+    else:
+        several = "mean_average_precision" in found
+        key = "mean_average_precision" if several else "top1"
+        limits = found.get(f"{key}_ci95")
+        within = f" ({percent(limits[0])} to {percent(limits[1])})" if limits else ""
+        told.append(f"{'mean average precision' if several else 'top-1'} {percent(found[key])} %{within}")
+        told.append(f"macro-F1 {percent(found['macro_f1'])}")
+    return f"{', '.join(told)}, on {found['images']:,} images"
 
 
 def main_figure(found: Mapping[str, Any]) -> tuple[str, str, str]:
