@@ -194,6 +194,18 @@ def load(port: int, folder: Path, clients: int, seconds: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def shares(apart: bool) -> tuple[set[int], set[int]]:
+    """Return the cores of the server and the loops, and those of the clients: the same ones, unless `apart`.
+
+    Raises:
+        SystemExit: there is one core only.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if apart else range(os.cpu_count() or 1)
+    if apart and len(cores) < 2:
+        raise SystemExit("--apart takes two cores, and there is one; leave it out")
+    return ({cores[-1]}, set(cores[:-1])) if apart else (set(cores), set(cores))
+
+
 def main() -> None:
     """Print the figures as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -207,9 +219,9 @@ def main() -> None:
     given = parser.parse_args()
     adapters, clients, seconds = (8, 40, 45) if given.quick else (given.adapters, given.clients, given.seconds)
     random.seed(0)
-    cores = sorted(os.sched_getaffinity(0))
-    own, others = ({cores[-1]}, set(cores[:-1])) if given.apart else (set(cores), set(cores))
-    os.sched_setaffinity(0, own)  # of this thread and what it starts
+    own, others = shares(given.apart)
+    if given.apart:
+        os.sched_setaffinity(0, own)  # of this thread and what it starts
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for part in ("zoo", "pictures"):
@@ -219,7 +231,8 @@ def main() -> None:
         (folder / "expected.json").write_text(json.dumps(expected(paths, pictures)))
         plain, bare = loops(paths, pictures, 20), forward_alone(paths[0], pictures[0])
         process, port = start(folder / "store", folder / "zoo", folder / "server.log")
-        os.sched_setaffinity(0, others)
+        if given.apart:
+            os.sched_setaffinity(0, others)
         watched, counts, ending = psutil.Process(process.pid), dict[str, int](), threading.Event()
         memory = [watched.memory_info().rss]
         alone = one_alone(port, pictures[0].read_bytes(), paths[0].name)

@@ -4,6 +4,7 @@
 
 import os
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -148,3 +149,14 @@ def test_a_process_that_dies_is_started_again_with_the_adapters_as_they_are(
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
     assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_the_benchmark_with_a_core_apart_asks_for_two_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "serve.py"))["shares"]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 3, 4}, raising=False)
+    assert shares(True) == ({4}, {1, 3})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)
+    with pytest.raises(SystemExit, match="--apart takes two cores"):
+        shares(True)
+    own, others = shares(False)
+    assert own == others
