@@ -4,8 +4,7 @@
 `pip install locust` beside `visgraft[serve]`. The server and the clients share this machine's cores, so a throughput
 with clients beside it is a lower bound; the plain loops it is compared with run alone, on the same pictures: a merged
 model, and the bank on batches of all adapters. So images per CPU second of the server stand beside them too. With
-`OMP_NUM_THREADS=1 python benchmarks/serve.py --apart` the server has one core to itself, as the loops had before it,
-and the clients have the others.
+`--apart` the server has one core to itself, as the loops had before it, and the clients have the others.
 """
 
 import argparse
@@ -222,6 +221,8 @@ def main() -> None:
     own, others = shares(given.apart)
     if given.apart:
         os.sched_setaffinity(0, own)  # of this thread and what it starts
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for part in ("zoo", "pictures"):

@@ -141,6 +141,7 @@ def test_a_better_method_is_recommended_with_its_setting(colours: Path, monkeypa
     )
     method, recipe = found.best_config()
     assert method.method == "alore" and recipe.epochs == list_methods()["alore"].recipe.epochs
+    assert recipe.precision == found.precision in ("fp32", "bf16"), "as all was computed"
 
 
 def shortened(monkeypatch: pytest.MonkeyPatch, right: dict[str, int]) -> None:

@@ -77,7 +77,7 @@ class Comparison:
     `measured_on` is "cross-validation" or "validation"; `images` says of how many images, `folds` and `repeats` how.
     All gains are measured against the method `reference`. `guessing`: no method is shown to do better than guessing, so
     none is worth training. `warnings` name classes that no method tells apart, `notes` what the figures do not say.
-    `predictions` of each method are what they were computed from.
+    `precision` is what all was computed in. `predictions` of each method are what they were computed from.
     """
 
     results: tuple[MethodResult, ...]
@@ -95,6 +95,7 @@ class Comparison:
     notes: tuple[str, ...]
     backbone: Mapping[str, Any]
     seed: int
+    precision: str
     budget_seconds: float | None
     seconds: float
     skipped: tuple[Skipped, ...]
@@ -107,7 +108,7 @@ class Comparison:
 
     def best_config(self) -> tuple[MethodConfig, TrainConfig]:
         """Return the recommended setting, with all epochs of its recipe, as `train` takes it."""
-        return configure(self.recommended, {"seed": self.seed, **self.best.setting})
+        return configure(self.recommended, {"seed": self.seed, "precision": self.precision, **self.best.setting})
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values, without the predictions."""
