@@ -116,7 +116,10 @@ class MixedTree:
                     of_site.append(_Acts(configuration, []))
                 of_site[-1].acts.append(act)
         for site, of_site in acts.items():
-            made = site.side == "output" and isinstance(self.model.get_submodule(site.host), (nn.Linear, *NORMS))
+            made = site.side == "output" and (
+                isinstance(self.model.get_submodule(site.host), (nn.Linear, *NORMS))
+                or site.name == "stream.out"  # the sum of a branch and the stream
+            )
             fresh = (made or site.norm is not None) and not site.channels_first
             taps.put(self.model, site, _SiteAct(self, of_site, fresh, site.rows is not None))
         taps.forget_after_forward(self.model)
