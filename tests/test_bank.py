@@ -19,6 +19,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import visgraft
 from visgraft import Adapted, Bank, save
+from visgraft.bank.trees import MixedTree
 from visgraft.core.attached import get_attached
 from visgraft.core.finding import find_sites
 from visgraft.errors import DataError, VisgraftError
@@ -279,6 +280,47 @@ def test_one_adapter_in_bf16_answers_as_attached_bit_for_bit(kind: str) -> None:
         with bank.lent(name) as lent:
             assert torch.equal(logits(lent, x), logits(model, x)), "what is lent computes in fp32"
     assert before < bank.memory().backbone < 1.6 * before
+
+
+def stream_precisions(module: nn.Module, hosts: set[str], run: Any) -> dict[str, torch.dtype]:
+    """In what precision each block's output is."""
+    seen: dict[str, torch.dtype] = {}
+
+    def note(path: str, out: Any) -> None:
+        seen[path] = (out[0] if isinstance(out, tuple) else out).dtype
+
+    handles = [
+        module.get_submodule(path).register_forward_hook(lambda m, a, out, path=path: note(path, out)) for path in hosts
+    ]
+    run()
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k == "swin" else pytest.mark.long) for k in ALL_FAMILIES])
+def test_the_stream_of_a_mixed_batch_is_as_narrow_as_attached(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, mixed = MixedTree.run, []
+    x, hosts = images(2, size=size_of(kind)), {block["stream.in"].host for block in find_sites(family(kind)).blocks}
+
+    def noting(tree: MixedTree, x: Any, forward: Any) -> Any:
+        out = []
+        mixed.append(stream_precisions(tree.model, hosts, lambda: out.append(run(tree, x, forward))))
+        return out[0]
+
+    monkeypatch.setattr(MixedTree, "run", noting)
+    ran = 0
+    for name in (name for name, k in PAIRS if k == kind and not refused(name, k) and name not in CANNOT_MIX):
+        model, bank = trained(name, kind).requires_grad_(False), Bank(family(kind))
+        for number in "12":
+            bank.add(number, Adapted(model, dataclasses.replace(Adapted.of(model).record, precision="bf16")))
+        bank(x, ["1", "2"])
+        with torch.autocast("cpu", torch.bfloat16):
+            attached = stream_precisions(model, hosts, lambda model=model: logits(model, x))
+        assert all(found == attached for found in mixed), name
+        ran += len(mixed)
+        mixed.clear()
+    assert ran > 10, "most share a forward"
 
 
 def test_ssf_scales_in_a_wider_precision_some_images_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

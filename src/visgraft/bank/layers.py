@@ -45,12 +45,27 @@ def _layer_norm(layer: Any, own: Own, x: Tensor) -> Tensor:
     # With a factor and a shift, even of ones and zeros, as torch takes twice as long on a CPU where one is missing.
     out = F.layer_norm(x, layer.normalized_shape, factor, torch.zeros_like(factor), layer.eps)
     weight, bias = (t.unsqueeze(1) if t.ndim == 2 else t for t in (weight, bias))
-    tokens = out.view(images, -1, x.shape[-1])  # rewritten in place, as they are nobody else's
-    if "weight" in own:
-        torch.addcmul(bias, tokens, weight, out=tokens)
+    return _rescaled(out, out.view(images, -1, x.shape[-1]), weight if "weight" in own else None, bias)
+
+
+def _rescaled(out: Tensor, view: Tensor, weight: Tensor | None, bias: Tensor) -> Tensor:
+    """Rewrite `out` in place through a view, as it is nobody else's."""
+    if weight is None:
+        view.add_(bias)
     else:
-        tokens.add_(bias)
+        torch.addcmul(bias, view, weight, out=view)
     return out
+
+
+def _group_norm(layer: Any, own: Own, x: Tensor) -> Tensor:
+    weight, bias = own.get("weight", layer.weight), own.get("bias", layer.bias)
+    if weight is None or bias is None:
+        return _mapped(layer, own, x)
+    images = next(iter(own.values())).shape[0]
+    factor = layer.weight if "weight" not in own else torch.ones_like(layer.weight)
+    out = F.group_norm(x, layer.num_groups, factor, torch.zeros_like(factor), layer.eps)
+    weight, bias = (t.view(-1, 1, x.shape[1], *[1] * (x.ndim - 2)) for t in (weight, bias))
+    return _rescaled(out, out.unflatten(0, (images, -1)), weight if "weight" in own else None, bias)
 
 
 def _layer_norm_2d(layer: Any, own: Own, x: Tensor) -> Tensor:
@@ -74,6 +89,7 @@ LAYERS: dict[type[nn.Module], Callable[[Any, Own, Tensor], Tensor]] = {
     nn.Linear: _linear,
     nn.Conv2d: _conv,
     nn.LayerNorm: _layer_norm,
+    nn.GroupNorm: _group_norm,
     timm.layers.LayerNorm: _layer_norm,
     timm.layers.LayerNorm2d: _layer_norm_2d,
 }

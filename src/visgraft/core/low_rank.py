@@ -112,6 +112,15 @@ def add_by_rows(onto: Tensor, hidden: Tensor, up: Tensor, bias: Tensor | None = 
     return onto.baddbmm_(hidden, up.to(hidden.dtype)) if in_place else torch.baddbmm(onto, hidden, up)
 
 
+def linear_by_rows(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return F.linear of x [B, N, C] by a weight [B, k, C] and a bias [B, k] of each image, in F.linear's precision.
+
+    A product in a wider one would widen the stream that it is added to, and so every later pass over it.
+    """
+    to = compute_dtype(x)
+    return torch.baddbmm(bias.unsqueeze(1).to(to), x.to(to), weight.mT.to(to))
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the precision in which products with `x` are computed: autocast's where it acts on such a tensor."""
     kind = x.device.type

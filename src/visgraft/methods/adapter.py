@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visgraft.core.low_rank import add_by_rows
+from visgraft.core.low_rank import add_by_rows, linear_by_rows
 from visgraft.core.method import Grid, Method, OwnTensor, Place, Position
 from visgraft.core.registry import register
 from visgraft.options import MethodConfig, TrainConfig, option
@@ -95,6 +95,6 @@ class Adapter(Method):
 
     def by_rows(self, tensors: Mapping[str, Tensor], x: Tensor, onto: Tensor, in_place: bool = False) -> Tensor:
         """As `forward`, with both projections of each image."""
-        hidden = self.activation(add_by_rows(tensors["down.bias"].unsqueeze(1), x, tensors["down.weight"].mT))
+        hidden = self.activation(linear_by_rows(x, tensors["down.weight"], tensors["down.bias"]))
         up, bias = self.scale * tensors["up.weight"].mT, self.scale * tensors["up.bias"]
         return add_by_rows(onto, hidden, up, bias, in_place)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visgraft.core.low_rank import add_by_rows
+from visgraft.core.low_rank import add_by_rows, linear_by_rows
 from visgraft.core.method import Grid, Method, Place, Position
 from visgraft.core.registry import register
 from visgraft.options import MethodConfig, TrainConfig, option
@@ -85,7 +85,7 @@ class AdaptFormer(Method):
         """As `forward`, with projections, factor and norm of each image."""
         scale = tensors["scale"].view(-1, 1, 1) if "scale" in tensors else self.scale
         seen = _norm_by_rows(self.norm_before, x, tensors, "norm_before")
-        hidden = F.relu(add_by_rows(tensors["down.bias"].unsqueeze(1), seen, tensors["down.weight"].mT))
+        hidden = F.relu(linear_by_rows(seen, tensors["down.weight"], tensors["down.bias"]))
         up, bias = tensors["up.weight"].mT, tensors["up.bias"].unsqueeze(1)
         if isinstance(self.norm_after, nn.Identity):
             return add_by_rows(onto, scale * hidden, up, (scale * bias).squeeze(1), in_place)
