@@ -12,6 +12,7 @@ import visgraft
 from visgraft import Backbone, nearest_adapters
 from visgraft.algebra.probing import probe_features
 from visgraft.data.images import Images
+from visgraft.drawn.scenes import draw_scenes
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,28 @@ def test_what_nearest_cannot_read_is_refused_in_one_line(tasks: Path, tmp_path: 
     assert "is no folder" in fail("nearest", tasks / "new-0", "--among", tmp_path / "nowhere")
     few = draw(tmp_path / "few", 0, 4, 0)
     assert "has one image" in fail("nearest", few, "--among", tasks / "zoo")
+
+
+def test_a_table_of_several_labels_is_compared_by_the_one_that_is_named(tmp_path: Path) -> None:
+    table = draw_scenes(tmp_path / "scenes", size=48, train=24, val=12, test=12, restyled=2) / "labels.csv"
+    common = ("--backbone", "test_vit", "--weights", "none", "--image-size", 32, "--epochs", 1, "--method", "linear")
+    succeed("train", table, "--label", "distance,count_number", *common, "--out", tmp_path / "zoo" / "several")
+    succeed("train", table, "--number", "location_percent", *common, "--out", tmp_path / "zoo" / "number")
+    succeed("train", table, "--label", "distance", *common, "--out", tmp_path / "zoo" / "one")
+    text = table.read_text().splitlines()
+    table.with_name("others.csv").write_text("\n".join([text[0], *text[1:40]]) + "\n")
+    for label, photos, learned in (("distance", table, 3), ("count", table, 3), ("distance", "others.csv", 0)):
+        told = succeed("nearest", table.parent / photos, "--label", label, "--among", tmp_path / "zoo", "--full")
+        adapters = {one["name"]: one for one in told["adapters"]}
+        assert sum(one["learned"] for one in adapters.values()) == learned
+        assert [name for name in adapters if adapters[name]["own"] is not None] == ["one"] * (label == "distance")
+    for options, message in (
+        (("--label", "distance,count"), "name one of distance, count, with --label"),
+        (("--number", "count_number"), "has the number count_number"),
+        ((), "name what to learn with --label"),
+    ):
+        code, _, err = run("nearest", table, "--among", tmp_path / "zoo", *options)
+        assert code == 1 and message in err.splitlines()[-1], "below the kinds that are found"
 
 
 def test_images_of_a_group_are_never_on_both_sides() -> None:

@@ -18,10 +18,12 @@ from visgraft.algebra.probing import ProbedFeatures, fold_count, probe_features
 from visgraft.bank.bank import Bank
 from visgraft.bank.opening import empty_bank, find_adapters
 from visgraft.data.dataset import Dataset, Split
+from visgraft.data.image_table import is_table
 from visgraft.data.images import Images, Loading, load_images
-from visgraft.data.read import AnySource, read_data
+from visgraft.data.read import AnySource, Source, read_data
 from visgraft.errors import AdapterError, DataError, VisgraftError
 from visgraft.measure.intervals import Difference, clusters, paired_difference, rate_interval
+from visgraft.measure.measuring import adapter_data
 
 _DEFAULT_LOADING = Loading()
 
@@ -138,7 +140,7 @@ def nearest_adapters(
             left.append(LeftOut(name, str(error)))
             continue
         ready = _prepare(prepared, bank, dataset, name, loading)
-        found.append(_score(bank, name, dataset, ready, full))
+        found.append(_score(bank, name, dataset, ready, full, _learned(paths[name], record, dataset, photos)))
         bank.remove(name)
     if not found:
         raise _nothing_left(among, left)
@@ -160,11 +162,12 @@ def nearest_adapters(
 def _read_single(photos: AnySource) -> Dataset:
     """Return labelled images, undivided, each of one class."""
     dataset = read_data(photos, Split(0.0, 0.0))
+    if len(dataset.tasks) > 1:
+        named = ", ".join(task.name for task in dataset.tasks)
+        raise DataError(f"{dataset.root}: nearest compares by one class per image; name one of {named}, with --label")
     if dataset.multi_label or dataset.tasks:
-        found = "tasks" if dataset.tasks else "classes"
-        raise DataError(
-            f"{dataset.root} has several {found} per image, but nearest compares by one; give one per image"
-        )
+        found = f"the number {dataset.tasks[0].name}" if dataset.tasks else "several classes per image"
+        raise DataError(f"{dataset.root} has {found}, but nearest compares by one class per image; give such labels")
     return dataset
 
 
@@ -228,7 +231,21 @@ def _prepare(prepared: dict[str, _Prepared], bank: Bank, dataset: Dataset, name:
     return prepared[key]
 
 
-def _score(bank: Bank, name: str, dataset: Dataset, ready: _Prepared, full: bool) -> tuple[FeatureScore, np.ndarray]:
+def _learned(path: Path, record: AdapterRecord, dataset: Dataset, photos: AnySource) -> bool:
+    """Whether an adapter was trained on this data set, or on other label columns of this very table."""
+    source = photos if isinstance(photos, Source) else Source(photos)
+    same = record.fingerprint == dataset.fingerprint
+    if same or not is_table(str(source.table or source.location)):
+        return same
+    try:
+        return adapter_data(path, dataclasses.replace(source, labels=None))[1]
+    except VisgraftError:  # it has not those columns
+        return False
+
+
+def _score(
+    bank: Bank, name: str, dataset: Dataset, ready: _Prepared, full: bool, learned: bool
+) -> tuple[FeatureScore, np.ndarray]:
     """Return an adapter's score, and which images its features were right on [N]."""
     record, images = bank.record(name), ready.images
     members = clusters(images.groups, len(images))
@@ -248,7 +265,7 @@ def _score(bank: Bank, name: str, dataset: Dataset, ready: _Prepared, full: bool
         probed.log_loss,
         gain.mean,
         gain.half_width,
-        learned=record.fingerprint == dataset.fingerprint,
+        learned=learned,
         **own,
     )
     return score, probed.right

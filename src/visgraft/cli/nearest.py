@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from visgraft.cli.arguments import Csv, Data, Json, Quiet, TypedLoading, Weights, source
+from visgraft.cli.arguments import Json, Quiet, TypedLoading, Weights
 from visgraft.cli.bundles import with_bundles
+from visgraft.cli.labels import TypedImages
 
 if TYPE_CHECKING:
     from visgraft.algebra.nearest import FeatureScore, NearestAdapters
@@ -16,10 +17,9 @@ if TYPE_CHECKING:
 
 @with_bundles
 def nearest(
-    photos: Data = None,
+    images: TypedImages,
     *,
     among: Annotated[Path | None, typer.Option(help="folder with adapters of one backbone, at any depth")] = None,
-    csv: Csv = None,
     full: Annotated[
         bool, typer.Option("--full", help="also measure the adapters' own answers, where their classes are the images'")
     ] = False,
@@ -40,7 +40,7 @@ def nearest(
         raise VisgraftError("there are no adapters to choose from; give --among DIR, a folder that holds some")
     with _progress() as show:
         found = nearest_adapters(
-            source(photos, csv), among, weights=weights, full=full, loading=reading.loading(), on_progress=show
+            images.source(), among, weights=weights, full=full, loading=reading.loading(), on_progress=show
         )
     listed = replace(found, adapters=found.adapters[:top])
     emit(listed.to_dict(), json, lambda: _print_result(found, listed, full))
