@@ -12,6 +12,7 @@ from visgraft.adapters.hub import TENSORS, settled
 from visgraft.adapters.record import AdapterRecord
 from visgraft.backbones.heads import output_layers
 from visgraft.core.attach import assemble, detach
+from visgraft.data.dataset import listed
 from visgraft.data.tasks import LabelTask
 from visgraft.errors import AdapterError
 from visgraft.options import MethodConfig
@@ -75,8 +76,8 @@ def start_from(
     new, old = {row.new for row in rows}, {row.old for row in rows}
     added = [name for number, name in enumerate(classes) if number not in new]
     gone = [name for number, name in enumerate(stored.classes) if number not in old]
-    told = [f"new classes, whose part of the head starts at random: {', '.join(added)}"] if added else []
-    return told + ([f"classes of {adapter} that are gone: {', '.join(gone)}"] if gone else [])
+    told = [f"new classes, whose part of the head starts at random: {listed(added)}"] if added else []
+    return told + ([f"classes of {adapter} that are gone: {listed(gone)}"] if gone else [])
 
 
 def _matched(stored: AdapterRecord, classes: Sequence[str], tasks: Sequence[LabelTask]) -> list[TakenRow]:
