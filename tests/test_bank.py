@@ -12,7 +12,7 @@ import pytest
 import torch
 from banks import TOLERANCE, answers, difference, held_to, trained
 from PIL import Image
-from support import ALL_FAMILIES, CONFIGS, PAIRS, enliven, family, fitted, images, logits, refused, size_of
+from support import ALL_FAMILIES, CONFIGS, PAIRS, enliven, family, fitted, images, logits, refused, size_of, vit
 from test_laws import OBEYING, in_turn
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -22,7 +22,7 @@ from visgraft import Adapted, Bank, save
 from visgraft.bank.trees import MixedTree
 from visgraft.core.attached import get_attached
 from visgraft.core.finding import find_sites
-from visgraft.errors import DataError, VisgraftError
+from visgraft.errors import AdapterError, DataError, VisgraftError
 
 CANNOT_MIX = ("partial-0", "full-0")
 
@@ -86,6 +86,29 @@ def test_what_cannot_share_a_forward_is_told(tmp_path: Path) -> None:
     apart = Bank(family("swin_v2"))
     apart.add("bitfit", trained("bitfit-0", "swin_v2"))
     assert "cpb_mlp" in apart.explain(), "a bias that no image passes"
+
+
+@pytest.mark.parametrize("share", ["experts", "none"])
+def test_17_tasks_with_passes_of_their_own_beside_other_adapters(share: str, tmp_path: Path) -> None:
+    models = {"lora": trained("lora-0", outputs=3), "alore": trained("alore-0", seed=4)}
+    for name, tasks in (("few", (2, 1)), ("many", (3, 4))):
+        config = visgraft.ALoREConfig(share=share, tasks=tasks, dropout=0.0)
+        model = visgraft.attach(vit(num_classes=sum(tasks)), config)
+        models[name] = enliven(model, 5, strength=0.3).eval()
+    bank = Bank(family("plain"))
+    for name, model in models.items():
+        bank.add(name, save(model, tmp_path / name) if name != "alore" else model)
+    names = ["few", "lora", "many", "alore", "few"]
+    held_to(bank, models, images(5), names)
+    for name, column in zip(names, zip(*bank.every(images(3), names), strict=True), strict=True):
+        found = torch.stack([answer.logits for answer in column])
+        assert difference(found, logits(models[name], images(3))) <= TOLERANCE, name
+    with bank.lent("many") as model:
+        assert difference(model(images(2)), logits(models["many"], images(2))) <= TOLERANCE
+    config = tmp_path / "few" / "adapter_config.json"
+    config.write_text(config.read_text().replace("[\n      2,\n      1\n    ]", "[3, 1]"))
+    with pytest.raises(AdapterError, match="is damaged: its tasks have 4 outputs in all, but it has 3"):
+        bank.add("damaged", tmp_path / "few")
 
 
 def test_forwards_are_as_few_as_can_be(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,9 @@ class Configuration:
 
     def __init__(self, ground: FrozenBackbone, config: MethodConfig, own: Sequence[str]) -> None:
         self.config = config
-        self.template = assemble(ground.copy(), config).eval()
+        # Tasks with passes of their own need a head with the outputs of them all, which the bank's seldom has.
+        plain = ground.with_head(sum(config.passes)) if config.passes else ground.copy()
+        self.template = assemble(plain, config).eval()
         attached = get_attached(self.template)
         attached.adopt(own)
         heads = tuple(f"{path}." for path in attached.head)

@@ -119,15 +119,23 @@ class FrozenBackbone:
         """
         with self._lock:
             if outputs not in self._heads:
-                model: Any = self.copy()
-                if not hasattr(model, "reset_classifier"):
-                    raise VisgraftError(
-                        f"{type(model).__name__} cannot change its head, which needs {outputs} outputs; add the "
-                        "adapter as a loaded model"
-                    )
-                model.reset_classifier(outputs)
-                self._heads[outputs] = head_kind(model, outputs, self.dtype)
+                self._heads[outputs] = head_kind(self.with_head(outputs), outputs, self.dtype)
             return self._heads[outputs]
+
+    def with_head(self, outputs: int) -> nn.Module:
+        """Return modules of their own on the backbone's tensors, but with a head of so many outputs, drawn anew.
+
+        Raises:
+            VisgraftError: the model cannot change its head.
+        """
+        model = self.copy()
+        if not hasattr(model, "reset_classifier"):
+            raise VisgraftError(
+                f"{type(model).__name__} cannot change its head, which needs {outputs} outputs; add the "
+                "adapter as a loaded model"
+            )
+        model.reset_classifier(outputs)  # type: ignore[operator]
+        return model
 
     def head_of(self, model: nn.Module, outputs: int) -> HeadKind:
         """Return the head that a model of this backbone has, whatever somebody put there."""

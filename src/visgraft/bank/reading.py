@@ -66,6 +66,12 @@ def _from_directory(path: Path, ground: FrozenBackbone, configurations: Configur
     _check_size(ground, trained, path)
     tensors = read_tensors(path)
     check_digest(record, path, ground.dtype, lambda dtype: ground.digest(frozenset(record.own), dtype))
+    passes = sum(record.method.passes)
+    if passes and passes != record.outputs:
+        raise AdapterError(
+            f"{path / CONFIG} is damaged: its tasks have {passes} outputs in all, but it has {record.outputs}; "
+            "restore it or train again"
+        )
     configuration, head = configurations(record), ground.head(record.outputs)
     check_tensors({**configuration.layout.empty(), **head.layout.empty()}, tensors, path)
     return ReadAdapter(record, configuration, head, tensors)
