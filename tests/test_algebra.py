@@ -8,12 +8,15 @@ import pytest
 import torch
 from algebra import CLASSES, SPEC, adapter, draw
 from PIL import Image
-from support import CONFIGS
+from support import CONFIGS, enliven
 from test_cli import fail, run, succeed
 
 import visgraft
 from visgraft import Backbone, VisgraftError, diff_adapters, truncate_adapter
+from visgraft.adapters.directory import read_record
+from visgraft.algebra.agreement import load_pictures
 from visgraft.algebra.changes import position_map, tensor_changes
+from visgraft.algebra.features import pooled_features
 from visgraft.core.attached import get_attached
 from visgraft.core.method import HoldsLowRank
 
@@ -185,6 +188,30 @@ def test_adapters_that_are_not_linear_are_compared_by_what_they_do(lora: Path, p
     same = diff_adapters(prompts, prompts, images=images)
     assert same.pooled is not None and same.pooled.distance == 0 and same.agreement is not None
     assert (same.agreement.share, same.agreement.largest_difference) == (1.0, 0.0)
+
+
+def test_adapters_that_answer_tasks_in_passes_of_their_own_are_compared_pass_by_pass(
+    lora: Path, zoo: Path, pictures: Path, tmp_path: Path
+) -> None:
+    images, paths = sorted(pictures.rglob("*.png"))[:8], dict[tuple[int, ...], Path]()
+    for tasks in ((2, 1), (2, 2), (1, 1, 2)):
+        model = visgraft.create_backbone(SPEC, sum(tasks))
+        visgraft.attach(model, visgraft.ALoREConfig(share="experts", tasks=tasks, last_blocks=2))
+        paths[tasks] = visgraft.save(enliven(model, len(paths)), tmp_path / "-".join(map(str, tasks)))
+    same = diff_adapters(paths[2, 1], paths[2, 1], images=images)
+    assert same.pooled is not None and same.pooled.distance == 0 and same.pooled.first > 0
+    for one, other in ((lora, paths[2, 1]), (paths[2, 1], lora), (paths[2, 1], paths[2, 2])):
+        found = diff_adapters(one, other, images=images)
+        assert found.pooled is not None and found.pooled.distance is not None and 0.2 < found.pooled.distance < 1.5
+    assert "in 2 passes and the other in 3" in fail("diff", paths[2, 1], paths[1, 1, 2], "--images", pictures)
+    bank, loaded = visgraft.load_bank([paths[1, 1, 2]]), load_pictures(images, read_record(lora))
+    features, logits = pooled_features(bank, str(paths[1, 1, 2]), loaded, "fp32")
+    plain, _ = pooled_features(bank, None, loaded, "fp32")
+    assert features.shape == (8, 3 * plain.shape[1]) and logits.shape == (8, 4)
+    head = visgraft.load(paths[1, 1, 2]).model.head.double()
+    each = features.double().unflatten(1, (3, -1)) @ head.weight.T + head.bias
+    expected = torch.cat([each[:, 0, :1], each[:, 1, 1:2], each[:, 2, 2:]], 1)
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-5)  # each image's own passes
 
 
 def test_what_has_no_distance_is_refused_in_one_line(lora: Path, tmp_path: Path) -> None:
