@@ -195,6 +195,9 @@ def test_adapters_of_different_kinds_share_one_table(shop: Path, pictures: list[
     inches = make_tasks(tmp_path / "inches", (TASKS[0], LabelTask("size", "number", unit="in", mean=1.0, std=1.0)))
     told = refused(shop, inches, *pictures, "--out", tmp_path / "u.csv")
     assert "share no column" in told and "in cm" in told and not (tmp_path / "u.csv").exists()
+    for options in ((), ("--json",)):  # which have no columns
+        code, text, _ = run(shop, inches, *pictures, *options)
+        assert code == 0 and text.count("size") == 2 * len(pictures)
 
 
 @pytest.mark.parametrize("name", ["image", "adapter", "error", "colour_probability"])
