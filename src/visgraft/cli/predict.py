@@ -121,11 +121,9 @@ def predict(
         partial(predict_rows, bank, work.pairs()) if work else partial(predict_stream, bank, paths, ensemble=ensemble)
     )
     answering = ["ensemble of " + " and ".join(named)] if ensemble else list(named)
-    if out and table:
-        held = {name: bank.record(name) for name in bank.names}
-        sink = table(out, table_layout(held, top, coverage, unlike is not None))
-    else:  # lines and JSON have no columns that adapters would have to share
-        sink = printed(len(answering), json, streamed)
+    records = {name: bank.record(name) for name in bank.names}
+    columns = partial(table_layout, records, top, coverage, unlike is not None)  # lines and JSON have none to share
+    sink = table(out, columns()) if out and table else printed(len(answering), json, streamed)
     rows = _write_all(each(**asked), sink, progress, broken)
     _report(out, answering, rows if work else rows // len(answering), progress, broken, json, bool(work))
 
