@@ -189,7 +189,10 @@ def test_read_data_knows_tables_by_extension(tmp_path: Path) -> None:
         (("image_path,label,Label", "00.png,a,a"), ["two columns label", "remove one"]),
         (("image_path,label,labels", "00.png,a,a"), ["both columns label and labels"]),
         (("image_path,label,splits", "00.png,a,val"), ["column splits, which is not read", "call it split if"]),
-        (("image_path,label", "00.png,a", "01.png,"), ["line 3 has no label", "fill it in"]),
+        (
+            ("image_path,label", "00.png,a", "01.png,"),
+            ["line 3 has no label", "fill it in", "or leave out all such lines by --label label"],
+        ),
         (("image_path,label", ",a", "01.png,b"), ["line 2 has no image_path"]),
         (("image_path,label", "00.png,a", "01.png,b,c"), ["line 3 has 3 fields, but the header 2"]),
         (("image_path,label", '00.png,"a', "01.png,b"), ["line 3: unexpected end of data", "repair the quotes"]),

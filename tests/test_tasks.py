@@ -145,6 +145,24 @@ def test_blank_cells_are_unknown_and_a_row_without_a_label_is_left_out(tmp_path:
     assert any("2 images without any label" in note for note in data.notes)
 
 
+def test_blank_cells_of_the_only_column_are_unknown_too(tmp_path: Path) -> None:
+    lines = [f"{'ab'[n % 2]},{'new|sale' if n % 3 else 'new'}" for n in range(30)]
+    lines[3:6] = [",|", "nan,", "a,nan"]
+    table = write(tmp_path, "kind,tags", lines)
+    data = read_data(Source(table, labels=LabelColumns.parsed("kind", None, None, None)), ALL)
+    assert data.classes == ("a", "b") and len(data.all) == 28 and not data.multi_label
+    assert data.notes == ("left out 2 images without any label",)
+    again = read_data(with_column(table, "kind", False), ALL, known=("a", "b"))
+    assert len(again.all) == 28 and again.fingerprint == data.fingerprint
+    for named in (("tags", None), (None, "tags")):  # its kind found or said
+        data = read_data(Source(table, labels=LabelColumns.parsed(named[0], None, named[1], None)), ALL)
+        labels = {example.path.name: example.label for example in data.all}
+        assert len(labels) == 28 and labels["003.png"] == () and "004.png" not in labels, "| is none of the classes"
+    write(tmp_path, "kind,tags", ["a,"] * 30)
+    with pytest.raises(DataError, match="has no label in any row; fill in tags"):
+        read_data(Source(table, labels=LabelColumns.parsed(None, None, "tags", None)), ALL)
+
+
 def test_a_blank_number_may_be_nan_where_it_is_the_only_column(tmp_path: Path) -> None:
     table = write(tmp_path, "size", ["nan", "NaN", *(str(n / 2) for n in range(30))])
     data = read_data(Source(table, labels=LabelColumns.parsed("size", None, None, None)), ALL)

@@ -246,6 +246,12 @@ def match_classes(found: Iterable[str], known: Sequence[str], where: str, multi_
     return tuple(known)
 
 
+def left_out_note(labelled: np.ndarray) -> tuple[str, ...]:
+    """Return what is told about rows without a label, of which `labelled` says bool [N] that they have one."""
+    count = int((~labelled).sum())
+    return (f"left out {count:,} image{'s' * (count > 1)} without any label",) if count else ()
+
+
 def known_names(known: Sequence[str] | None) -> Callable[[str], str]:
     """Return a function that spells a class as it is known: where Unicode can write its accents in another way.
 

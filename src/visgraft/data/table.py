@@ -22,11 +22,12 @@ from visgraft.data.dataset import (
     fill_parts,
     fingerprint_in_order,
     known_names,
+    left_out_note,
     match_classes,
 )
 from visgraft.data.examples import AT_A_TIME, Coded, Columns, Example, Examples, Texts
 from visgraft.data.folders import check_folder, inside
-from visgraft.data.table_lines import at_line, column_names, folded, is_parquet, records
+from visgraft.data.table_lines import BLANK, at_line, column_names, folded, is_parquet, records
 from visgraft.data.table_paths import as_stored, file_size
 from visgraft.errors import DataError, nearest
 
@@ -43,13 +44,16 @@ class LabelColumn(NamedTuple):
 
 
 class TableRow(NamedTuple):
-    """A row of a table: the line it ends on, the image's path as written, its file's size in bytes, and the rest."""
+    """A row of a table: the line it ends on, the image's path as written, its file's size in bytes, and the rest.
+
+    `labels` None: it is not known.
+    """
 
     line: int
     name: str
     path: str
     size: int
-    labels: tuple[str, ...]
+    labels: tuple[str, ...] | None
     part: str | None
     group: str | None
 
@@ -101,7 +105,8 @@ def read_table(
     accents is found however Unicode writes them. With a column split, a missing validation part is drawn from the
     training images and a missing test part stays empty; without one, all parts are drawn. Images of one group stay in
     one part. Classes are ordered by name; where a model is measured, they are the `known` ones, in its order, and the
-    images may be of one of them or of some. `label` names the column in place of label or labels.
+    images may be of one of them or of some. `label` names the column in place of label or labels; in one that is named,
+    a blank cell is a label that is not known, and its row is left out, which `notes` says.
 
     Raises:
         DataError: the table cannot be used; the message names the line.
@@ -110,13 +115,17 @@ def read_table(
     header = _renamed(table_header(table), label)
     _check_header(table, header, known is not None)
     spell, multi_label = known_names(known), LABELS in header
-    rows = table_rows(table, folder, header)
-    labels = [tuple(map(spell, names)) for names in rows.labels.values]
-    used = {name for names in labels for name in names}
+    rows = table_rows(table, folder, header, blanks=label is not None)
+    labels = [None if names is None else tuple(map(spell, names)) for names in rows.labels.values]
+    labelled = np.array([names is not None for names in labels])[rows.labels.codes]
+    if not labelled.any():
+        raise DataError(f"{table} has no label in any row; fill in {label.name if label else LABEL}")
+    used = {name for names in labels for name in names or ()}
     classes = (
         _classes(table, used, multi_label) if known is None else match_classes(used, known, str(table), multi_label)
     )
     by_name = rows_by_name(rows)
+    by_name = by_name[labelled[by_name]]
     examples = _examples(rows, labels, classes, by_name, multi_label)
     given, flat, where = given_parts(table, rows, examples, known is not None)
     if known is None:
@@ -128,19 +137,24 @@ def read_table(
     mark = table_fingerprint(rows, labels, by_name)
     return Dataset(
         table, classes, found["train"], found["val"], found["test"], layout, mark, drawn_by, multi_label,
-        label_column="" if label is None else label.name,
+        notes=left_out_note(labelled), label_column="" if label is None else label.name,
     )  # fmt: skip
 
 
 def _examples(
-    rows: TableColumns, labels: Sequence[tuple[str, ...]], classes: Sequence[str], by_name: np.ndarray, several: bool
+    rows: TableColumns,
+    labels: Sequence[tuple[str, ...] | None],
+    classes: Sequence[str],
+    by_name: np.ndarray,
+    several: bool,
 ) -> Examples:
     """Return the examples ordered by class and then by name, so that the draw does not depend on the lines' order."""
     number = {name: index for index, name in enumerate(classes)}
-    keys = [tuple(number[name] for name in names) for names in labels]
-    distinct = sorted(set(keys))
+    keys = [None if names is None else tuple(number[name] for name in names) for names in labels]
+    distinct = sorted({key for key in keys if key is not None})
     rank = {key: place for place, key in enumerate(distinct)}
-    codes = np.array([rank[key] for key in keys], np.int32)[rows.labels.codes]
+    # `by_name` has no row whose label is not known, so what stands there is never read.
+    codes = np.array([0 if key is None else rank[key] for key in keys], np.int32)[rows.labels.codes]
     values = distinct if several else [key[0] for key in distinct]
     groups = None if set(rows.groups.values) == {None} else rows.groups
     columns = Columns(rows.paths, Coded(codes, values), groups, rows.sizes)
@@ -222,9 +236,11 @@ def _check_misspelt(table: Path, header: Sequence[str], labels: Sequence[str]) -
 
 
 def table_rows(
-    table: Path, folder: str | Path | None, header: Sequence[str], labels: Sequence[str] = ()
+    table: Path, folder: str | Path | None, header: Sequence[str], labels: Sequence[str] = (), *, blanks: bool = False
 ) -> TableColumns:
     """Read and check all rows; the labels of each are its cells in the columns `labels`, or the classes in its one.
+
+    With `blanks`, a blank cell in that one is a label that is not known.
 
     Raises:
         DataError: a row cannot be used; the message names the line.
@@ -234,7 +250,7 @@ def table_rows(
         check_folder(base, "the images")
     _check_misspelt(table, header, labels)
     missing = list[tuple[int, str]]()
-    rows = TableColumns.of(_parsed(table, base, header, labels, missing))
+    rows = TableColumns.of(_parsed(table, base, header, labels, missing, blanks))
     count = len(rows.lines)
     if not count:
         raise DataError(f"{table} has no rows below its header; add one for each image")
@@ -251,7 +267,12 @@ def table_rows(
 
 
 def _parsed(
-    table: Path, base: Path, header: Sequence[str], columns: Sequence[str], missing: list[tuple[int, str]]
+    table: Path,
+    base: Path,
+    header: Sequence[str],
+    columns: Sequence[str],
+    missing: list[tuple[int, str]],
+    blanks: bool,
 ) -> Iterator[TableRow]:
     """Yield the rows; what is not there goes to `missing`."""
     separator, folders, start = _separator(table, header), dict[str, dict[str, str]](), inside(base, "")
@@ -269,7 +290,7 @@ def _parsed(
             missing.append((line, path))
         part = _part(table, line, values.get(SPLIT))
         cells = tuple(values[name] for name in columns)
-        labels = cells or _labels(table, line, values, separator)
+        labels = cells or _labels(table, line, values, separator, blanks)
         yield TableRow(line, name.replace(os.sep, "/"), path, size or 0, labels, part, values.get(GROUP) or None)
 
 
@@ -287,8 +308,8 @@ def _check_twice(table: Path, header: Sequence[str], rows: TableColumns) -> None
 
 def _ask_about_several(table: Path, rows: TableColumns) -> None:
     """Refuse labels such as a|b beside a or b: an image with two classes would be learned as one of a third."""
-    alone = {labels[0] for labels in rows.labels.values}
-    for code, (label, *_) in enumerate(rows.labels.values):
+    alone = {labels[0] for labels in rows.labels.values if labels}
+    for code, label in ((code, labels[0]) for code, labels in enumerate(rows.labels.values) if labels):
         pieces = [piece.strip() for piece in re.split(r"[|;]", label)]
         known = [piece for piece in pieces if piece in alone]
         if len(pieces) > 1 and known:
@@ -329,12 +350,15 @@ def _part(table: Path, line: int, value: str | None) -> str | None:
     return SPLIT_NAMES[value.casefold()]
 
 
-def _labels(table: Path, line: int, values: dict[str, str], separator: str) -> tuple[str, ...]:
-    """Return the names of an image's classes, sorted."""
+def _labels(table: Path, line: int, values: dict[str, str], separator: str, blanks: bool) -> tuple[str, ...] | None:
+    """Return the names of an image's classes, sorted; None where a cell may be blank and is."""
+    if blanks and values[LABELS if LABELS in values else LABEL].casefold() in BLANK:
+        return None
     if LABELS in values:
         return tuple(sorted({name.strip() for name in values[LABELS].split(separator)} - {""}))
     if not values[LABEL]:
-        raise DataError(f"{at_line(table, line)} has no {LABEL}; fill it in, or remove the line")
+        remedy = "fill it in, remove the line, or leave out all such lines by"
+        raise DataError(f"{at_line(table, line)} has no {LABEL}; {remedy} --label {LABEL}")
     return (values[LABEL],)
 
 
@@ -363,13 +387,13 @@ def _classes(table: Path, used: Iterable[str], multi_label: bool) -> tuple[str, 
     return classes
 
 
-def table_fingerprint(rows: TableColumns, labels: Sequence[tuple[str, ...]], by_name: np.ndarray) -> str:
+def table_fingerprint(rows: TableColumns, labels: Sequence[tuple[str, ...] | None], by_name: np.ndarray) -> str:
     """Return the fingerprint of a table's images; `labels` are what stands for each of `rows.labels.values`."""
     parts, groups = rows.parts, rows.groups
     names = ((rows.names[row], size) for row, size in zip(by_name.tolist(), rows.sizes[by_name].tolist(), strict=True))
     codes = (column.codes[by_name].tolist() for column in (rows.labels, parts, groups))
     marks = (
-        "\0".join((";".join(labels[label]), parts.values[part] or "", groups.values[group] or ""))
+        "\0".join((";".join(labels[label] or ()), parts.values[part] or "", groups.values[group] or ""))
         for label, part, group in zip(*codes, strict=True)
     )
     return fingerprint_in_order(names, marks)

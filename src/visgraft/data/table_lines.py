@@ -10,6 +10,7 @@ from visgraft.data.parquet import open_parquet, parquet_texts
 from visgraft.errors import DataError, nearest
 
 DELIMITERS = ",;\t"
+BLANK = ("", "nan")  # the second is how pandas and Arrow write a number that is missing
 
 
 def folded(name: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from visgraft.data.binding import bind, check_outputs
-from visgraft.data.dataset import Dataset, Split, check_classes, fill_parts, known_names, match_classes
+from visgraft.data.dataset import Dataset, Split, check_classes, fill_parts, known_names, left_out_note, match_classes
 from visgraft.data.examples import Coded, Columns, Examples
 from visgraft.data.label_columns import (
     LabelColumns,
@@ -31,12 +31,11 @@ from visgraft.data.table import (
     table_header,
     table_rows,
 )
-from visgraft.data.table_lines import at_line, folded, records
+from visgraft.data.table_lines import BLANK, at_line, folded, records
 from visgraft.data.tasks import LARGEST, LabelTask, TaskLabels, outputs_of
 from visgraft.errors import DataError
 
 TAKEN = (PATH, SPLIT, GROUP)
-BLANK = ("", "nan")  # the second is how pandas and Arrow write a number that is missing
 Value = int | tuple[int, ...] | float | None
 
 
@@ -98,12 +97,10 @@ class _Reading:
             found, tasks = bind(found, tasks, str(self.table))
         kinds = [f"{task.name} ({task.kind})" for task in tasks]
         marks = [tuple(f"{n}={c}" for n, c in zip(kinds, own, strict=True)) for own in self._cells()]
-        left_out = int((~labelled).sum())
-        notes = (f"left out {left_out:,} images without any label",) if left_out else ()
         layout: Literal["split", "flat"] = "flat" if flat else "split"
         return Dataset(
             self.table, outputs_of(tasks), found["train"], found["val"], found["test"], layout,
-            table_fingerprint(self.rows, marks, by_name), drawn_by, notes=notes, tasks=tasks,
+            table_fingerprint(self.rows, marks, by_name), drawn_by, notes=left_out_note(labelled), tasks=tasks,
         )  # fmt: skip
 
     def _cells(self) -> list[tuple[str, ...]]:
