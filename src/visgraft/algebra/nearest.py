@@ -21,6 +21,8 @@ from visgraft.data.dataset import Dataset, Split
 from visgraft.data.image_table import is_table
 from visgraft.data.images import Images, Loading, load_images
 from visgraft.data.read import AnySource, Source, read_data
+from visgraft.data.table_lines import folded
+from visgraft.data.tasks import output_slices
 from visgraft.errors import AdapterError, DataError, VisgraftError
 from visgraft.measure.intervals import Difference, clusters, paired_difference, rate_interval
 from visgraft.measure.measuring import adapter_data
@@ -35,7 +37,7 @@ class FeatureScore:
     `score` is the cross-validated top-1 of a linear head on the features, `interval` its 95 % interval over the images,
     `log_loss` that of its probabilities, by which equal scores are ordered. `gain` is the difference to the plain
     backbone's features, `gain_half_width` half its 95 % interval. `own` is the top-1 of the adapter's own head, where
-    that was asked for and answers the same classes, and `own_interval` its interval. `learned`: the adapter was trained
+    that was asked for and it, or one of its tasks, answers the same classes, and `own_interval` its interval. `learned`: the adapter was trained
     on images of this very data set, which flatters it.
     """
 
@@ -253,9 +255,11 @@ def _score(
     probed = probe_features(features, images, ready.folds)
     gain = paired_difference(probed.right, ready.plain.right, members)
     own: dict[str, Any] = {}
-    if full and record.task == "one_class" and set(record.classes) == set(dataset.classes):
-        numbers = np.array([dataset.classes.index(known) for known in record.classes])
-        right = (numbers[logits.argmax(-1).numpy()] == images.labels.numpy()).astype(np.float64)
+    answer = _own_answer(record, dataset) if full else None
+    if answer is not None:
+        known, place = answer
+        numbers = np.array([dataset.classes.index(name) for name in known])
+        right = (numbers[logits[:, place].argmax(-1).numpy()] == images.labels.numpy()).astype(np.float64)
         own = {"own": float(right.mean()), "own_interval": rate_interval(right, members)}
     score = FeatureScore(
         name,
@@ -269,6 +273,24 @@ def _score(
         **own,
     )
     return score, probed.right
+
+
+def _own_answer(record: AdapterRecord, dataset: Dataset) -> tuple[Sequence[str], slice] | None:
+    """Return the classes and the outputs by which an adapter itself tells the images' classes; None: it does not.
+
+    Of several tasks it is the one with these classes; where more than one has them, that which is called as the column.
+    """
+    if not record.tasks:
+        fits = record.task == "one_class" and set(record.classes) == set(dataset.classes)
+        return (record.classes, slice(None)) if fits else None
+    found = [
+        (task.name, task.classes, place)
+        for task, place in zip(record.tasks, output_slices(record.tasks), strict=True)
+        if task.kind == "one_class" and set(task.classes) == set(dataset.classes)
+    ]
+    if len(found) > 1:
+        found = [one for one in found if folded(one[0]) == folded(dataset.label_column)]
+    return found[0][1:] if found else None
 
 
 def _plain_score(ready: _Prepared, several: bool) -> FeatureScore:

@@ -21,7 +21,8 @@ def nearest(
     *,
     among: Annotated[Path | None, typer.Option(help="folder with adapters of one backbone, at any depth")] = None,
     full: Annotated[
-        bool, typer.Option("--full", help="also measure the adapters' own answers, where their classes are the images'")
+        bool,
+        typer.Option("--full", help="also measure the adapters' own answers, where they answer the images' classes"),
     ] = False,
     top: Annotated[int | None, typer.Option(help="how many adapters to list; none: all", min=1)] = None,
     weights: Weights = None,
