@@ -17,6 +17,7 @@ TRAINING = ("train", "compare", "bench run")
 REACHED = {
     "adapters/blending": ("blend",),
     "algebra/diff": ("diff",),
+    "algebra/features": ("diff",),
     "algebra/nearest": ("nearest",),
     "algebra/picture": ("diff",),
     "algebra/truncation": ("rank",),

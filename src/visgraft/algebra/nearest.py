@@ -37,8 +37,8 @@ class FeatureScore:
     `score` is the cross-validated top-1 of a linear head on the features, `interval` its 95 % interval over the images,
     `log_loss` that of its probabilities, by which equal scores are ordered. `gain` is the difference to the plain
     backbone's features, `gain_half_width` half its 95 % interval. `own` is the top-1 of the adapter's own head, where
-    that was asked for and it, or one of its tasks, answers the same classes, and `own_interval` its interval. `learned`: the adapter was trained
-    on images of this very data set, which flatters it.
+    that was asked for and it, or one of its tasks, answers the same classes, and `own_interval` its interval.
+    `learned`: the adapter was trained on images of this very data set, which flatters it.
     """
 
     name: str
