@@ -70,3 +70,7 @@ def test_parts_of_each_task_go_on_with_these_tasks_only(tmp_path: Path) -> None:
     fewer = TASKS[:2]
     with pytest.raises(AdapterError, match="of 3, 1, 2 outputs, but the tasks of these images have 3, 1;"):
         start_from(create_backbone(BACKBONE, 4), old, shared.for_tasks((3, 1)), outputs_of(fewer), fewer)
+    renamed = (dataclasses.replace(TASKS[0], name="other"), *TASKS[1:])
+    told = f"the tasks {', '.join(t.name for t in TASKS)}, but those of these images are other, "
+    with pytest.raises(AdapterError, match=told):  # whose parts would be those of another task
+        start_from(create_backbone(BACKBONE, 6), old, shared, outputs_of(renamed), renamed)

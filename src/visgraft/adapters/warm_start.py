@@ -13,6 +13,7 @@ from visgraft.adapters.record import AdapterRecord
 from visgraft.backbones.heads import output_layers
 from visgraft.core.attach import assemble, detach
 from visgraft.data.dataset import listed
+from visgraft.data.table_lines import folded
 from visgraft.data.tasks import LabelTask
 from visgraft.errors import AdapterError
 from visgraft.options import MethodConfig
@@ -53,12 +54,8 @@ def start_from(
         AdapterError: the adapter is damaged, of another method, options or backbone, or shares no class.
     """
     stored = read_record(adapter)
-    if stored.method.passes and config.passes and stored.method.passes != config.passes:
-        before, now = (", ".join(map(str, passes)) for passes in (stored.method.passes, config.passes))
-        raise AdapterError(
-            f"{adapter} has parts of its own for each task, of {before} outputs, but the tasks of these images have "
-            f"{now}; name the same labels in the same order, or train without --init-from"
-        )
+    if stored.method.passes and config.passes:
+        _check_parts(adapter, stored, config.passes, tasks)
     if stored.method != config:
         raise AdapterError(
             f"{adapter} is {stored.method.method} with {stored.method.to_dict()}; leave the method's options out to go "
@@ -78,6 +75,22 @@ def start_from(
     gone = [name for number, name in enumerate(stored.classes) if number not in old]
     told = [f"new classes, whose part of the head starts at random: {listed(added)}"] if added else []
     return told + ([f"classes of {adapter} that are gone: {listed(gone)}"] if gone else [])
+
+
+def _check_parts(adapter: str | Path, stored: AdapterRecord, passes: Sequence[int], tasks: Sequence[LabelTask]) -> None:
+    """Raise an AdapterError unless each task has the part of its own at the place at which the adapter has it."""
+    names = [[task.name for task in known] for known in (stored.tasks, tasks)]
+    before, now = (", ".join(map(str, outputs)) for outputs in (stored.method.passes, passes))
+    if before != now:
+        differ = f"each task, of {before} outputs, but the tasks of these images have {now}"
+    elif all(names) and [folded(name) for name in names[0]] != [folded(name) for name in names[1]]:
+        differ = f"the tasks {', '.join(names[0])}, but those of these images are {', '.join(names[1])}"
+    else:
+        return
+    raise AdapterError(
+        f"{adapter} has parts of its own for {differ}; name the same labels in the same order, or train without "
+        "--init-from"
+    )
 
 
 def _matched(stored: AdapterRecord, classes: Sequence[str], tasks: Sequence[LabelTask]) -> list[TakenRow]:
